@@ -1,0 +1,96 @@
+"""A decay is a few numbers a token and one pair formula; masks and score functions are made from it here, once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spatial_decay.grid import Grid, Position
+
+__all__ = ["PairwiseDecay", "ScoreMod", "Tokens", "dense", "score_mod"]
+
+Tokens: TypeAlias = tuple[Tensor, ...]
+"""What a kind knows of each token: one or more tensors, (B, N, L) whole, or broadcast against the other side."""
+
+ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""score, batch, head, query index, key index -> score, as torch.nn.attention.flex_attention takes it."""
+
+
+class PairwiseDecay(ABC):
+    """What is added to the score of a query and a key, as a function of these two tokens alone.
+
+    A kind is a frozen dataclass with a grid that implements `tokens` and `pairwise`; `dense` and `score_mod`
+    do the rest. Prefix tokens have no position: nothing is added to any score that they take part in, so
+    `pairwise` never sees one.
+    """
+
+    grid: Grid
+
+    @property
+    @abstractmethod
+    def tokens(self) -> Tokens:
+        """The tensors (B, N, L) that `pairwise` needs of each token; B may be 1 where images share them."""
+
+    @abstractmethod
+    def pairwise(self, q_token: Tokens, k_token: Tokens, q_position: Position, k_position: Position) -> Tensor:
+        """What is added to the scores, in nats, for tensors of queries and of keys that broadcast together."""
+
+
+def dense(bias: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multiple: int = 1) -> Tensor:
+    """The decay as a mask.
+
+    Args:
+        bias: Any pairwise decay.
+        dtype: Of the mask; the sums before it are in the dtype of the tokens. None: theirs.
+        row_multiple: Each row starts at a multiple of so many elements in memory. CUDA's memory-efficient
+            attention copies the mask where that is not a multiple of 8.
+
+    Returns:
+        (B, N, L, L), zero wherever a prefix token takes part. B is 1 where all images share the decay.
+    """
+    num_prefix, num_tokens = bias.grid.num_prefix_tokens, bias.grid.num_tokens
+    tokens = tuple(token[..., num_prefix:] for token in bias.tokens)
+    position = bias.grid.positions(device=tokens[0].device, dtype=tokens[0].dtype)
+    padding = -num_tokens % row_multiple
+    mask = bias.pairwise(
+        tuple(token[..., :, None] for token in tokens),
+        tuple(F.pad(token, (0, padding))[..., None, :] for token in tokens),
+        (position[0][:, None], position[1][:, None]),
+        (F.pad(position[0], (0, padding))[None, :], F.pad(position[1], (0, padding))[None, :]),
+    )  # (B, N, H*W, H*W + padding)
+    mask = mask if dtype is None else mask.to(dtype)
+    mask = F.pad(mask, (num_prefix, 0, num_prefix, 0)) if num_prefix else mask  # (B, N, L, L + padding)
+    return mask[..., :num_tokens] if padding else mask
+
+
+def score_mod(bias: PairwiseDecay) -> ScoreMod:
+    """The decay as a score function, for FlexAttention or anything else that asks for one score at a time.
+
+    The indices may be scalars, as FlexAttention gives them, or tensors that broadcast together.
+    """
+    num_prefix = bias.grid.num_prefix_tokens
+    q_tokens = bias.tokens
+    # FlexAttention refuses to index one tensor twice where a gradient is asked for (and adds up captured
+    # tensors' gradients by themselves), so that the key side has its own.
+    k_tokens = tuple(token.clone() for token in q_tokens)
+    positions = bias.grid.positions(device=q_tokens[0].device, dtype=q_tokens[0].dtype)
+    h, w = (F.pad(position, (num_prefix, 0)) for position in positions)  # (L,)
+    shared = q_tokens[0].shape[0] == 1
+
+    def add_decay(score: Tensor, batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        image = torch.zeros_like(batch) if shared else batch
+        added = bias.pairwise(
+            tuple(token[image, head, q_index] for token in q_tokens),
+            tuple(token[image, head, k_index] for token in k_tokens),
+            (h[q_index], w[q_index]),
+            (h[k_index], w[k_index]),
+        )
+        if num_prefix:
+            has_position = (q_index >= num_prefix) & (k_index >= num_prefix)
+            added = torch.where(has_position, added, torch.zeros_like(added))
+        return score + added.to(score.dtype)
+
+    return add_decay

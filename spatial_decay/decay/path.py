@@ -1,0 +1,70 @@
+"""Decay that adds up along the raster sequence: SDT Eq. 6 (`1d`), Table 4's `bidirectional`, each axis of Eq. 11."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Self
+
+from spatial_decay.decay.base import PairwiseDecay, Tokens
+from spatial_decay.grid import Grid, Position
+from spatial_decay.precision import at_least_float32
+
+__all__ = ["PathDecay"]
+
+
+@dataclass(frozen=True)
+class PathDecay(PairwiseDecay):
+    """M[i, j] = -|c_i - c_j|: what the path along the raster sequence from one token to the other costs.
+
+    Args:
+        cumulative: c, (B, N, L), nats, growing along the raster sequence; B may be 1. Its values at prefix tokens
+            are not used.
+        grid: The grid of the L tokens.
+        causal: A query attends to itself and to earlier tokens only: -inf above the diagonal.
+    """
+
+    cumulative: Tensor
+    grid: Grid
+    causal: bool = False
+
+    @classmethod
+    def from_gate(cls, gate: Tensor, grid: Grid, *, causal: bool = False) -> Self:
+        """SDT Eq. 6 from a gate g (B, N, L): minus the sum of |g_k| for k = min(i, j) .. max(i, j) - 1.
+
+        Differs from Eq. 6, which is written for i > j only: vision is not causal, so this is its symmetric
+        extension. causal=True gives Eq. 6 itself, with -inf above the diagonal.
+        """
+        return cls(_cumulative(gate, grid, inclusive=False), grid, causal)
+
+    @classmethod
+    def bidirectional(cls, forward_gate: Tensor, backward_gate: Tensor, grid: Grid) -> Self:
+        """The mean of two `1d` masks with a gate each (SDT Table 4), gates (B, N, L).
+
+        The forward scan sums k = min .. max - 1, the backward scan k = min + 1 .. max. Both sums grow along the raster
+        sequence, so their mean is again one c.
+        """
+        forward = _cumulative(forward_gate, grid, inclusive=False)
+        backward = _cumulative(backward_gate, grid, inclusive=True)
+        return cls((forward + backward) / 2, grid)
+
+    @property
+    def tokens(self) -> Tokens:
+        return (self.cumulative,)
+
+    def pairwise(self, q_token: Tokens, k_token: Tokens, q_position: Position, k_position: Position) -> Tensor:
+        decay = -(q_token[0] - k_token[0]).abs()
+        if not self.causal:
+            return decay
+        (q_h, q_w), (k_h, k_w) = q_position, k_position
+        later = (k_h > q_h) | ((k_h == q_h) & (k_w > q_w))  # the key comes after the query in raster order
+        return torch.where(later, torch.full_like(decay, float("-inf")), decay)
+
+
+def _cumulative(gate: Tensor, grid: Grid, *, inclusive: bool) -> Tensor:
+    """The sum of |g_k| over k < i, or k <= i; zero at prefix tokens, whose gates belong to no path."""
+    cost = at_least_float32(gate).abs()[..., grid.num_prefix_tokens :]
+    if not inclusive:
+        cost = F.pad(cost[..., :-1], (1, 0))
+    return F.pad(cost.cumsum(-1), (grid.num_prefix_tokens, 0))

@@ -1,0 +1,29 @@
+"""The modules: from features to decays, attention and blocks."""
+
+from spatial_decay.layers.attention import AttentionOptions, SpatialDecayAttention
+from spatial_decay.layers.block import SDTBlock
+from spatial_decay.layers.gate import ContextAwareGate
+from spatial_decay.layers.local_position import DepthwiseConv
+from spatial_decay.layers.mask import DECAY_KINDS, SpatialDecayMask
+from spatial_decay.layers.mlp import ConvMlp
+from spatial_decay.layers.output_gate import OutputGate
+from spatial_decay.layers.patch import ConvStem, Downsample
+from spatial_decay.layers.residual import DropPath, LayerScale
+from spatial_decay.layers.rotary import RotaryEmbedding
+
+__all__ = [
+    "DECAY_KINDS",
+    "AttentionOptions",
+    "ContextAwareGate",
+    "ConvMlp",
+    "ConvStem",
+    "DepthwiseConv",
+    "Downsample",
+    "DropPath",
+    "LayerScale",
+    "OutputGate",
+    "RotaryEmbedding",
+    "SDTBlock",
+    "SpatialDecayAttention",
+    "SpatialDecayMask",
+]

@@ -1,0 +1,32 @@
+"""The feed-forward network of a block, with a depthwise convolution inside as RMT has it."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spatial_decay.grid import Grid
+from spatial_decay.layers.local_position import DepthwiseConv
+
+__all__ = ["ConvMlp"]
+
+
+class ConvMlp(nn.Module):
+    """z = gelu(X W_1 + b_1), out = (z + conv(z)) W_2 + b_2.
+
+    Args:
+        dim: D.
+        hidden_dim: Width in between.
+        kernel_size: Of the depthwise convolution; 0 leaves a plain MLP.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.conv = DepthwiseConv(hidden_dim, kernel_size) if kernel_size else None
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """Tokens (B, L, D) of a grid -> (B, L, D)."""
+        z = F.gelu(self.fc1(x))  # (B, L, hidden_dim)
+        if self.conv is not None:
+            z = z + self.conv(z, grid)
+        return self.fc2(z)

@@ -1,0 +1,72 @@
+"""Rotary position embedding of queries and keys, R(.) of SDT Eq. 13: along both axes, or along the raster (RMT)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spatial_decay.grid import Grid
+from spatial_decay.precision import at_least_float32
+
+__all__ = ["ROPE_MODES", "RotaryEmbedding"]
+
+ROPE_MODES = ("axial", "flat", "none")
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns each pair of channels (2m, 2m + 1) by an angle that grows with the token's position.
+
+    "axial": the first half of the channels turns with the row h, the second half with the column w.
+    "flat": all channels turn with the raster index h * W + w (RMT's).
+    "none": q and k stay as they are.
+    With n frequencies an axis, the m-th is 10000 ** (-m / (n - 1)), RMT's spacing. Prefix tokens are not turned.
+    The paper does not say which of the two it means; "axial" knows both axes at any image size.
+
+    Args:
+        head_dim: d.
+        mode: "axial", "flat" or "none".
+
+    Raises:
+        ValueError: unknown mode; d not a multiple of 4 ("axial") or 2 ("flat").
+    """
+
+    def __init__(self, head_dim: int, mode: str = "axial") -> None:
+        super().__init__()
+        if mode not in ROPE_MODES:
+            raise ValueError(f"rope must be one of {', '.join(ROPE_MODES)}: got {mode!r}.")
+        needed = {"axial": 4, "flat": 2, "none": 1}[mode]
+        if head_dim % needed:
+            raise ValueError(
+                f"rope={mode!r} needs head_dim to be a multiple of {needed}: got head_dim = {head_dim}. "
+                "Change num_heads, or use rope='flat' (multiples of 2) or rope='none'."
+            )
+        self.head_dim, self.mode = head_dim, mode
+
+    def forward(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, N, L, d) of a grid -> the same, turned; angles in float32 at least."""
+        if self.mode == "none":
+            return q, k
+        cos, sin = self._tables(grid, q)
+        return _turn(q, cos, sin), _turn(k, cos, sin)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, mode={self.mode!r}"
+
+    def _tables(self, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of each token's angles, (L, d) each."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        h, w = grid.positions(device=like.device, dtype=dtype)
+        axes = (h, w) if self.mode == "axial" else (h * grid.width + w,)
+        num_frequencies = self.head_dim // (2 * len(axes))
+        exponents = torch.linspace(0, 1, num_frequencies, device=like.device, dtype=dtype)
+        frequencies = 10000.0**-exponents
+        angles = torch.cat([axis[:, None] * frequencies for axis in axes], dim=-1)  # (H*W, d/2)
+        angles = F.pad(angles, (0, 0, grid.num_prefix_tokens, 0))  # (L, d/2)
+        sin = angles.sin()
+        return angles.cos().repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(x_2m, x_2m+1) -> (x_2m cos - x_2m+1 sin, x_2m+1 cos + x_2m sin), in the dtype of x."""
+    wide = at_least_float32(x)
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)

@@ -1,0 +1,289 @@
+"""SDT-H, the hierarchical backbone (SDT Fig. 2 and Table 1): RMT's structure with content-aware decay."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import Unpack
+
+from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, OutputGate, SDTBlock
+
+__all__ = ["SDTH", "SDTHOptions", "sdt_h_base", "sdt_h_small", "sdt_h_tiny"]
+
+
+class SDTHOptions(AttentionOptions, total=False):
+    """The keywords of SDTH; a list holds one value a stage."""
+
+    embed_dims: Sequence[int]
+    depths: Sequence[int]
+    num_heads: Sequence[int]
+    mlp_ratios: Sequence[float]
+    decays: Sequence[str]
+    heads_ranges: Sequence[float]
+    init_values: Sequence[float | None]
+    drop_path_rate: float
+    projection_dim: int
+    stem_stride: int
+
+
+class SDTH(nn.Module):
+    """The hierarchical Spatial Decay Transformer.
+
+    A convolutional stem, stages of SDTBlocks with a 3x3 stride-2 convolution between them, and a head: a 1x1 projection
+    with batch norm and swish, the mean over the map, a classifier. Any image size from the total stride up: at each
+    stride-2 convolution a size n becomes ceil(n / 2).
+
+    Args:
+        num_classes: Outputs of the classifier; 0 leaves it out, and forward gives the pooled features.
+        in_chans: Channels of the image.
+        embed_dims: D of each stage.
+        depths: Blocks of each stage.
+        num_heads: N of each stage.
+        mlp_ratios: Width of the MLP over D, of each stage.
+        decays: Kind of decay of each stage, see SpatialDecayMask.
+        heads_ranges: heads_range of each stage, for the fixed kinds.
+        init_values: First value of LayerScale of each stage; None leaves it out.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        projection_dim: Width of the head's projection.
+        stem_stride: 4, or 2 or 1 for small images.
+        options: Keywords of SpatialDecayAttention, for all blocks.
+
+    Attributes:
+        config: The arguments, JSON values: SDTH(**model.config) has the same structure.
+
+    Raises:
+        ValueError, TypeError: an option that cannot be; the message says what must hold.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 8, 2),
+        num_heads: Sequence[int] = (4, 4, 8, 16),
+        mlp_ratios: Sequence[float] = (3, 3, 3, 3),
+        decays: Sequence[str] = ("decomposed", "decomposed", "full", "full"),
+        heads_ranges: Sequence[float] = (4, 4, 6, 6),
+        init_values: Sequence[float | None] = (None, None, None, None),
+        drop_path_rate: float = 0.1,
+        projection_dim: int = 1024,
+        stem_stride: int = 4,
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        super().__init__()
+        stages: dict[str, Sequence[Any]] = {
+            "embed_dims": embed_dims,
+            "depths": depths,
+            "num_heads": num_heads,
+            "mlp_ratios": mlp_ratios,
+            "decays": decays,
+            "heads_ranges": heads_ranges,
+            "init_values": init_values,
+        }
+        _check_stages(stages)
+        self.config: dict[str, Any] = {
+            "num_classes": num_classes,
+            "in_chans": in_chans,
+            **{name: list(values) for name, values in stages.items()},
+            "drop_path_rate": drop_path_rate,
+            "projection_dim": projection_dim,
+            "stem_stride": stem_stride,
+            **options,
+        }
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.embed_dims = tuple(embed_dims)
+        self.num_features, self.head_hidden_size = embed_dims[-1], projection_dim
+        self.total_stride = stem_stride * 2 ** (len(depths) - 1)
+        self.grad_checkpointing = False
+
+        self.stem = ConvStem(in_chans, embed_dims[0], stride=stem_stride)
+        drop_paths = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        ends = list(itertools.accumulate(depths))
+        self.stages = nn.ModuleList(
+            _Stage(
+                embed_dims[i - 1] if i else None,
+                embed_dims[i],
+                num_heads[i],
+                drop_paths=drop_paths[ends[i] - depths[i] : ends[i]],
+                mlp_ratio=mlp_ratios[i],
+                decay=decays[i],
+                init_values=init_values[i],
+                heads_range=heads_ranges[i],
+                **options,
+            )
+            for i in range(len(depths))
+        )
+        self.head_proj = nn.Linear(self.num_features, projection_dim)
+        self.head_norm = nn.BatchNorm2d(projection_dim)
+        self.head = nn.Linear(projection_dim, num_classes) if num_classes else nn.Identity()
+        self.apply(_init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W), floating point -> logits (B, num_classes).
+
+        Raises:
+            TypeError: x is not floating point.
+            ValueError: wrong rank or channels; H or W smaller than the total stride (32).
+        """
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> the last stage's map (B, num_features, ceil(H / 32), ceil(W / 32))."""
+        return self.forward_intermediates(x, indices=[-1])[0]
+
+    def forward_head(self, x: Tensor, *, pre_logits: bool = False) -> Tensor:
+        """The last stage's map (B, num_features, H, W) -> logits; pre_logits: pooled features (B, projection_dim)."""
+        x = self.head_proj(x.permute(0, 2, 3, 1))  # (B, H, W, projection_dim)
+        x = F.silu(self.head_norm(x.permute(0, 3, 1, 2))).mean((2, 3))  # (B, projection_dim)
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None, *, stop_early: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Feature maps of the stages, for detection and segmentation.
+
+        Args:
+            x: Images (B, in_chans, H, W), floating point.
+            indices: Which stages, 0 to 3 (or -1, -2, ...); None: all.
+            stop_early: Do not compute stages behind the last one of indices.
+
+        Returns:
+            The last map that was computed, and the maps of indices in the order of the stages, all (B, D, H', W').
+            Stage 0 has stride 4, each further one twice the stride before it.
+
+        Raises:
+            TypeError, ValueError: as in forward; ValueError for a stage that is not there.
+        """
+        num_stages = len(self.stages)
+        wanted = range(num_stages) if indices is None else _stage_numbers(indices, num_stages)
+        self._check_images(x)
+        x = self.stem(x)  # (B, H, W, D)
+        maps: list[Tensor] = []
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > max(wanted):
+                break
+            x = stage(x, checkpoint_blocks=self.grad_checkpointing and self.training)
+            if i in wanted:
+                maps.append(x.permute(0, 3, 1, 2))
+        return x.permute(0, 3, 1, 2), maps
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer: nn.Linear, or nn.Identity where num_classes is 0."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new classifier, freshly initialised, on the device and in the dtype of the model; 0 leaves it out."""
+        like = self.head_proj.weight
+        self.num_classes = self.config["num_classes"] = num_classes
+        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        self.head.to(device=like.device, dtype=like.dtype).apply(_init_weights)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only the blocks' inputs and compute their insides again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimiser should not decay: biases, norms and LayerScale."""
+        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+
+    def _check_images(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"images must be floating point: got {x.dtype}. Convert them first, for instance x / 255.")
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"images must be (B, {self.in_chans}, H, W): got shape {tuple(x.shape)}.")
+        if min(x.shape[2:]) < self.total_stride:
+            raise ValueError(
+                f"images must be at least {self.total_stride} x {self.total_stride}, the total stride: got "
+                f"{x.shape[2]} x {x.shape[3]}. Resize them, or build the model with a smaller stem_stride."
+            )
+
+
+class _Stage(nn.Module):
+    """Downsampling, except before the first stage, and blocks; keeps maps (B, H, W, D)."""
+
+    def __init__(
+        self, in_dim: int | None, dim: int, num_heads: int, *, drop_paths: Sequence[float], **block_options: Any
+    ) -> None:
+        super().__init__()
+        self.downsample = nn.Identity() if in_dim is None else Downsample(in_dim, dim)
+        self.blocks = nn.ModuleList(SDTBlock(dim, num_heads, drop_path=rate, **block_options) for rate in drop_paths)
+
+    def forward(self, x: Tensor, *, checkpoint_blocks: bool) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if checkpoint_blocks else block(x)
+        return x
+
+
+def _init_weights(module: nn.Module) -> None:
+    """RMT's initialisation; apply() comes to a module after its children, so the output gate has the last word."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, OutputGate):
+        module.reset_parameters()
+
+
+def _check_stages(stages: dict[str, Sequence[Any]]) -> None:
+    lengths = {name: len(values) for name, values in stages.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(
+            "every per-stage list must have one value a stage: got "
+            + ", ".join(f"{length} {name}" for name, length in lengths.items())
+            + ". Pass lists of the same length."
+        )
+
+
+def _stage_numbers(indices: Sequence[int], num_stages: int) -> list[int]:
+    if not indices or any(not -num_stages <= i < num_stages for i in indices):
+        raise ValueError(f"indices must name stages from 0 to {num_stages - 1} (or negative): got {list(indices)}.")
+    return [i % num_stages for i in indices]
+
+
+_TINY: SDTHOptions = {
+    "embed_dims": (64, 128, 256, 512),
+    "depths": (2, 2, 8, 2),
+    "num_heads": (4, 4, 8, 16),
+    "mlp_ratios": (3, 3, 3, 3),
+    "drop_path_rate": 0.1,
+    "gate_rank": 4,
+}
+_SMALL: SDTHOptions = {
+    "embed_dims": (64, 128, 256, 512),
+    "depths": (3, 4, 18, 4),
+    "num_heads": (4, 4, 8, 16),
+    "mlp_ratios": (4, 4, 3, 3),
+    "drop_path_rate": 0.15,
+    "gate_rank": 4,
+}
+_BASE: SDTHOptions = {
+    "embed_dims": (80, 160, 320, 512),
+    "depths": (4, 8, 25, 8),
+    "num_heads": (5, 5, 10, 16),
+    "mlp_ratios": (4, 4, 3, 3),
+    "heads_ranges": (5, 5, 6, 6),
+    "init_values": (None, None, 1e-6, 1e-6),
+    "drop_path_rate": 0.4,
+    "gate_rank": 4,
+}
+
+
+def sdt_h_tiny(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[SDTHOptions]) -> SDTH:
+    """SDT-H-T of Table 1: 14 million parameters, 2.7 GFLOPs at 224 x 224; overrides are SDTH's keywords."""
+    return SDTH(num_classes, in_chans, **(_TINY | overrides))
+
+
+def sdt_h_small(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[SDTHOptions]) -> SDTH:
+    """SDT-H-S of Table 1: 27 million parameters, 4.8 GFLOPs at 224 x 224; overrides are SDTH's keywords."""
+    return SDTH(num_classes, in_chans, **(_SMALL | overrides))
+
+
+def sdt_h_base(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[SDTHOptions]) -> SDTH:
+    """SDT-H-B of Table 1: 54 million parameters, 10.8 GFLOPs at 224 x 224; overrides are SDTH's keywords."""
+    return SDTH(num_classes, in_chans, **(_BASE | overrides))

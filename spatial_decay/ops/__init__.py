@@ -1,0 +1,5 @@
+"""How softmax(scale * Q K^T + M) V is computed: one public function, one file a backend."""
+
+from spatial_decay.ops.attention import BACKENDS, attention_weights, decay_attention
+
+__all__ = ["BACKENDS", "attention_weights", "decay_attention"]

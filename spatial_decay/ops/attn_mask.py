@@ -1,0 +1,79 @@
+"""The caller's attn_mask: checked, cut to rows and columns, and added to a decay as one mask for the scores."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spatial_decay.decay import PairwiseDecay, dense
+from spatial_decay.grid import Grid
+
+__all__ = ["as_float_mask", "columns_of_mask", "rows_of_mask", "total_mask"]
+
+
+def as_float_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
+    """Check attn_mask against q (B, N, L, d); bool (True = may attend) or float -> float, 4 dimensions, q's dtype."""
+    batch_size, num_heads, num_tokens, _ = q.shape
+    full_shape = (batch_size, num_heads, num_tokens, num_tokens)
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(
+            f"attn_mask must be bool (True = may attend) or floating point (added to the scores): got "
+            f"{attn_mask.dtype}. Convert a 0/1 mask with attn_mask.bool()."
+        )
+    if attn_mask.device != q.device:
+        raise ValueError(f"attn_mask must be on the device of q: got {attn_mask.device} and {q.device}. Move one.")
+    sizes = (1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape)
+    if len(sizes) != 4 or any(size not in (1, full) for size, full in zip(sizes, full_shape, strict=True)):
+        raise ValueError(
+            f"attn_mask must broadcast to (B, N, L, L) = {full_shape}: got shape {tuple(attn_mask.shape)}. "
+            "Pass a key mask (B, L) as attn_mask[:, None, None, :]."
+        )
+    attn_mask = attn_mask.reshape(sizes)
+    if attn_mask.dtype != torch.bool:
+        return attn_mask.to(q.dtype)
+    may_attend = torch.zeros((), dtype=q.dtype, device=q.device)
+    return torch.where(attn_mask, may_attend, float("-inf"))
+
+
+def rows_of_mask(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:
+    """The pairs that share a row: (B|1, N|1, L|1, L|1) -> (B*H, N|1, W, W)."""
+    pairs = _expand_to_grid(attn_mask, batch_size, grid).diagonal(dim1=2, dim2=4)  # (B, N|1, W, W, H)
+    return pairs.permute(0, 4, 1, 2, 3).flatten(0, 1)
+
+
+def columns_of_mask(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:
+    """The pairs that share a column: (B|1, N|1, L|1, L|1) -> (B*W, N|1, H, H)."""
+    pairs = _expand_to_grid(attn_mask, batch_size, grid).diagonal(dim1=3, dim2=5)  # (B, N|1, H, H, W)
+    return pairs.permute(0, 4, 1, 2, 3).flatten(0, 1)
+
+
+def _expand_to_grid(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:
+    expanded = attn_mask.expand(batch_size, -1, grid.num_tokens, grid.num_tokens)
+    return expanded.unflatten(3, grid.size).unflatten(2, grid.size)  # (B, N|1, H, W, H, W), a view
+
+
+def total_mask(
+    bias: PairwiseDecay | None, attn_mask: Tensor | None, *, dtype: torch.dtype, row_multiple: int = 1
+) -> tuple[Tensor | None, Tensor | None]:
+    """Decay and attn_mask as one mask, and the queries that it leaves nothing to attend to.
+
+    Args:
+        bias: A decay over L tokens, or None.
+        attn_mask: From as_float_mask, or None.
+        dtype: Of the mask.
+        row_multiple: As in dense.
+
+    Returns:
+        The mask, broadcastable to (B, N, L, L), None where there is neither. Rows of -inf alone are replaced by
+        zeros, because their softmax is 0 / 0.
+        Which rows these were, bool, broadcastable to (B, N, L, 1); None where there can be none. The caller
+        gives them an output of zero.
+    """
+    decay = None if bias is None else dense(bias, dtype=dtype, row_multiple=row_multiple)
+    if attn_mask is None:
+        return decay, None  # a decay alone leaves each query itself
+    total = attn_mask if decay is None else decay + attn_mask
+    padding = -total.shape[-1] % row_multiple
+    if padding:
+        total = F.pad(total, (0, padding))[..., :-padding]
+    is_empty = (total == float("-inf")).all(-1, keepdim=True)
+    return total.masked_fill(is_empty, 0.0), is_empty

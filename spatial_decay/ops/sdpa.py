@@ -1,0 +1,59 @@
+"""Backend `sdpa`: F.scaled_dot_product_attention with the decay as attn_mask, the path that runs CUDA's kernels."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from spatial_decay.decay import PairwiseDecay
+from spatial_decay.ops.attn_mask import total_mask
+
+__all__ = ["attention", "row_multiple", "unsupported_reasons"]
+
+
+def unsupported_reasons(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: PairwiseDecay | None,
+    *,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+) -> list[str]:
+    """Why these inputs cannot run here; empty where they can."""
+    masks = () if bias is None else bias.tokens
+    masks = masks if attn_mask is None else (*masks, attn_mask)
+    mask_needs_grad = torch.is_grad_enabled() and any(mask.requires_grad for mask in masks)
+    if q.is_cuda and mask_needs_grad and not any(x.requires_grad for x in (q, k, v)):
+        # The kernel reads a log-sum-exp that the forward did not save (PyTorch issue 148476).
+        return ["on cuda, only the bias requires grad (needs q, k or v to require grad too)"]
+    return []
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: PairwiseDecay | None,
+    *,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """softmax(scale * Q K^T + M) V (SDT Eq. 10) with M in memory, (B, N, L, L) in the dtype of q."""
+    mask, is_empty = total_mask(bias, attn_mask, dtype=q.dtype, row_multiple=row_multiple(q.device))
+    with _kernels_for_masks(q) if mask is not None else nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    return out if is_empty is None else out.masked_fill(is_empty, 0.0)
+
+
+def row_multiple(device: torch.device) -> int:
+    """CUDA's memory-efficient kernel wants rows of the mask 8 elements apart (16 bytes in half precision)."""
+    return 8 if device.type == "cuda" else 1
+
+
+def _kernels_for_masks(q: Tensor) -> AbstractContextManager[None]:
+    """Flash takes no mask; cuDNN gives NaN gradients at some lengths with one (PyTorch issue 196678)."""
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q.is_cuda else nullcontext()
