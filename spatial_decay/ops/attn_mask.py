@@ -72,8 +72,7 @@ def total_mask(
     if attn_mask is None:
         return decay, None  # a decay alone leaves each query itself
     total = attn_mask if decay is None else decay + attn_mask
-    padding = -total.shape[-1] % row_multiple
-    if padding:
-        total = F.pad(total, (0, padding))[..., :-padding]
     is_empty = (total == float("-inf")).all(-1, keepdim=True)
-    return total.masked_fill(is_empty, 0.0), is_empty
+    total = total.masked_fill(is_empty, 0.0)
+    padding = -total.shape[-1] % row_multiple  # the sum has lost the alignment of the decay
+    return (F.pad(total, (0, padding))[..., :-padding] if padding else total), is_empty

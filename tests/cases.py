@@ -1,0 +1,161 @@
+"""One table of the kinds of decay. A new kind adds one row here and inherits every check."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spatial_decay.decay import AxialDecay, ManhattanDecay, PathDecay, fixed_rates
+from spatial_decay.grid import Grid
+from tests import references
+
+GRIDS = [(1, 1), (1, 7), (7, 1), (5, 9), (14, 14)]
+
+ALPHA, INITIAL_VALUE, HEADS_RANGE = 0.1, 2.0, 4.0
+
+# Relative to the largest value. float32 sums a few hundred products; bf16 has 8 bits, and the decay is rounded to it.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind: how the library describes it, and what the equations say of one head."""
+
+    name: str
+    num_gates: int
+    build: Callable[[Sequence[Tensor], int, Grid], Any]  # gates (B, N, L) each, N, grid
+    reference: Callable[[Sequence[list[float]], int, int, int, int], Any]  # gates of one head, n, N, H, W
+    kind: str = ""  # of SpatialDecayMask
+    options: dict[str, Any] = field(default_factory=dict)
+    is_axial: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _rates(num_heads: int) -> Tensor:
+    return fixed_rates(
+        num_heads,
+        initial_value=INITIAL_VALUE,
+        heads_range=HEADS_RANGE,
+        device=torch.get_default_device(),
+        dtype=torch.float64,
+    )
+
+
+def _rate(n: int, num_heads: int) -> float:
+    return references.fixed_rate(n, num_heads, INITIAL_VALUE, HEADS_RANGE)
+
+
+CASES = [
+    Case(
+        "full",
+        1,
+        lambda gates, n, grid: ManhattanDecay.from_gate(gates[0], grid, alpha=ALPHA),
+        lambda gates, n, num_heads, h, w: references.full(gates[0], h, w, ALPHA),
+        kind="full",
+    ),
+    Case(
+        "fixed",
+        0,
+        lambda gates, n, grid: ManhattanDecay.constant(_rates(n), grid),
+        lambda gates, n, num_heads, h, w: references.fixed(_rate(n, num_heads), h, w),
+        kind="fixed",
+    ),
+    Case(
+        "1d",
+        1,
+        lambda gates, n, grid: PathDecay.from_gate(gates[0], grid),
+        lambda gates, n, num_heads, h, w: references.path(gates[0]),
+        kind="1d",
+    ),
+    Case(
+        "1d_causal",
+        1,
+        lambda gates, n, grid: PathDecay.from_gate(gates[0], grid, causal=True),
+        lambda gates, n, num_heads, h, w: references.path(gates[0], causal=True),
+        kind="1d",
+        options={"causal": True},
+    ),
+    Case(
+        "bidirectional",
+        2,
+        lambda gates, n, grid: PathDecay.bidirectional(gates[0], gates[1], grid),
+        lambda gates, n, num_heads, h, w: references.bidirectional(gates[0], gates[1]),
+        kind="bidirectional",
+    ),
+    Case(
+        "decomposed",
+        2,
+        lambda gates, n, grid: AxialDecay.from_gates(gates[0], gates[1], grid),
+        lambda gates, n, num_heads, h, w: references.decomposed(gates[0], gates[1], h, w),
+        kind="decomposed",
+        is_axial=True,
+    ),
+    Case(
+        "fixed_decomposed",
+        0,
+        lambda gates, n, grid: AxialDecay.constant(_rates(n), grid),
+        lambda gates, n, num_heads, h, w: references.fixed_decomposed(_rate(n, num_heads), h, w),
+        kind="fixed_decomposed",
+        is_axial=True,
+    ),
+]
+PAIRWISE = [case for case in CASES if not case.is_axial]
+AXIAL = [case for case in CASES if case.is_axial]
+TRAINED = [case for case in CASES if case.num_gates]
+
+GATES_OF_KIND = {
+    "full": ["gate"],
+    "fixed": [],
+    "1d": ["gate"],
+    "bidirectional": ["gate_forward", "gate_backward"],
+    "decomposed": ["gate_h", "gate_w"],
+    "fixed_decomposed": [],
+}
+
+
+def case_id(value: object) -> str | None:
+    """Readable ids: full, 5x9, float32."""
+    if isinstance(value, Case):
+        return value.name
+    if isinstance(value, tuple) and len(value) == 2:
+        return f"{value[0]}x{value[1]}"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return None
+
+
+def make_gates(case: Case, batch_size: int, num_heads: int, num_tokens: int, dtype=torch.float64) -> list[Tensor]:
+    """Random gates G <= 0, (B, N, L) each."""
+    return [
+        torch.nn.functional.logsigmoid(torch.randn(batch_size, num_heads, num_tokens, dtype=dtype))
+        for _ in range(case.num_gates)
+    ]
+
+
+def reference_mask(case: Case, gates: Sequence[Tensor], num_heads: int, grid: Grid) -> Tensor:
+    """The equations' mask for each image and head, (B, N, L, L), from gates (B, N, L); not for axial kinds."""
+    batch_size = gates[0].shape[0] if gates else 1
+    masks = [
+        [
+            references.with_prefix(reference_of_head(case, gates, b, n, num_heads, grid), grid.num_prefix_tokens)
+            for n in range(num_heads)
+        ]
+        for b in range(batch_size)
+    ]
+    return torch.tensor(masks, dtype=torch.float64)
+
+
+def reference_of_head(case: Case, gates: Sequence[Tensor], b: int, n: int, num_heads: int, grid: Grid) -> Any:
+    """What the equations say of one image and head: a mask over patch tokens, or (columns, rows)."""
+    of_head = [gate[b, n, grid.num_prefix_tokens :].tolist() for gate in gates]
+    return case.reference(of_head, n, num_heads, grid.height, grid.width)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()

@@ -1,0 +1,139 @@
+"""Every kind's mask against the equations as loops, against hand-worked numbers, and against its own score function."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from spatial_decay.decay import AxialDecay, ManhattanDecay, PathDecay, dense, score_mod
+from spatial_decay.grid import Grid
+from spatial_decay.ops import decay_attention
+from tests.cases import AXIAL, GRIDS, PAIRWISE, case_id, make_gates, reference_mask, reference_of_head
+
+
+@pytest.mark.parametrize("num_prefix", [0, 3])
+@pytest.mark.parametrize("size", GRIDS, ids=case_id)
+@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+def test_dense_is_the_equation(case, size, num_prefix):
+    grid = Grid(*size, num_prefix)
+    batch_size = 1 if size == (14, 14) else 2
+    gates = make_gates(case, batch_size, 2, grid.num_tokens)
+    mask = dense(case.build(gates, 2, grid))
+    expected = reference_mask(case, gates, 2, grid)
+    assert mask.shape == expected.shape
+    torch.testing.assert_close(mask, expected, rtol=0, atol=1e-12 * max(1.0, _largest(expected)))
+
+
+@pytest.mark.parametrize("size", GRIDS, ids=case_id)
+@pytest.mark.parametrize("case", AXIAL, ids=case_id)
+def test_axial_masks_are_the_equation(case, size):
+    grid = Grid(*size)
+    height, width = size
+    gates = make_gates(case, 1, 2, grid.num_tokens)
+    bias = case.build(gates, 2, grid)
+    columns = dense(bias.columns).expand(width, -1, -1, -1)  # (W, N, H, H), one image
+    rows = dense(bias.rows).expand(height, -1, -1, -1)
+    for n in range(2):
+        expected_columns, expected_rows = reference_of_head(case, gates, 0, n, 2, grid)
+        for got, expected in ((columns, expected_columns), (rows, expected_rows)):
+            expected = torch.tensor(expected, dtype=torch.float64)
+            torch.testing.assert_close(got[:, n], expected, rtol=0, atol=1e-12)
+
+
+def _largest(mask):
+    return mask[mask.isfinite()].abs().max().item()
+
+
+def test_full_by_hand_on_2x2():
+    # Tokens 0 1 / 2 3; distances 1 along an edge, 2 along a diagonal; a = alpha * G / 2 with alpha = 0.1.
+    gate = torch.tensor([[[-1.0, -2.0, -3.0, -4.0]]], dtype=torch.float64)
+    expected = torch.tensor(
+        [
+            [0.0, -0.15, -0.20, -0.50],
+            [-0.15, 0.0, -0.50, -0.30],
+            [-0.20, -0.50, 0.0, -0.35],
+            [-0.50, -0.30, -0.35, 0.0],
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(dense(ManhattanDecay.from_gate(gate, Grid(2, 2)))[0, 0], expected)
+
+
+def test_paths_by_hand_on_1x3():
+    grid, inf = Grid(1, 3), float("inf")
+    forward = torch.tensor([[[-1.0, -2.0, -4.0]]], dtype=torch.float64)
+    backward = torch.tensor([[[-8.0, -16.0, -32.0]]], dtype=torch.float64)
+    one = torch.tensor([[0.0, -1.0, -3.0], [-1.0, 0.0, -2.0], [-3.0, -2.0, 0.0]], dtype=torch.float64)
+    causal = torch.tensor([[0.0, -inf, -inf], [-1.0, 0.0, -inf], [-3.0, -2.0, 0.0]], dtype=torch.float64)
+    # backward: 0-1 costs 16, 1-2 costs 32; the mean with 1 and 2 is 8.5 and 17.
+    both = torch.tensor([[0.0, -8.5, -25.5], [-8.5, 0.0, -17.0], [-25.5, -17.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(dense(PathDecay.from_gate(forward, grid))[0, 0], one)
+    torch.testing.assert_close(dense(PathDecay.from_gate(forward, grid, causal=True))[0, 0], causal)
+    torch.testing.assert_close(dense(PathDecay.bidirectional(forward, backward, grid))[0, 0], both)
+
+
+def test_decomposed_by_hand_on_2x2():
+    gate_h = torch.tensor([[[-1.0, -2.0, -4.0, -8.0]]], dtype=torch.float64)
+    gate_w = torch.tensor([[[-16.0, -32.0, -64.0, -128.0]]], dtype=torch.float64)
+    bias = AxialDecay.from_gates(gate_h, gate_w, Grid(2, 2))
+    # Down column w from row 0 to row 1 costs gate_h at (0, w); along row h from column 0 to 1 costs gate_w at (h, 0).
+    assert dense(bias.columns)[:, 0, 0, 1].tolist() == [-1.0, -2.0]
+    assert dense(bias.rows)[:, 0, 0, 1].tolist() == [-16.0, -64.0]
+
+
+@pytest.mark.parametrize("num_prefix", [0, 2])
+@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+def test_score_mod_is_dense(case, num_prefix):
+    grid = Grid(3, 4, num_prefix)
+    bias = case.build(make_gates(case, 2, 3, grid.num_tokens), 3, grid)
+    index = [torch.arange(n) for n in (2, 3, grid.num_tokens, grid.num_tokens)]
+    batch, head, q_index, k_index = torch.meshgrid(*index, indexing="ij")
+    scores = torch.randn(batch.shape, dtype=torch.float64)
+    torch.testing.assert_close(score_mod(bias)(scores, batch, head, q_index, k_index), scores + dense(bias))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("num_prefix", [0, 2])
+@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+def test_score_mod_runs_in_flex_attention(case, num_prefix):
+    grid = Grid(3, 5, num_prefix)
+    bias = case.build(make_gates(case, 2, 3, grid.num_tokens, torch.float32), 3, grid)
+    q, k, v = torch.randn(3, 2, 3, grid.num_tokens, 16)
+    out = flex_attention(q, k, v, score_mod=score_mod(bias))
+    torch.testing.assert_close(out, decay_attention(q, k, v, bias, backend="math"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1])
+@pytest.mark.parametrize("case", [case for case in PAIRWISE if case.num_gates], ids=case_id)
+def test_gradients_to_the_gates(case, num_prefix):
+    grid = Grid(2, 3, num_prefix)
+    gates = [gate.requires_grad_() for gate in make_gates(case, 1, 2, grid.num_tokens)]
+
+    def mask(*gates):
+        return dense(case.build(gates, 2, grid)).exp()  # exp: -inf of causal becomes 0
+
+    assert torch.autograd.gradcheck(mask, gates)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1])
+def test_rows_of_the_mask_can_be_aligned(num_prefix):
+    grid = Grid(14, 14, num_prefix)
+    gate = -torch.rand(2, 3, grid.num_tokens)
+    bias = ManhattanDecay.from_gate(gate, grid)
+    aligned = dense(bias, dtype=torch.bfloat16, row_multiple=8)
+    assert aligned.stride(-1) == 1
+    assert all(stride % 8 == 0 for stride in aligned.stride()[:-1])
+    assert torch.equal(aligned, dense(bias, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+def test_gates_in_half_precision_are_summed_in_float32(case):
+    grid = Grid(4, 4)
+    bias = case.build(make_gates(case, 1, 2, 16, torch.bfloat16), 2, grid)
+    assert all(token.dtype in (torch.float32, torch.float64) for token in bias.tokens)
+    assert dense(bias, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_axial_decay_refuses_prefix_tokens():
+    gate = -torch.rand(1, 2, 13)
+    with pytest.raises(ValueError, match="without prefix tokens.*num_prefix_tokens = 1"):
+        AxialDecay.from_gates(gate, gate, Grid(3, 4, 1))
