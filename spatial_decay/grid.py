@@ -1,9 +1,8 @@
 """Token grids: sizes, positions, the Manhattan distance (SDT Eq. 7), and tokens as maps, rows and columns."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from einops import rearrange
@@ -38,11 +37,21 @@ class Grid:
         height: H, rows of patch tokens.
         width: W, columns of patch tokens.
         num_prefix_tokens: P, class and register tokens, first in the sequence.
+
+    Raises:
+        ValueError: H or W < 1, or P < 0.
     """
 
     height: int
     width: int
     num_prefix_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1 or self.num_prefix_tokens < 0:
+            raise ValueError(
+                f"a grid needs height >= 1, width >= 1 and num_prefix_tokens >= 0: got {self.height}, {self.width} "
+                f"and {self.num_prefix_tokens}."
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -115,7 +124,7 @@ def _grid_of_map(x: Tensor, grid_size: GridSize | None, num_prefix_tokens: int) 
             f"a map (B, H, W, D) has no place for prefix tokens: got shape {tuple(x.shape)} and "
             f"num_prefix_tokens = {num_prefix_tokens}. Pass tokens (B, L, D) with grid_size=(H, W)."
         )
-    if grid_size is not None and tuple(grid_size) != (height, width):
+    if grid_size is not None and _checked_size(grid_size) != (height, width):
         raise ValueError(
             f"grid_size must be the (H, W) of the map: got grid_size={tuple(grid_size)} and a map of "
             f"{height} x {width}. Leave grid_size out for maps."
@@ -126,7 +135,7 @@ def _grid_of_map(x: Tensor, grid_size: GridSize | None, num_prefix_tokens: int) 
 def _grid_of_tokens(num_tokens: int, grid_size: GridSize | None, num_prefix_tokens: int) -> Grid:
     num_patches = num_tokens - num_prefix_tokens
     if grid_size is None:
-        side = math.isqrt(max(num_patches, 0))
+        side = int(max(num_patches, 0) ** 0.5)  # torch.compile does not trace math.isqrt
         if num_patches < 1 or side * side != num_patches:
             raise ValueError(
                 f"without grid_size, L - num_prefix_tokens must be a square: got L = {num_tokens}, "
@@ -134,9 +143,7 @@ def _grid_of_tokens(num_tokens: int, grid_size: GridSize | None, num_prefix_toke
                 "Pass grid_size=(H, W), or set num_prefix_tokens for class and register tokens."
             )
         return Grid(side, side, num_prefix_tokens)
-    if len(grid_size) != 2 or min(grid_size) < 1:
-        raise ValueError(f"grid_size must be two positive integers (H, W): got {tuple(grid_size)}.")
-    height, width = grid_size
+    height, width = _checked_size(grid_size)
     if height * width != num_patches:
         raise ValueError(
             f"grid_size must satisfy H * W == L - num_prefix_tokens: got grid_size=({height}, {width}) "
@@ -144,6 +151,14 @@ def _grid_of_tokens(num_tokens: int, grid_size: GridSize | None, num_prefix_toke
             "Pass the grid_size of these tokens, or set num_prefix_tokens for class and register tokens."
         )
     return Grid(height, width, num_prefix_tokens)
+
+
+def _checked_size(grid_size: Any) -> tuple[int, int]:
+    is_pair = isinstance(grid_size, (tuple, list)) and len(grid_size) == 2
+    if not is_pair or not all(isinstance(size, int) and size >= 1 for size in grid_size):
+        got = type(grid_size).__name__ if isinstance(grid_size, Tensor) else repr(grid_size)
+        raise ValueError(f"grid_size must be two positive integers (H, W): got {got}. attn_mask comes after it.")
+    return grid_size[0], grid_size[1]
 
 
 # Views of a grid without prefix tokens; x is (B, N, L, d), features of heads, or (B, N, L), one value a token.

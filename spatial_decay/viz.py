@@ -53,7 +53,7 @@ class LayerRecord:
     def decay(self, query: tuple[int, int]) -> Tensor:
         """exp(M), the factor by which the decay multiplies the weight of each key: (B, N, H, W), in [0, 1].
 
-        For decomposed kinds, of query (h, w) and key (g, u): exp(M_H[w][h, g] + M_W[g][w, u]), down the column of the
+        For decomposed kinds, of query (h, w) and key (g, u): `exp(M_H[w][h, g] + M_W[g][w, u])`, down the column of the
         query, then along the row of the key. Each of these two has a softmax of its own.
 
         Args:
@@ -117,7 +117,7 @@ def record(model: nn.Module, images: Tensor) -> list[LayerRecord]:
     records: list[LayerRecord] = []
     with ExitStack() as hooks:  # removes them again, also where the model raises
         for name, layer in layers.items():
-            hook = partial(_keep, records, name)
+            hook = partial(_keep, records, name or type(layer).__name__)
             hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
         model(images)
     return records
@@ -175,9 +175,9 @@ def plot_decay_maps(
     panels = _panels(layer, queries, shown)
     widths = [1.0] + ([0.15] + [1.0] * len(shown)) * len(panels)  # the input; a gap and the heads of each panel
     heights = [1.0] * len(queries) + [0.08]  # the queries; colour bars
-    size = (1.35 * sum(widths) + 0.4, 1.35 * height / width * len(queries) + 1.5)  # inches
+    size = (1.35 * sum(widths) + 0.4, 1.35 * height / width * len(queries) + 1.7)  # inches
     figure = Figure(size, layout="constrained")
-    figure.suptitle(f"{layer.name}: decay {layer.layer.decay.kind!r}, {height} x {width} tokens, query ringed")
+    figure.suptitle(f"{layer.name}\ndecay {layer.layer.decay.kind!r}, {height} x {width} tokens, query ringed")
     cells = figure.add_gridspec(len(heights), len(widths), width_ratios=widths, height_ratios=heights)
     for row, (image, h, w) in enumerate(queries):
         ax = figure.add_subplot(cells[row, 0], ylabel=f"image {image}\nquery ({h}, {w})", title="" if row else "input")
@@ -193,8 +193,8 @@ def plot_decay_maps(
                 heat = ax.imshow(panel.maps[row, column].float().cpu().numpy(), cmap=panel.cmap, norm=panel.norm)
                 _ring(ax, h, w)
         bar_ax = figure.add_subplot(cells[-1, first : first + len(shown)])
-        ticks = MaxNLocator(2 + len(shown))
-        figure.colorbar(heat, cax=bar_ax, orientation="horizontal", label=panel.unit, ticks=ticks)
+        ticks = [panel.norm.inverse(place) for place in (0.0, 0.5, 1.0)]
+        figure.colorbar(heat, bar_ax, orientation="horizontal", label=panel.unit, ticks=ticks, format="%.2g")
     return figure
 
 
@@ -206,12 +206,12 @@ def _panels(layer: LayerRecord, queries: Sequence[tuple[int, int, int]], heads: 
     attention = torch.stack([layer.attention((h, w))[image, heads] for image, h, w in queries])
     return [
         *(
-            _Panel(name, "G, nats per grid step", maps, "viridis", Normalize(maps.min().item(), maps.max().item()))
+            _Panel(name, "G, nats\nper grid step", maps, "viridis", Normalize(maps.min().item(), maps.max().item()))
             for name, maps in gates.items()
         ),
-        _Panel("decay", "exp(M), factor on the weight", decay, "magma", Normalize(0, 1)),
+        _Panel("decay", "exp(M), factor\non the weight", decay, "magma", Normalize(0, 1)),
         # The root shows spread-out rows next to one with a peak.
-        _Panel("attention", "weight, root scale", attention, "cividis", PowerNorm(0.5, 0, attention.max().item())),
+        _Panel("attention", "weight,\nroot scale", attention, "cividis", PowerNorm(0.5, 0, attention.max().item())),
     ]
 
 

@@ -37,12 +37,12 @@ def test_layer(kind):
         assert relative_error(torch.compile(attn, fullgraph=True)(x), attn(x)) < 1e-5
 
 
-@needs_compiler
-@pytest.mark.parametrize("kind", ["full", "decomposed"])
+@pytest.mark.parametrize("kind", DECAY_KINDS)
 def test_gradients_of_the_layer(kind):
+    """The backward graph that the compiler derives, without generating code for it."""
     attn = sd.SpatialDecayAttention(16, 2, decay=kind)
     x = torch.randn(2, 3, 4, 16)
-    compiled = torch.compile(attn, fullgraph=True)
+    compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
     for got, expected in zip(backward(compiled, x), backward(attn, x), strict=True):
         assert relative_error(got, expected) < 1e-5
 
@@ -74,6 +74,15 @@ def test_layer_is_one_graph_for_many_sizes(kind):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in ((2, 5, 6), (3, 7, 4), (4, 9, 9)):
             x = torch.randn(*size, 32)
+            torch.testing.assert_close(compiled(x), attn(x), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_is_one_graph_for_many_squares_behind_prefix_tokens():
+    attn = sd.SpatialDecayAttention(32, 4, num_prefix_tokens=1)
+    compiled = torch.compile(attn, fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for side in (4, 5, 14):
+            x = torch.randn(2, 1 + side * side, 32)
             torch.testing.assert_close(compiled(x), attn(x), rtol=1e-5, atol=1e-5)
 
 

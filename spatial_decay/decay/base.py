@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_decay.grid import Grid, Position
+from spatial_decay.precision import at_least_float32
 
 __all__ = ["PairwiseDecay", "ScoreMod", "Tokens", "dense", "score_mod"]
 
@@ -44,7 +45,8 @@ def dense(bias: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multiple
 
     Args:
         bias: Any pairwise decay.
-        dtype: Of the mask; the sums before it are in the dtype of the tokens. None: theirs.
+        dtype: Of the mask. The pair formula itself is computed in float32 at least: half precision holds neither
+            positions above 256 (bf16) nor long sums. None: that of the formula.
         row_multiple: Each row starts at a multiple of so many elements in memory. CUDA's memory-efficient
             attention copies the mask where that is not a multiple of 8.
 
@@ -52,7 +54,7 @@ def dense(bias: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multiple
         (B, N, L, L), zero wherever a prefix token takes part. B is 1 where all images share the decay.
     """
     num_prefix, num_tokens = bias.grid.num_prefix_tokens, bias.grid.num_tokens
-    tokens = tuple(token[..., num_prefix:] for token in bias.tokens)
+    tokens = tuple(at_least_float32(token)[..., num_prefix:] for token in bias.tokens)
     position = bias.grid.positions(device=tokens[0].device, dtype=tokens[0].dtype)
     padding = -num_tokens % row_multiple
     mask = bias.pairwise(
@@ -72,7 +74,7 @@ def score_mod(bias: PairwiseDecay) -> ScoreMod:
     The indices may be scalars, as FlexAttention gives them, or tensors that broadcast together.
     """
     num_prefix = bias.grid.num_prefix_tokens
-    q_tokens = bias.tokens
+    q_tokens = tuple(at_least_float32(token) for token in bias.tokens)
     # FlexAttention refuses to index one tensor twice where a gradient is asked for (and adds up captured
     # tensors' gradients by themselves), so that the key side has its own.
     k_tokens = tuple(token.clone() for token in q_tokens)

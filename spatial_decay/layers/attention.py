@@ -12,12 +12,13 @@ from spatial_decay.layers.output_gate import OutputGate
 from spatial_decay.layers.rotary import RotaryEmbedding
 from spatial_decay.ops import attention_weights, decay_attention
 from spatial_decay.ops.attention import check_backend
+from spatial_decay.precision import check_like_weights
 
 __all__ = ["AttentionOptions", "SpatialDecayAttention"]
 
 
 class AttentionOptions(TypedDict, total=False):
-    """The keywords of SpatialDecayAttention that blocks and backbones hand on to it."""
+    """The keywords of SpatialDecayAttention that blocks and backbones hand on to it, the same for all blocks."""
 
     alpha: float
     qkv_bias: bool
@@ -25,12 +26,10 @@ class AttentionOptions(TypedDict, total=False):
     rope: str
     lpe_kernel_size: int
     gate_rank: int
-    num_prefix_tokens: int
     gate_bias: bool
     gate_bias_init: float
     causal: bool
     initial_value: float
-    heads_range: float
     attn_drop: float
     proj_drop: float
     backend: str
@@ -102,6 +101,8 @@ class SpatialDecayAttention(nn.Module):
             )
         if gate_rank < 0:
             raise ValueError(f"gate_rank must be >= 0 (0 turns the output gate off): got {gate_rank}.")
+        if not 0.0 <= attn_drop < 1.0:
+            raise ValueError(f"attn_drop must satisfy 0 <= attn_drop < 1: got {attn_drop}.")
         check_backend(backend)
         self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
         self.head_dim = dim // num_heads
@@ -135,6 +136,7 @@ class SpatialDecayAttention(nn.Module):
             x: Tokens (B, L, D) or a map (B, H, W, D), floating point.
             grid_size: (H, W) of the patch tokens. None: a map has its own; tokens are taken as a square.
             attn_mask: Added to the decay: bool (True = may attend) or floating point, broadcastable to (B, N, L, L).
+                It masks attention only: LPE and other convolutions still see neighbours that it hides.
 
         Returns:
             The shape of x.
@@ -170,7 +172,9 @@ class SpatialDecayAttention(nn.Module):
         return attention_weights(q, k, self.decay.bias(tokens, grid.size), attn_mask=attn_mask)
 
     def _tokens(self, x: Tensor, grid_size: GridSize | None) -> tuple[Tensor, Grid]:
-        return as_tokens(x, dim=self.dim, grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens)
+        tokens, grid = as_tokens(x, dim=self.dim, grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens)
+        check_like_weights("x", x, getattr(self.qkv, "weight", None))
+        return tokens, grid
 
     def _heads(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, L, D) -> queries and keys with rotary embedding, and values, (B, N, L, d) each."""

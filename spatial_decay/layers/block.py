@@ -24,7 +24,9 @@ class SDTBlock(nn.Module):
         init_values: First value of LayerScale on the two branches; None leaves it out.
         pos_kernel_size: Of the depthwise convolution at the block's start, odd; 0 turns it off.
         mlp_kernel_size: Of the depthwise convolution inside the MLP, odd; 0 turns it off.
-        options: Keywords of SpatialDecayAttention.
+        num_prefix_tokens: P, class and register tokens, first in the sequence.
+        heads_range: Fixed kinds only, see SpatialDecayMask.
+        options: Further keywords of SpatialDecayAttention.
 
     Raises:
         ValueError, TypeError: an option that cannot be; the message says what must hold.
@@ -46,12 +48,16 @@ class SDTBlock(nn.Module):
         init_values: float | None = None,
         pos_kernel_size: int = 3,
         mlp_kernel_size: int = 3,
+        num_prefix_tokens: int = 0,
+        heads_range: float = 4.0,
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__()
         self.pos = DepthwiseConv(dim, pos_kernel_size) if pos_kernel_size else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SpatialDecayAttention(dim, num_heads, decay=decay, **options)
+        self.attn = SpatialDecayAttention(
+            dim, num_heads, decay=decay, num_prefix_tokens=num_prefix_tokens, heads_range=heads_range, **options
+        )
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), kernel_size=mlp_kernel_size)

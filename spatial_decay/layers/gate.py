@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatial_decay.precision import at_least_float32, autocast_disabled
+from spatial_decay.precision import autocast_disabled
 
 __all__ = ["ContextAwareGate"]
 
@@ -22,11 +22,13 @@ class ContextAwareGate(nn.Module):
             which is nearly no decay.
 
     Raises:
-        ValueError: bias_init without bias.
+        ValueError: bias_init without bias; num_heads < 1.
     """
 
     def __init__(self, dim: int, num_heads: int, *, bias: bool = False, bias_init: float = 0.0) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be >= 1: got {num_heads}.")
         if bias_init and not bias:
             raise ValueError(f"bias_init needs a bias: got bias_init={bias_init} with bias=False. Pass bias=True.")
         self.dim, self.num_heads, self.bias_init = dim, num_heads, bias_init
@@ -41,10 +43,20 @@ class ContextAwareGate(nn.Module):
             nn.init.constant_(self.bias, self.bias_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (..., D) -> G (..., N), nats per grid step, <= 0, float32 or float64."""
+        """Features (..., D) -> G (..., N), nats per grid step, <= 0, float32 or float64.
+
+        Raises:
+            TypeError: x is not floating point.
+            ValueError: the last dimension of x is not D.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point: got {x.dtype}. Convert it first, for instance x.float().")
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"the last dimension of x must be dim = {self.dim}: got shape {tuple(x.shape)}.")
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         with autocast_disabled(x.device):
-            bias = None if self.bias is None else at_least_float32(self.bias)
-            return F.logsigmoid(F.linear(at_least_float32(x), at_least_float32(self.weight), bias))
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.logsigmoid(F.linear(x.to(dtype), self.weight.to(dtype), bias))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, bias={self.bias is not None}"

@@ -25,7 +25,7 @@ class DepthwiseConv(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(
-                f"the kernel size of a depthwise convolution must be odd: got {kernel_size}. 0 turns the part off."
+                f"kernel sizes of depthwise convolutions must be odd and >= 1: got {kernel_size}. 0 turns the part off."
             )
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 

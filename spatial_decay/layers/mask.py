@@ -43,7 +43,7 @@ class SpatialDecayMask(nn.Module):
 
     Raises:
         ValueError: unknown kind; alpha <= 0 or not finite; prefix tokens with a decomposed kind; causal with a kind
-            other than `1d`.
+            other than `1d`; initial_value and heads_range that give no rate; num_heads < 1.
 
     Example:
         >>> mask = SpatialDecayMask(dim=192, num_heads=3, num_prefix_tokens=1)
@@ -67,10 +67,18 @@ class SpatialDecayMask(nn.Module):
         heads_range: float = 4.0,
     ) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be >= 1: got {num_heads}.")
         if kind not in _KINDS:
             raise ValueError(f"kind of decay must be one of {', '.join(_KINDS)}: got {kind!r}.")
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha must be finite and > 0: got {alpha}. For no decay at all use kind 'none'.")
+        lowest = initial_value + min(0.0, heads_range * (num_heads - 1) / num_heads)
+        if not (math.isfinite(initial_value) and math.isfinite(heads_range) and lowest > 0):
+            raise ValueError(
+                "the fixed kinds need finite values with initial_value + heads_range * n / N > 0 for every head n: got "
+                f"initial_value={initial_value}, heads_range={heads_range}, N = {num_heads}."
+            )
         if num_prefix_tokens < 0:
             raise ValueError(f"num_prefix_tokens must be >= 0: got {num_prefix_tokens}.")
         if num_prefix_tokens and kind in ("decomposed", "fixed_decomposed"):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
-from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, OutputGate, SDTBlock
+from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, SDTBlock
+from spatial_decay.precision import check_like_weights
 
 __all__ = ["SDTH", "SDTHOptions", "sdt_h_base", "sdt_h_small", "sdt_h_tiny"]
 
@@ -86,6 +87,11 @@ class SDTH(nn.Module):
             "init_values": init_values,
         }
         _check_stages(stages)
+        if unknown := set(options) - set(AttentionOptions.__annotations__):
+            raise TypeError(
+                f"SDTH has no keyword {', '.join(sorted(unknown))}: its own are the per-stage lists, and those for all "
+                f"blocks are {', '.join(AttentionOptions.__annotations__)}."
+            )
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "in_chans": in_chans,
@@ -201,6 +207,7 @@ class SDTH(nn.Module):
                 f"images must be at least {self.total_stride} x {self.total_stride}, the total stride: got "
                 f"{x.shape[2]} x {x.shape[3]}. Resize them, or build the model with a smaller stem_stride."
             )
+        check_like_weights("images", x, self.stem.proj[0].weight)
 
 
 class _Stage(nn.Module):
@@ -221,16 +228,17 @@ class _Stage(nn.Module):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """RMT's initialisation; apply() comes to a module after its children, so the output gate has the last word."""
+    """RMT's initialisation of linear layers; the decay's gates and the output gates start by themselves."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, OutputGate):
-        module.reset_parameters()
 
 
 def _check_stages(stages: dict[str, Sequence[Any]]) -> None:
+    for name, values in stages.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"{name} must be a list with one value a stage: got {values!r}.")
     lengths = {name: len(values) for name, values in stages.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The public door of attention with decay (SDT Eq. 10, 12): checks, the choice of a backend, the axial arrangement."""
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -62,6 +63,8 @@ def decay_attention(
 
     With an AxialDecay, twice: over each row, then over each column of the result (Eq. 12).
 
+    Forward-mode and second derivatives need backend="math": F.scaled_dot_product_attention has neither.
+
     Args:
         q: Queries, (B, N, L, d), floating point.
         k: Keys, same shape, dtype and device as q.
@@ -98,10 +101,7 @@ def decay_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if attn_mask is None else as_float_mask(attn_mask, q)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: PairwiseDecay | None, mask: Tensor | None) -> Tensor:
-        chosen = _choose(backend, q, k, v, bias, attn_mask=mask, dropout_p=dropout_p)
-        return chosen.attention(q, k, v, bias, attn_mask=mask, dropout_p=dropout_p, scale=scale)
-
+    attend = partial(_attend, backend=backend, dropout_p=dropout_p, scale=scale)
     if not isinstance(bias, AxialDecay):
         return attend(q, k, v, bias, mask)
     grid = bias.grid
@@ -164,28 +164,32 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}: got {backend!r}.")
 
 
-def _choose(
-    backend: str,
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias: PairwiseDecay | None,
-    *,
     attn_mask: Tensor | None,
+    *,
+    backend: str,
     dropout_p: float,
-) -> Backend:
-    def reasons(name: str) -> list[str]:
-        return BACKENDS[name].unsupported_reasons(q, k, v, bias, attn_mask=attn_mask, dropout_p=dropout_p)
-
-    if backend == "auto":
-        return next(BACKENDS[name] for name in BACKENDS if not reasons(name))
-    if found := reasons(backend):
+    scale: float,
+) -> Tensor:
+    """Choose a backend for these inputs and run it; a named one runs or says all its reasons."""
+    # No nested function here: dynamo before torch 2.7 does not trace one whose annotations hold a union.
+    reasons = {
+        name: candidate.unsupported_reasons(q, k, v, bias, attn_mask=attn_mask, dropout_p=dropout_p)
+        for name, candidate in BACKENDS.items()
+    }
+    able = [name for name in BACKENDS if not reasons[name]]
+    chosen = able[0] if backend == "auto" else backend
+    if chosen not in able:
         raise NotImplementedError(
             f"backend={backend!r} cannot run these inputs:\n"
-            + "".join(f"  - {reason}\n" for reason in found)
-            + f"Use backend='auto' or one of: {', '.join(name for name in BACKENDS if not reasons(name))}."
+            + "".join(f"  - {reason}\n" for reason in reasons[chosen])
+            + f"Use backend='auto' or one of: {', '.join(able)}."
         )
-    return BACKENDS[backend]
+    return BACKENDS[chosen].attention(q, k, v, bias, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -216,6 +220,11 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_bias(q: Tensor, bias: Decay | None) -> None:
     if bias is None:
         return
+    if not isinstance(bias, (PairwiseDecay, AxialDecay)):
+        raise TypeError(
+            f"bias must be a decay, for instance a ManhattanDecay, or None: got {type(bias).__name__}. "
+            "Pass a mask that is a tensor as attn_mask."
+        )
     batch_size, num_heads, num_tokens, _ = q.shape
     if bias.grid.num_tokens != num_tokens:
         raise ValueError(

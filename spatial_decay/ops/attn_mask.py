@@ -11,7 +11,7 @@ __all__ = ["as_float_mask", "columns_of_mask", "rows_of_mask", "total_mask"]
 
 
 def as_float_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
-    """Check attn_mask against q (B, N, L, d); bool (True = may attend) or float -> float, 4 dimensions, q's dtype."""
+    """Check attn_mask against q (B, N, L, d); bool (True = may attend) or float -> (B|1, N|1, L|1, L), dtype of q."""
     batch_size, num_heads, num_tokens, _ = q.shape
     full_shape = (batch_size, num_heads, num_tokens, num_tokens)
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
@@ -27,7 +27,7 @@ def as_float_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
             f"attn_mask must broadcast to (B, N, L, L) = {full_shape}: got shape {tuple(attn_mask.shape)}. "
             "Pass a key mask (B, L) as attn_mask[:, None, None, :]."
         )
-    attn_mask = attn_mask.reshape(sizes)
+    attn_mask = attn_mask.reshape(sizes).expand(-1, -1, -1, num_tokens)
     if attn_mask.dtype != torch.bool:
         return attn_mask.to(q.dtype)
     may_attend = torch.zeros((), dtype=q.dtype, device=q.device)
@@ -35,13 +35,13 @@ def as_float_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
 
 
 def rows_of_mask(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:
-    """The pairs that share a row: (B|1, N|1, L|1, L|1) -> (B*H, N|1, W, W)."""
+    """The pairs that share a row: (B|1, N|1, L|1, L) -> (B*H, N|1, W, W)."""
     pairs = _expand_to_grid(attn_mask, batch_size, grid).diagonal(dim1=2, dim2=4)  # (B, N|1, W, W, H)
     return pairs.permute(0, 4, 1, 2, 3).flatten(0, 1)
 
 
 def columns_of_mask(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:
-    """The pairs that share a column: (B|1, N|1, L|1, L|1) -> (B*W, N|1, H, H)."""
+    """The pairs that share a column: (B|1, N|1, L|1, L) -> (B*W, N|1, H, H)."""
     pairs = _expand_to_grid(attn_mask, batch_size, grid).diagonal(dim1=3, dim2=5)  # (B, N|1, H, H, W)
     return pairs.permute(0, 4, 1, 2, 3).flatten(0, 1)
 
@@ -72,7 +72,7 @@ def total_mask(
     if attn_mask is None:
         return decay, None  # a decay alone leaves each query itself
     total = attn_mask if decay is None else decay + attn_mask
-    is_empty = (total == float("-inf")).all(-1, keepdim=True)
+    is_empty = total.detach().amax(-1, keepdim=True) == float("-inf")
     total = total.masked_fill(is_empty, 0.0)
     padding = -total.shape[-1] % row_multiple  # the sum has lost the alignment of the decay
     return (F.pad(total, (0, padding))[..., :-padding] if padding else total), is_empty

@@ -125,6 +125,22 @@ def test_rows_of_the_mask_can_be_aligned(num_prefix):
     assert torch.equal(aligned, dense(bias, dtype=torch.bfloat16))
 
 
+def test_half_precision_tensors_of_ones_own_lose_nothing_but_their_own_digits():
+    """bf16 holds neither positions above 256 nor sums of hundreds of numbers."""
+    tokens = -torch.rand(1, 1, 600).bfloat16()
+    for build in (lambda t: ManhattanDecay(t, Grid(1, 600)), lambda t: PathDecay(t, Grid(1, 600), causal=True)):
+        assert torch.equal(dense(build(tokens)), dense(build(tokens.float())))
+        index = torch.tensor(0), torch.tensor(0), torch.tensor(256), torch.tensor(257)
+        score = torch.zeros(())
+        assert torch.equal(score_mod(build(tokens))(score, *index), dense(build(tokens))[0, 0, 256, 257])
+
+
+@pytest.mark.parametrize("size", [(0, 3), (3, -1), (3, 3, -1)])
+def test_impossible_grids_are_refused(size):
+    with pytest.raises(ValueError, match="height >= 1, width >= 1 and num_prefix_tokens >= 0: got"):
+        Grid(*size)
+
+
 @pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
 def test_gates_in_half_precision_are_summed_in_float32(case):
     grid = Grid(4, 4)

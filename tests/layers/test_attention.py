@@ -53,9 +53,7 @@ def equation_13(attn, case, x, grid, rope):
             )
             out[b, prefix:, channel] += torch.tensor(local, dtype=torch.float64)
         for i in range(x.shape[1]):
-            u = references.output_gate(
-                x[b, i].tolist(), attn.output_gate.down.weight.tolist(), attn.output_gate.up.weight.tolist()
-            )
+            u = references.output_gate(x[b, i].tolist(), attn.output_gate.down.tolist(), attn.output_gate.up.tolist())
             out[b, i] *= torch.tensor(u, dtype=torch.float64)
     return out @ attn.proj.weight.T + attn.proj.bias
 
@@ -172,8 +170,19 @@ def test_parts_can_be_turned_off():
     assert {name for name, _ in attn.named_parameters()} == {"qkv.weight", "proj.weight", "proj.bias"}
 
 
-def test_output_gate_starts_around_one():
+def test_mixed_dtypes_and_devices_are_refused():
+    attn = SpatialDecayAttention(DIM, HEADS)
+    with pytest.raises(TypeError, match="dtype of the weights: got torch.float64, and weights in torch.float32"):
+        attn(torch.randn(1, 4, DIM, dtype=torch.float64))
+    with pytest.raises(ValueError, match="device of the weights: got meta, and weights on cpu"):
+        attn(torch.empty(1, 4, DIM, device="meta"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attn(torch.randn(1, 4, DIM, dtype=torch.float16)).dtype == torch.bfloat16
+
+
+def test_output_gate_starts_around_one_whatever_the_model_does_to_its_linear_layers():
     attn = SpatialDecayAttention(64, 4)
+    attn.apply(lambda m: torch.nn.init.trunc_normal_(m.weight, std=0.02) if isinstance(m, torch.nn.Linear) else None)
     u = attn.output_gate(torch.randn(100, 64))
     assert (u - 1).abs().max() < 0.2
 
@@ -188,7 +197,14 @@ def test_dropout_only_in_training():
 
 def test_the_typed_options_are_the_keywords():
     signature = inspect.signature(SpatialDecayAttention).parameters
-    assert set(AttentionOptions.__annotations__) == set(signature) - {"dim", "num_heads", "decay"}
+    assert set(AttentionOptions.__annotations__) == set(signature) - {
+        "dim",
+        "num_heads",
+        "decay",
+        # SDTBlock has these two as arguments of its own: SDTH gives the one stage by stage, and does not use the other.
+        "heads_range",
+        "num_prefix_tokens",
+    }
 
 
 @pytest.mark.parametrize(
@@ -202,9 +218,12 @@ def test_the_typed_options_are_the_keywords():
         ({"decay": "decomposed", "num_prefix_tokens": 1}, ValueError, "needs num_prefix_tokens = 0"),
         ({"backend": "flash"}, ValueError, "backend must be 'auto' or one of sdpa, math: got 'flash'"),
         ({"alpha": 0}, ValueError, "alpha must be finite and > 0: got 0"),
-        ({"lpe_kernel_size": 4}, ValueError, "must be odd: got 4"),
+        ({"lpe_kernel_size": 4}, ValueError, "must be odd and >= 1: got 4"),
         ({"gate_rank": -1}, ValueError, "gate_rank must be >= 0 .*: got -1"),
         ({"gate_bias_init": 2.0}, ValueError, "bias_init needs a bias"),
+        ({"attn_drop": 1.5}, ValueError, "0 <= attn_drop < 1: got 1.5"),
+        ({"initial_value": 0.0}, ValueError, "heads_range \\* n / N > 0 for every head n: got initial_value=0.0"),
+        ({"heads_range": -9.0}, ValueError, "for every head n: got initial_value=2.0, heads_range=-9.0, N = 2"),
         ({"head_range": 2.0}, TypeError, "head_range"),
     ],
 )
@@ -219,6 +238,10 @@ def test_impossible_options_are_refused(options, error, says):
         ((2, 10, DIM), {}, ValueError, "must be a square: got L = 10, num_prefix_tokens = 0.*Pass grid_size"),
         ((2, 10, DIM), {"grid_size": (3, 4)}, ValueError, r"got grid_size=\(3, 4\) \(H \* W = 12\), L = 10"),
         ((2, 10, DIM), {"grid_size": (10,)}, ValueError, r"two positive integers \(H, W\): got \(10,\)"),
+        ((2, 9, DIM), {"grid_size": 3}, ValueError, r"two positive integers \(H, W\): got 3"),
+        ((2, 9, DIM), {"grid_size": (3.0, 3.0)}, ValueError, r"two positive integers \(H, W\): got \(3.0, 3.0\)"),
+        ((2, 9, DIM), {"grid_size": torch.ones(9, 9)}, ValueError, "got Tensor. attn_mask comes after it"),
+        ((2, 3, 3, DIM), {"grid_size": torch.ones(9, 9)}, ValueError, "got Tensor. attn_mask comes after it"),
         ((2, 10, DIM), {"grid_size": (-2, -5)}, ValueError, "two positive integers"),
         ((2, 3, 4, DIM), {"grid_size": (4, 3)}, ValueError, r"got grid_size=\(4, 3\) and a map of 3 x 4"),
         ((10, DIM), {}, ValueError, r"tokens \(B, L, D\) or a map \(B, H, W, D\): got shape \(10, 16\)"),

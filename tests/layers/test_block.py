@@ -61,7 +61,7 @@ def test_depthwise_is_a_convolution_over_the_grid(kernel_size, num_prefix):
 
 @pytest.mark.parametrize("kernel_size", [2, -1])
 def test_even_kernels_are_refused(kernel_size):
-    with pytest.raises(ValueError, match=f"must be odd: got {kernel_size}"):
+    with pytest.raises(ValueError, match=f"must be odd and >= 1: got {kernel_size}"):
         DepthwiseConv(3, kernel_size)
 
 

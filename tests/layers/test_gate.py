@@ -48,6 +48,28 @@ def test_bias_sets_where_it_starts():
     torch.testing.assert_close(out, torch.full((1, 2), references.log_sigmoid(6.0)))
 
 
+def test_float32_gates_on_a_half_precision_model():
+    gate, x = ContextAwareGate(8, 2), torch.randn(1, 4, 8, dtype=torch.bfloat16)
+    torch.testing.assert_close(gate(x), gate(x.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "says"),
+    [
+        (torch.ones(1, 4, 8, dtype=torch.int64), TypeError, "floating point: got torch.int64"),
+        (torch.ones(1, 4, 9), ValueError, r"must be dim = 8: got shape \(1, 4, 9\)"),
+    ],
+)
+def test_impossible_input_is_refused(x, error, says):
+    with pytest.raises(error, match=says):
+        ContextAwareGate(8, 2)(x)
+
+
+def test_no_heads_are_refused():
+    with pytest.raises(ValueError, match="num_heads must be >= 1: got 0"):
+        ContextAwareGate(8, 0)
+
+
 def test_bias_init_without_bias_is_refused():
     with pytest.raises(ValueError, match="bias_init needs a bias: got bias_init=6.0 with bias=False"):
         ContextAwareGate(8, 2, bias_init=6.0)

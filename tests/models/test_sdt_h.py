@@ -162,7 +162,7 @@ def test_no_weight_decay_names_parameters_that_exist():
 def test_weights_start_as_in_rmt_and_the_output_gate_around_one():
     model = small(num_heads=[2, 2, 3, 4])
     assert model.stages[2].blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert model.stages[2].blocks[0].attn.output_gate.up.weight.mean().item() == pytest.approx(2 / 16, rel=0.01)
+    assert model.stages[2].blocks[0].attn.output_gate.up.mean().item() == pytest.approx(2 / 16, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,7 @@ def test_weights_start_as_in_rmt_and_the_output_gate_around_one():
         (torch.randn(1, 1, 64, 64), ValueError, r"\(B, 3, H, W\): got shape \(1, 1, 64, 64\)"),
         (torch.randn(3, 64, 64), ValueError, r"\(B, 3, H, W\): got shape \(3, 64, 64\)"),
         (torch.ones(1, 3, 64, 64, dtype=torch.uint8), TypeError, "floating point: got torch.uint8"),
+        (torch.randn(1, 3, 64, 64, dtype=torch.float64), TypeError, "images must have the dtype of the weights"),
     ],
 )
 def test_impossible_images_are_refused(x, error, says):
@@ -186,7 +187,12 @@ def test_impossible_images_are_refused(x, error, says):
         ({"stem_stride": 3}, ValueError, "stem_stride must be one of 1, 2, 4: got 3"),
         ({"embed_dims": [15, 32, 48, 64]}, ValueError, "must be even"),
         ({"decays": ["full", "full", "full", "gauss"]}, ValueError, "got 'gauss'"),
-        ({"gate_ranks": 3}, TypeError, "gate_ranks"),
+        ({"gate_ranks": 3}, TypeError, "SDTH has no keyword gate_ranks"),
+        ({"heads_range": 4.0}, TypeError, "SDTH has no keyword heads_range: its own are the per-stage lists"),
+        ({"num_prefix_tokens": 1}, TypeError, "SDTH has no keyword num_prefix_tokens"),
+        ({"decays": "full"}, ValueError, "decays must be a list with one value a stage: got 'full'"),
+        ({"embed_dims": 64}, ValueError, "embed_dims must be a list with one value a stage: got 64"),
+        ({"depths": []}, ValueError, "depths must be a list with one value a stage"),
     ],
 )
 def test_impossible_options_are_refused(overrides, error, says):

@@ -25,6 +25,7 @@ def good():
         (lambda a: {"k": a["k"][:, :, :6]}, ValueError, r"same shape: got q \(2, 4, 12, 8\) and k \(2, 4, 6, 8\)"),
         (lambda a: {"v": a["v"].double()}, ValueError, "same dtype: got q torch.float32 and v torch.float64"),
         (lambda a: {"v": a["v"].to("meta")}, ValueError, "same device: got q cpu and v meta"),
+        (lambda a: {"bias": torch.zeros(12, 12)}, TypeError, "bias must be a decay, .*: got Tensor. .* as attn_mask"),
         (lambda a: {"backend": "cuda"}, ValueError, "backend must be 'auto' or one of sdpa, math: got 'cuda'"),
         (lambda a: {"dropout_p": 1.0}, ValueError, r"0 <= dropout_p < 1: got 1.0"),
         (

@@ -1,0 +1,45 @@
+"""Every Python block of the README and the docs runs as written, and every docstring's example gives what it says."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import spatial_decay
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_a_page_run_one_after_the_other(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    namespace = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(spatial_decay.__path__, "spatial_decay.")])
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    names = {**{public: getattr(spatial_decay, public) for public in spatial_decay.__all__}, "torch": torch}
+    result = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_the_readme_has_its_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert 'pip install -e ".[demo]" && python examples/digits.py' in readme
+    assert 'pip install -e ".[test]" && pytest' in readme
+
+
+def test_the_readmes_sizes_are_the_tested_ones():
+    readme = (ROOT / "README.md").read_text()
+    for build in (spatial_decay.sdt_h_tiny, spatial_decay.sdt_h_small, spatial_decay.sdt_h_base):
+        with torch.device("meta"):
+            millions = sum(parameter.numel() for parameter in build().parameters()) / 1e6
+        assert f"| `{build.__name__}` | {millions:.2f} M |" in readme

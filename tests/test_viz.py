@@ -1,0 +1,231 @@
+"""viz: recorded maps equal the equations and what the layers compute; hooks leave no trace; figures save to PNG."""
+
+import matplotlib.image
+import pytest
+import torch
+from torch import nn
+
+from spatial_decay import SDTH, SDTBlock, SpatialDecayAttention, viz
+from spatial_decay.grid import Grid
+from spatial_decay.layers import DECAY_KINDS
+from tests.cases import CASES, GATES_OF_KIND, case_id, reference_of_head
+
+DIM, HEADS, SIZE = 8, 2, (3, 4)
+AXIAL_KINDS = ("decomposed", "fixed_decomposed")
+
+
+class Backbone(nn.Module):
+    """Two blocks on 2 x 2 patches behind prefix tokens; the second gets its grid and mask by keyword."""
+
+    def __init__(self, decay, num_prefix=0, **options):
+        super().__init__()
+        self.embed = nn.Conv2d(3, DIM, 2, 2)
+        self.prefix = nn.Parameter(torch.randn(1, num_prefix, DIM))
+        self.first = SDTBlock(DIM, HEADS, decay=decay, num_prefix_tokens=num_prefix, pos_kernel_size=0, **options)
+        self.second = SpatialDecayAttention(DIM, HEADS, decay=decay, num_prefix_tokens=num_prefix, **options)
+
+    def forward(self, images, attn_mask=None):
+        x = self.embed(images)
+        grid_size = x.shape[-2:]
+        x = torch.cat([self.prefix.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        x = self.first(x, grid_size)
+        x += self.second(x, attn_mask=attn_mask, grid_size=grid_size)  # in place: the record must not follow
+        return x
+
+
+def make(decay, num_prefix=0, dtype=torch.float64, **options):
+    model = Backbone(decay, num_prefix, **options).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "gate" in name:
+            nn.init.normal_(parameter)
+    height, width = SIZE
+    return model, torch.randn(2, 3, 2 * height, 2 * width, dtype=dtype)
+
+
+def as_queries():
+    return [(h, w) for h in range(SIZE[0]) for w in range(SIZE[1])]
+
+
+@pytest.mark.parametrize(
+    ("case", "num_prefix"), [(case, p) for case in CASES for p in (0, 2) if not (p and case.is_axial)], ids=case_id
+)
+def test_gates_and_decay_are_those_of_the_equations(case, num_prefix):
+    model, images = make(case.kind, num_prefix, **case.options)
+    layer = viz.record(model, images)[0]
+    gates = layer.gates()
+    assert list(gates) == GATES_OF_KIND[case.kind]
+    assert all(gate.shape == (2, HEADS, *SIZE) for gate in gates.values())
+    grid = Grid(*SIZE)
+    for h, w in as_queries():
+        decay = layer.decay((h, w))
+        assert decay.shape == (2, HEADS, *SIZE)
+        for b in range(2):
+            for n in range(HEADS):
+                mask = reference_of_head(case, [gate.flatten(2) for gate in gates.values()], b, n, HEADS, grid)
+                if case.is_axial:
+                    columns, rows = mask
+                    row = [columns[w][h][g] + rows[g][w][u] for g, u in as_queries()]
+                else:
+                    row = mask[h * SIZE[1] + w]
+                expected = torch.tensor(row, dtype=torch.float64).exp().reshape(SIZE)
+                torch.testing.assert_close(decay[b, n], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_prefix"), [(kind, p) for kind in DECAY_KINDS for p in (0, 2) if not (p and kind in AXIAL_KINDS)]
+)
+def test_attention_is_what_the_layers_compute(kind, num_prefix):
+    model, images = make(kind, num_prefix)
+    seen = []
+    for module in (model.first.attn, model.second):
+        module.register_forward_hook(lambda module, args, _: seen.append((module, args[0].clone())))
+    records = viz.record(model, images)
+    assert [record.name for record in records] == ["first.attn", "second"]
+    for record, (module, x) in zip(records, seen, strict=True):
+        assert record.layer is module
+        assert record.grid == Grid(*SIZE, num_prefix)
+        expected = module.attention_weights(x, SIZE).detach()
+        for i, query in enumerate(as_queries()):
+            attention = record.attention(query)
+            assert attention.shape == (2, HEADS, *SIZE)
+            torch.testing.assert_close(attention.flatten(2), expected[:, :, num_prefix + i, num_prefix:])
+
+
+def test_record_keeps_the_input_from_before_changes_in_place():
+    model, images = make("full")
+    second = viz.record(model, images)[1]
+    x = model.first(model.embed(images).flatten(2).transpose(1, 2), SIZE)
+    torch.testing.assert_close(second.tokens, x.detach())
+    assert not second.tokens.requires_grad
+
+
+def test_the_mask_of_the_call_is_in_the_attention():
+    model, images = make("full")
+    may_attend = torch.ones(12, dtype=torch.bool)
+    may_attend[5:] = False
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model(images, attn_mask=may_attend)
+
+    attention = viz.record(Masked(), images)[1].attention((0, 0)).flatten(2)
+    assert (attention[..., 5:] == 0).all()
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, HEADS, dtype=torch.float64))
+
+
+def test_maps_of_a_hierarchical_model_in_half_precision():
+    model = SDTH(
+        10,
+        1,
+        embed_dims=(8, 16),
+        depths=(1, 2),
+        num_heads=(2, 4),
+        mlp_ratios=(2, 2),
+        decays=("decomposed", "full"),
+        heads_ranges=(4, 4),
+        init_values=(None, None),
+        stem_stride=1,
+    )
+    records = viz.record(model.eval().bfloat16(), torch.rand(1, 1, 6, 8, dtype=torch.bfloat16))
+    names = ["stages.0.blocks.0.attn", "stages.1.blocks.0.attn", "stages.1.blocks.1.attn"]
+    assert [record.name for record in records] == names
+    assert [record.grid.size for record in records] == [(6, 8), (3, 4), (3, 4)]
+    for record in records:
+        assert record.decay((1, 2)).dtype == record.attention((1, 2)).dtype == torch.float32
+        assert all(gate.dtype == torch.float32 for gate in record.gates().values())
+
+
+def test_hooks_are_removed():
+    model, images = make("full")
+    viz.record(model, images)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_hooks_are_removed_when_the_model_raises():
+    model, images = make("full")
+    model.second.proj = nn.Linear(1, 1)  # does not fit
+    with pytest.raises(RuntimeError):
+        viz.record(model, images)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_stays_as_it_is(training):
+    model, images = make("full")
+    model.train(training)
+    viz.record(model, images)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_a_model_without_attention_with_decay():
+    with pytest.raises(ValueError, match="Linear without any"):
+        viz.record(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_prefix", "heads"),
+    [
+        ("full", 0, None),
+        ("full", 2, [1]),
+        ("decomposed", 0, None),
+        ("1d", 0, None),
+        ("fixed", 0, None),
+        ("none", 0, None),
+        ("none", 1, [0]),
+    ],
+)
+def test_decay_maps_save_to_png(kind, num_prefix, heads, tmp_path):
+    model, images = make(kind, num_prefix, dtype=torch.float32)
+    layer = viz.record(model, images)[0]
+    figure = viz.plot_decay_maps(layer, images, [(0, 0, 1), (1, 2, 3)], heads=heads)
+    figure.savefig(tmp_path / "maps.png", dpi=40)
+    assert matplotlib.image.imread(tmp_path / "maps.png").std() > 0
+    num_panels = len(GATES_OF_KIND.get(kind, [])) + 2
+    num_heads = HEADS if heads is None else len(heads)
+    assert len(figure.axes) == 2 * (1 + num_panels * num_heads) + num_panels  # maps and colour bars
+    labels = [ax.get_xlabel() for ax in figure.axes]
+    assert labels.count("G, nats\nper grid step") == len(GATES_OF_KIND.get(kind, []))
+
+
+def test_decay_maps_of_one_token_and_one_channel(tmp_path):
+    attn = SpatialDecayAttention(DIM, HEADS)
+    layer = viz.record(attn, torch.randn(1, 1, 1, DIM))[0]
+    assert layer.name == "SpatialDecayAttention"
+    viz.plot_decay_maps(layer, torch.zeros(1, 1, 4, 4), [(0, 0, 0)]).savefig(tmp_path / "maps.png", dpi=40)
+
+
+@pytest.mark.parametrize("query", [(3, 0), (0, 4), (-1, 0)])
+def test_a_query_off_the_grid(query):
+    model, images = make("full")
+    layer = viz.record(model, images)[0]
+    for look in (layer.decay, layer.attention):
+        with pytest.raises(ValueError, match="grid of first.attn, 3 x 4"):
+            look(query)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"queries": []}, "one or more"),
+        ({"queries": [(2, 0, 0)]}, "of 2 images"),
+        ({"queries": [(0, 0, 0)], "heads": []}, "0 to 1, one or more"),
+        ({"queries": [(0, 0, 0)], "heads": [2]}, "0 to 1"),
+    ],
+)
+def test_what_is_not_there_cannot_be_drawn(options, message):
+    model, images = make("full")
+    layer = viz.record(model, images)[0]
+    with pytest.raises(ValueError, match=message):
+        viz.plot_decay_maps(layer, images, **options)
+
+
+def test_training_curve_saves_to_png(tmp_path):
+    figure = viz.plot_training_curve({"loss": {"train": [2.0]}, "accuracy (%)": {"train": [50, 60], "test": [40, 55]}})
+    figure.savefig(tmp_path / "curve.png", dpi=40)
+    assert matplotlib.image.imread(tmp_path / "curve.png").std() > 0
+    assert [ax.get_ylabel() for ax in figure.axes] == ["loss", "accuracy (%)"]
+    assert figure.axes[1].get_legend_handles_labels()[1] == ["train, last 60", "test, last 55"]
