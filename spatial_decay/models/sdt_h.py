@@ -6,7 +6,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
 from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, SDTBlock
@@ -223,8 +222,14 @@ class _Stage(nn.Module):
     def forward(self, x: Tensor, *, checkpoint_blocks: bool) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if checkpoint_blocks else block(x)
+            x = _checkpoint(block, x) if checkpoint_blocks else block(x)
         return x
+
+
+def _checkpoint(block: nn.Module, x: Tensor) -> Tensor:
+    from torch.utils.checkpoint import checkpoint  # before torch 2.7 this pulls in sympy, 0.3 s
+
+    return checkpoint(block, x, use_reentrant=False)
 
 
 def _init_weights(module: nn.Module) -> None:
