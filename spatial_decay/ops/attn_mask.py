@@ -1,13 +1,11 @@
-"""The caller's attn_mask: checked, cut to rows and columns, and added to a decay as one mask for the scores."""
+"""The caller's attn_mask: checked, and cut to rows and to columns of the grid."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_decay.decay import PairwiseDecay, dense
 from spatial_decay.grid import Grid
 
-__all__ = ["as_float_mask", "columns_of_mask", "rows_of_mask", "total_mask"]
+__all__ = ["as_float_mask", "columns_of_mask", "rows_of_mask"]
 
 
 def as_float_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
@@ -49,30 +47,3 @@ def columns_of_mask(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:
 def _expand_to_grid(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:
     expanded = attn_mask.expand(batch_size, -1, grid.num_tokens, grid.num_tokens)
     return expanded.unflatten(3, grid.size).unflatten(2, grid.size)  # (B, N|1, H, W, H, W), a view
-
-
-def total_mask(
-    bias: PairwiseDecay | None, attn_mask: Tensor | None, *, dtype: torch.dtype, row_multiple: int = 1
-) -> tuple[Tensor | None, Tensor | None]:
-    """Decay and attn_mask as one mask, and the queries that it leaves nothing to attend to.
-
-    Args:
-        bias: A decay over L tokens, or None.
-        attn_mask: From as_float_mask, or None.
-        dtype: Of the mask.
-        row_multiple: As in dense.
-
-    Returns:
-        The mask, broadcastable to (B, N, L, L), None where there is neither. Rows of -inf alone are replaced by
-        zeros, because their softmax is 0 / 0.
-        Which rows these were, bool, broadcastable to (B, N, L, 1); None where there can be none. The caller
-        gives them an output of zero.
-    """
-    decay = None if bias is None else dense(bias, dtype=dtype, row_multiple=row_multiple)
-    if attn_mask is None:
-        return decay, None  # a decay alone leaves each query itself
-    total = attn_mask if decay is None else decay + attn_mask
-    is_empty = total.detach().amax(-1, keepdim=True) == float("-inf")
-    total = total.masked_fill(is_empty, 0.0)
-    padding = -total.shape[-1] % row_multiple  # the sum has lost the alignment of the decay
-    return (F.pad(total, (0, padding))[..., :-padding] if padding else total), is_empty

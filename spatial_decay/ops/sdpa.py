@@ -7,24 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spatial_decay.decay import PairwiseDecay
-from spatial_decay.ops.attn_mask import total_mask
+from spatial_decay.ops.inputs import Inputs, total_mask
 
 __all__ = ["attention", "row_multiple", "unsupported_reasons"]
 
 
-def unsupported_reasons(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: PairwiseDecay | None,
-    *,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-) -> list[str]:
-    """Why these inputs cannot run here; empty where they can."""
-    masks = () if bias is None else bias.tokens
-    masks = masks if attn_mask is None else (*masks, attn_mask)
+def unsupported_reasons(inputs: Inputs) -> list[str]:
+    """On CUDA, something else than the mask must require a gradient."""
+    q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
+    masks = (() if bias is None else bias.tokens) + (() if inputs.attn_mask is None else (inputs.attn_mask,))
     mask_needs_grad = torch.is_grad_enabled() and any(mask.requires_grad for mask in masks)
     if q.is_cuda and mask_needs_grad and not any(x.requires_grad for x in (q, k, v)):
         # The kernel reads a log-sum-exp that the forward did not save (PyTorch issue 148476).
@@ -32,20 +23,14 @@ def unsupported_reasons(
     return []
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: PairwiseDecay | None,
-    *,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
+def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10) with M in memory, (B, N, L, L) in the dtype of q."""
-    mask, is_empty = total_mask(bias, attn_mask, dtype=q.dtype, row_multiple=row_multiple(q.device))
+    q = inputs.q
+    mask, is_empty = total_mask(inputs, dtype=q.dtype, row_multiple=row_multiple(q.device))
     with _kernels_for_masks(q) if mask is not None else nullcontext():
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+        out = F.scaled_dot_product_attention(
+            q, inputs.k, inputs.v, attn_mask=mask, dropout_p=inputs.dropout_p, scale=inputs.scale
+        )
     return out if is_empty is None else out.masked_fill(is_empty, 0.0)
 
 

@@ -50,7 +50,7 @@ def test_a_mask_that_alone_needs_a_gradient_does_not_go_to_cuda_kernels():
     )
 
     def reasons(q, v, bias):
-        return sdpa.unsupported_reasons(q, frozen, v, bias, attn_mask=None, dropout_p=0.0)
+        return sdpa.unsupported_reasons(SimpleNamespace(q=q, k=frozen, v=v, bias=bias, attn_mask=None))
 
     assert reasons(frozen, frozen, trained) == [
         "on cuda, only the bias requires grad (needs q, k or v to require grad too)"

@@ -1,0 +1,176 @@
+"""What a backend is given: the checked tensors of one attention, over all tokens or along an axis of the grid."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spatial_decay.decay import AxialDecay, Decay, PairwiseDecay, dense
+from spatial_decay.grid import columns_of_rows, to_columns, to_rows
+from spatial_decay.ops.attn_mask import as_float_mask, columns_of_mask, rows_of_mask
+from spatial_decay.precision import autocast_dtype
+
+__all__ = ["Inputs", "along_columns", "along_rows", "checked_inputs", "total_mask"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One attention, checked.
+
+    Args:
+        q: Queries, (B, N, L, d), floating point.
+        k: Keys, the same.
+        v: Values, the same.
+        bias: The decay, or None.
+        attn_mask: In the dtype of q, (B|1, N|1, L|1, L), -inf where a query may not attend, or None.
+        dropout_p: 0 <= dropout_p < 1.
+        scale: Multiplies Q K^T.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: PairwiseDecay | None
+    attn_mask: Tensor | None
+    dropout_p: float
+    scale: float
+
+
+def checked_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Decay | None,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+) -> Inputs:
+    """Check all that a caller can get wrong, once; raise TypeError or ValueError.
+
+    Under autocast q, k and v come down to its dtype, as for F.scaled_dot_product_attention; the decay does not.
+    An AxialDecay is checked and left out: it is for along_rows and along_columns.
+    """
+    dtype = autocast_dtype(q.device)
+    if dtype is not None:
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    _check_heads(q, k, v)
+    _check_bias(q, bias)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must satisfy 0 <= dropout_p < 1: got {dropout_p}.")
+    return Inputs(
+        q,
+        k,
+        v,
+        bias=None if isinstance(bias, AxialDecay) else bias,
+        attn_mask=None if attn_mask is None else as_float_mask(attn_mask, q),
+        dropout_p=dropout_p,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def along_rows(whole: Inputs, bias: AxialDecay) -> Inputs:
+    """The first softmax of Eq. 12: B*H sequences of W tokens."""
+    grid, mask = bias.grid, whole.attn_mask
+    return Inputs(
+        to_rows(whole.q, grid),
+        to_rows(whole.k, grid),
+        to_rows(whole.v, grid),
+        bias=bias.rows,
+        attn_mask=None if mask is None else rows_of_mask(mask, whole.q.shape[0], grid),
+        dropout_p=whole.dropout_p,
+        scale=whole.scale,
+    )
+
+
+def along_columns(whole: Inputs, bias: AxialDecay, v_rows: Tensor) -> Inputs:
+    """The second softmax of Eq. 12: B*W sequences of H tokens; v_rows is the first one's output, (B*H, N, W, d)."""
+    grid, mask = bias.grid, whole.attn_mask
+    return Inputs(
+        to_columns(whole.q, grid),
+        to_columns(whole.k, grid),
+        columns_of_rows(v_rows, grid),
+        bias=bias.columns,
+        attn_mask=None if mask is None else columns_of_mask(mask, whole.q.shape[0], grid),
+        dropout_p=whole.dropout_p,
+        scale=whole.scale,
+    )
+
+
+def total_mask(inputs: Inputs, *, dtype: torch.dtype, row_multiple: int = 1) -> tuple[Tensor | None, Tensor | None]:
+    """Decay and attn_mask as one mask, and the queries that it leaves nothing to attend to.
+
+    Args:
+        inputs: Of one attention.
+        dtype: Of the mask.
+        row_multiple: As in dense.
+
+    Returns:
+        The mask, broadcastable to (B, N, L, L), None where there is neither. Rows of -inf alone are replaced by
+        zeros, because their softmax is 0 / 0.
+        Which rows these were, bool, broadcastable to (B, N, L, 1); None where there can be none. The caller
+        gives them an output of zero.
+    """
+    decay = None if inputs.bias is None else dense(inputs.bias, dtype=dtype, row_multiple=row_multiple)
+    if inputs.attn_mask is None:
+        return decay, None  # a decay alone leaves each query itself
+    attn_mask = inputs.attn_mask.to(dtype)
+    total = attn_mask if decay is None else decay + attn_mask
+    is_empty = total.detach().amax(-1, keepdim=True) == float("-inf")
+    total = total.masked_fill(is_empty, 0.0)
+    padding = -total.shape[-1] % row_multiple  # the sum has lost the alignment of the decay
+    return (F.pad(total, (0, padding))[..., :-padding] if padding else total), is_empty
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.is_floating_point():
+        raise TypeError(
+            f"q, k and v must be floating point: got {q.dtype}. Convert them first, for instance q.float()."
+        )
+    if q.ndim != 4:
+        raise ValueError(f"q must be (B, N, L, d): got shape {tuple(q.shape)}. Split the heads and add the batch.")
+    for name, x in (("k", k), ("v", v)):
+        for what in ("shape", "dtype", "device"):
+            wanted, got = getattr(q, what), getattr(x, what)
+            if wanted != got:
+                raise ValueError(
+                    f"q, k and v must have the same {what}: got q {_readable(wanted)} and {name} {_readable(got)}. "
+                    "Attention with decay is self-attention; convert or move the odd one."
+                )
+
+
+def _check_bias(q: Tensor, bias: Decay | None) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, (PairwiseDecay, AxialDecay)):
+        raise TypeError(
+            f"bias must be a decay, for instance a ManhattanDecay, or None: got {type(bias).__name__}. "
+            "Pass a mask that is a tensor as attn_mask."
+        )
+    batch_size, num_heads, num_tokens, _ = q.shape
+    if bias.grid.num_tokens != num_tokens:
+        raise ValueError(
+            f"the grid of the bias must have the L tokens of q: got {bias.grid} with {bias.grid.num_tokens} tokens, "
+            f"and L = {num_tokens}. Build the bias for the grid of this call."
+        )
+    if isinstance(bias, AxialDecay):
+        height, width = bias.grid.size
+        _check_tokens("bias.rows", bias.rows, (batch_size * height, num_heads, width), q.device)
+        _check_tokens("bias.columns", bias.columns, (batch_size * width, num_heads, height), q.device)
+    else:
+        _check_tokens("bias", bias, (batch_size, num_heads, num_tokens), q.device)
+
+
+def _check_tokens(name: str, bias: PairwiseDecay, shape: tuple[int, int, int], device: torch.device) -> None:
+    for token in bias.tokens:
+        if tuple(token.shape) not in (shape, (1, *shape[1:])):
+            raise ValueError(
+                f"the tensors of {name} must have shape {shape}, or 1 in place of {shape[0]}: got "
+                f"{tuple(token.shape)}. They belong to the images, heads and tokens of q."
+            )
+        if token.device != device:
+            raise ValueError(f"{name} must be on the device of q: got {token.device} and {device}. Move one.")
+
+
+def _readable(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
