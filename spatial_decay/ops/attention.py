@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spatial_decay.decay import AxialDecay, Decay
 from spatial_decay.grid import from_columns, to_rows
-from spatial_decay.ops import math, sdpa
+from spatial_decay.ops import math, sdpa, tiled
 from spatial_decay.ops.inputs import Inputs, along_columns, along_rows, checked_inputs
 
 __all__ = ["BACKENDS", "Backend", "attention_weights", "check_backend", "decay_attention"]
@@ -23,8 +23,9 @@ class Backend(Protocol):
         """softmax(scale * Q K^T + M) V, (B, N, L, d) in the dtype of v."""
 
 
-BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "math": math}
-"""In order of preference: "auto" takes the first that has no reason against the inputs. The last runs everything."""
+BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "math": math, "tiled": tiled}
+"""In order of preference: "auto" takes the first that has no reason against the inputs. `math` runs everything, so what
+stands behind it is taken by name only."""
 
 
 def decay_attention(
@@ -57,7 +58,8 @@ def decay_attention(
         dropout_p: Probability of dropping an attention weight, 0 <= dropout_p < 1. It always applies: pass 0 when
             not training.
         scale: Multiplies Q K^T. None means d ** -0.5.
-        backend: "auto", or the name of one backend: "sdpa" or "math".
+        backend: "auto", or the name of one backend: "sdpa" (the mask in memory), "math" (written out) or "tiled"
+            (by blocks, without the mask in memory; never chosen by "auto").
 
     Returns:
         (B, N, L, d), dtype of q; under autocast, its dtype.

@@ -1,0 +1,319 @@
+"""Backend `tiled`: exact attention by blocks in bounded scratch memory, with the decay's gradient; tuned for CPUs.
+
+The decays it knows have one form,
+
+    M[i, j] = (t_i + s * t_j) * F[i, j]
+
+with t a number a token and F a matrix that only the grid decides:
+
+    Manhattan   t = a,  s = +1,  F = d_M                    (SDT Eq. 8-9, RMT)
+    path        t = c,  s = -1,  F = sign(j - i)            (SDT Eq. 6, 11; c grows with i, so this is -|c_i - c_j|)
+
+and F = 0 wherever a prefix token takes part. No L x L matrix is stored: blocks of rows (or, forward on long sequences,
+of keys) go through two buffers that stay in cache. The backward pass computes each block again. With P the softmax of
+a block, dO the output's gradient and o the product by elements:
+
+    dP = dO V^T        dS = P o (dP - rowsum(P o dP))
+    dV = P^T dO        dQ = scale * dS K        dK = scale * dS^T Q
+    dt_i = sum_j dS[i, j] F[i, j] + s * sum_j dS[j, i] F[j, i]
+
+Both passes are torch.library operators, so torch.compile and torch.export take them as they are. No second derivatives,
+no torch.func transforms.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from spatial_decay.decay import ManhattanDecay, PathDecay
+from spatial_decay.ops.inputs import Inputs
+from spatial_decay.precision import at_least_float32
+
+__all__ = ["attention", "unsupported_reasons"]
+
+_softmax = partial(torch.ops.aten._softmax.out, dim=-1, half_to_float=False)
+_softmax_backward = torch.ops.aten._softmax_backward_data.out
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+# Elements of a block of scores: two float32 buffers of this size stay in a core's share of the cache.
+_BLOCK = 3 << 17
+# Up to this length whole rows of several heads make a block; above, the CPU's flash kernel is faster forward.
+_SHORT = 320
+# Keys of a block in the forward pass on long sequences.
+_KEYS = 256
+
+
+def unsupported_reasons(inputs: Inputs) -> list[str]:
+    """It needs a decay that it knows, and neither dropout nor a gradient of attn_mask."""
+    reasons = []
+    if not isinstance(inputs.bias, (ManhattanDecay, PathDecay)):
+        what = "no decay" if inputs.bias is None else type(inputs.bias).__name__
+        reasons.append(f"{what} (needs a ManhattanDecay or PathDecay)")
+    if inputs.dropout_p:
+        reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
+    if inputs.attn_mask is not None and inputs.attn_mask.requires_grad:
+        reasons.append("attn_mask requires grad (needs one without)")
+    return reasons
+
+
+def attention(inputs: Inputs) -> Tensor:
+    """softmax(scale * Q K^T + M) V (SDT Eq. 10), in float32 at least inside, in the dtype of q outside."""
+    bias = inputs.bias
+    assert isinstance(bias, (ManhattanDecay, PathDecay))
+    kind = "manhattan" if isinstance(bias, ManhattanDecay) else "causal" if bias.causal else "path"
+    grid = [*bias.grid.size, bias.grid.num_prefix_tokens]
+    tokens = at_least_float32(bias.tokens[0])
+    return _forward(inputs.q, inputs.k, inputs.v, tokens, inputs.attn_mask, grid, kind, inputs.scale)
+
+
+# Schemas are spelt out: torch 2.6 does not infer them from today's annotations.
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor? attn_mask, SymInt[] grid, str kind, float scale"
+
+
+@torch.library.custom_op("spatial_decay::tiled", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tensor,
+    attn_mask: Tensor | None,
+    grid: list[int],
+    kind: str,
+    scale: float,
+) -> Tensor:
+    """O, (B, N, L, d), from tokens t (B|1, N, L), attn_mask (B|1, N|1, L|1, L) and the grid's H, W and P."""
+    blocks = _Blocks(q, k, v, tokens, attn_mask, grid, kind, scale)
+    by_keys = q.shape[2] > _SHORT and attn_mask is None and kind != "causal" and q.device.type == "cpu"
+    out = blocks.forward_by_keys() if by_keys else blocks.forward_by_rows()
+    return out.view(q.shape).to(q.dtype)
+
+
+@_forward.register_fake
+def _(q, k, v, tokens, attn_mask, grid, kind, scale):  # type: ignore[no-untyped-def]
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@torch.library.custom_op(
+    "spatial_decay::tiled_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tensor,
+    attn_mask: Tensor | None,
+    grid: list[int],
+    kind: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and tokens from that of O."""
+    dq, dk, dv, dt = _Blocks(q, k, v, tokens, attn_mask, grid, kind, scale).backward(grad)
+    dt = dt.view(q.shape[:3])
+    dt = dt.sum(0, keepdim=True) if tokens.shape[0] == 1 and q.shape[0] > 1 else dt  # shared by all images
+    dq, dk, dv = (x.view(q.shape).to(q.dtype) for x in (dq, dk, dv))
+    return dq, dk, dv, dt.to(tokens.dtype)
+
+
+@_backward.register_fake
+def _(grad, q, k, v, tokens, attn_mask, grid, kind, scale):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, tokens))
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.grid, ctx.kind, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
+    gradients = _backward(grad, *ctx.saved_tensors, ctx.grid, ctx.kind, ctx.scale)
+    return *gradients, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Blocks:
+    """The tensors of one call in their working form, and the loops over blocks.
+
+    The heads of all images are one list of S = B * N sequences: q, k, v are (S, L, d), t is (S, L). In the loops s, i
+    and j are slices: some sequences, some queries, some keys.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tokens: Tensor,
+        attn_mask: Tensor | None,
+        grid: list[int],
+        kind: str,
+        scale: float,
+    ) -> None:
+        batch_size, self.num_heads, self.length, self.head_dim = q.shape
+        self.num_sequences = batch_size * self.num_heads
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.q, self.k, self.v = (self.as_sequences(x) for x in (q, k, v))
+        t = tokens.to(self.dtype).expand(batch_size, -1, -1)
+        self.t = t.reshape(self.num_sequences, self.length)
+        self.attn_mask, self.scale, self.kind = attn_mask, scale, kind
+        self.sign = 1.0 if kind == "manhattan" else -1.0
+        self.height, self.width, self.num_prefix = grid
+        self.positions = torch.arange(self.length, dtype=self.dtype, device=q.device)
+
+    def as_sequences(self, x: Tensor) -> Tensor:
+        """(B, N, L, d) -> (S, L, d) in the working dtype."""
+        return x.reshape(self.num_sequences, self.length, self.head_dim).to(self.dtype)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.t.device)
+
+    def factor(self, i: slice, j: slice) -> Tensor:
+        """F of the queries i and the keys j; one of the two is all tokens."""
+        first_i, first_j = (min(max(0, self.num_prefix - x.start), x.stop - x.start) for x in (i, j))
+        if self.kind != "manhattan":
+            out = (self.positions[j] - self.positions[i, None]).sign_()
+        else:
+            out = self.empty(i.stop - i.start, j.stop - j.start)
+            inner, size = out[first_i:, first_j:], (self.height, self.width)  # inner: without prefix tokens
+            # One sum over the block: each token's distances to the rows and to the columns of the grid.
+            if j.stop - j.start == self.length:
+                down, along = self.distances(i.start + first_i, i.stop)  # (i, H), (i, W)
+                torch.add(down[:, :, None], along[:, None, :], out=inner.unflatten(1, size))
+            else:
+                down, along = self.distances(j.start + first_j, j.stop)
+                torch.add(down.T[:, None, :], along.T[None], out=inner.unflatten(0, size))
+        out[:first_i] = 0
+        out[:, :first_j] = 0
+        return out
+
+    def distances(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """From the tokens start .. stop - 1 to each row of the grid, (n, H), and to each of its columns, (n, W)."""
+        patch = torch.arange(start, stop, device=self.t.device) - self.num_prefix
+        rows, columns = self.positions[: self.height], self.positions[: self.width]
+        return (rows - (patch // self.width)[:, None]).abs_(), (columns - (patch % self.width)[:, None]).abs_()
+
+    def sequence_blocks(self, num_rows: int) -> list[tuple[slice, Tensor | None]]:
+        """Blocks of sequences for blocks of num_rows queries, with their part of attn_mask, (heads|1, L|1, L).
+
+        With a mask a block stays within one image, because the mask tells images apart.
+        """
+        count = max(torch.get_num_threads(), _BLOCK // (num_rows * self.length))
+        if self.attn_mask is None:
+            return [(s, None) for s in _slices(0, self.num_sequences, count)]
+        found: list[tuple[slice, Tensor | None]] = []
+        for image in range(self.num_sequences // self.num_heads):
+            mask = self.attn_mask[image if len(self.attn_mask) > 1 else 0].to(self.dtype)
+            first = image * self.num_heads
+            found += [
+                (s, mask[s.start - first : s.stop - first] if len(mask) > 1 else mask)
+                for s in _slices(first, first + self.num_heads, count)
+            ]
+        return found
+
+    def row_blocks(self) -> list[slice]:
+        """Blocks of queries: all of a short sequence, else so many that they make a block with all keys."""
+        if self.length <= 512:
+            return [slice(0, self.length)]
+        parts = -(-self.length // max(64, (1 << 18) // self.length))
+        return _slices(0, self.length, -(-self.length // parts))
+
+    def buffers(self, rows: list[slice], sequences: list[tuple[slice, Tensor | None]]) -> tuple[Tensor, Tensor]:
+        """Two blocks of the largest size, flat."""
+        size = max(s.stop - s.start for s, _ in sequences) * max(i.stop - i.start for i in rows) * self.length
+        return self.empty(size), self.empty(size)
+
+    def view(self, buffer: Tensor, s: slice, i: slice) -> Tensor:
+        """The beginning of a buffer as a block (s, i, L)."""
+        shape = (s.stop - s.start, i.stop - i.start, self.length)
+        return buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+
+    def probabilities(
+        self, q: Tensor, s: slice, i: slice, f: Tensor, mask: Tensor | None, scores: Tensor, out: Tensor
+    ) -> None:
+        """P of a block into out, (s, i, L); scores is scratch of that shape, q is scaled."""
+        t = self.t[s]
+        torch.add(t[:, i, None], t[:, None], alpha=self.sign, out=scores).mul_(f)
+        if mask is not None:
+            scores.add_(mask[:, i] if mask.shape[1] > 1 else mask)
+        if self.kind == "causal":
+            later = (self.positions > self.positions[i, None]) & (self.positions >= self.num_prefix)
+            later[: max(0, self.num_prefix - i.start)] = False  # prefix tokens have no position
+            scores.masked_fill_(later, float("-inf"))
+        scores.baddbmm_(q[s, i], self.k[s].transpose(1, 2))
+        if mask is None:
+            _softmax(scores, out=out)
+            return
+        is_empty = scores.amax(-1, keepdim=True) == float("-inf")
+        _softmax(scores.masked_fill_(is_empty, 0.0), out=out)
+        out.masked_fill_(is_empty, 0.0)
+
+    def forward_by_rows(self) -> Tensor:
+        """Blocks of queries against all keys."""
+        out, q = torch.empty_like(self.q), self.q * self.scale
+        rows = self.row_blocks()
+        sequences = self.sequence_blocks(rows[0].stop)
+        buffers = self.buffers(rows, sequences)
+        for i in rows:
+            f = self.factor(i, slice(0, self.length))
+            for s, mask in sequences:
+                scores, p = (self.view(buffer, s, i) for buffer in buffers)
+                self.probabilities(q, s, i, f, mask, scores, p)
+                torch.bmm(p, self.v[s], out=out[s, i])
+        return out
+
+    def forward_by_keys(self) -> Tensor:
+        """All queries against blocks of keys by the CPU's flash kernel; blocks are merged by their log-sum-exp."""
+        out, lse = torch.empty_like(self.q), torch.empty_like(self.t)
+        # Up to 1280 tokens one head's mask is a block. The kernel takes its threads from heads and queries.
+        keys, count = (self.length, 1) if self.length <= 1280 else (_KEYS, torch.get_num_threads())
+        buffer = self.empty(count * self.length * keys)
+        for j in _slices(0, self.length, keys):
+            f = self.factor(slice(0, self.length), j)
+            for s in _slices(0, self.num_sequences, count):
+                t, shape = self.t[s], (s.stop - s.start, *f.shape)
+                mask = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+                torch.add(t[:, :, None], t[:, None, j], alpha=self.sign, out=mask).mul_(f)
+                q, k, v = self.q[None, s], self.k[None, s, j], self.v[None, s, j]
+                (part,), (part_lse,) = _flash(q, k, v, attn_mask=mask[None], scale=self.scale)
+                if j.start == 0:
+                    out[s], lse[s] = part, part_lse
+                    continue
+                total = torch.logaddexp(lse[s], part_lse)
+                out[s].mul_((lse[s] - total).exp_()[..., None])
+                out[s].addcmul_(part, (part_lse - total).exp_()[..., None])
+                lse[s] = total
+        return out
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dQ, dK, dV, (S, L, d), and dt, (S, L); the equations are at the top of the file."""
+        grad, q = self.as_sequences(grad), self.q * self.scale
+        dq, dk, dv = (torch.empty_like(self.q) for _ in range(3))
+        dt = torch.zeros_like(self.t)
+        rows = self.row_blocks()
+        sequences = self.sequence_blocks(rows[0].stop)
+        buffers = self.buffers(rows, sequences)
+        for i in rows:
+            f = self.factor(i, slice(0, self.length))
+            beta = float(i.start > 0)  # the first block of queries overwrites, the others add
+            for s, mask in sequences:
+                ds, p = (self.view(buffer, s, i) for buffer in buffers)
+                self.probabilities(q, s, i, f, mask, ds, p)
+                torch.bmm(grad[s, i], self.v[s].transpose(1, 2), out=ds)  # dP
+                dv[s].baddbmm_(p.transpose(1, 2), grad[s, i], beta=beta)
+                _softmax_backward(ds, p, -1, self.dtype, grad_input=ds)
+                torch.bmm(ds, self.k[s], out=dq[s, i])
+                dk[s].baddbmm_(ds.transpose(1, 2), q[s, i], beta=beta)
+                ds.mul_(f)
+                dt[s].add_(ds.sum(1), alpha=self.sign)
+                dt[s, i].add_(ds.sum(2))
+        return dq.mul_(self.scale), dk, dv, dt
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    """start .. stop in pieces of size, the last one smaller."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
