@@ -1,4 +1,7 @@
-"""From pixels to tokens and from one stage to the next, by overlapping convolutions as RMT has them."""
+"""From pixels to tokens and from one stage to the next, by overlapping convolutions as RMT has them.
+
+What they give is contiguous, so that the norms and projections of all blocks behind them need no copies.
+"""
 
 from torch import Tensor, nn
 
@@ -33,8 +36,8 @@ class ConvStem(nn.Module):
         self.proj = nn.Sequential(*layers[:-1])  # no GELU after the last
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> a map (B, ceil(H / stride), ceil(W / stride), dim)."""
-        return self.proj(x).permute(0, 2, 3, 1)
+        """Images (B, in_chans, H, W) -> a map (B, ceil(H / stride), ceil(W / stride), dim), contiguous."""
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()
 
 
 class Downsample(nn.Module):
@@ -51,5 +54,5 @@ class Downsample(nn.Module):
         self.norm = nn.BatchNorm2d(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A map (B, H, W, dim) -> (B, ceil(H / 2), ceil(W / 2), out_dim)."""
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        """A map (B, H, W, dim) -> (B, ceil(H / 2), ceil(W / 2), out_dim), contiguous."""
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).contiguous()

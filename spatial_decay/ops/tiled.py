@@ -167,7 +167,7 @@ class _Blocks:
 
     def as_sequences(self, x: Tensor) -> Tensor:
         """(B, N, L, d) -> (S, L, d) in the working dtype."""
-        return x.reshape(self.num_sequences, self.length, self.head_dim).to(self.dtype)
+        return x.reshape(self.num_sequences, self.length, self.head_dim).to(self.dtype).contiguous()
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.t.device)
@@ -299,19 +299,26 @@ class _Blocks:
         buffers = self.buffers(rows, sequences)
         for i in rows:
             f = self.factor(i, slice(0, self.length))
-            beta = float(i.start > 0)  # the first block of queries overwrites, the others add
             for s, mask in sequences:
                 ds, p = (self.view(buffer, s, i) for buffer in buffers)
                 self.probabilities(q, s, i, f, mask, ds, p)
                 torch.bmm(grad[s, i], self.v[s].transpose(1, 2), out=ds)  # dP
-                dv[s].baddbmm_(p.transpose(1, 2), grad[s, i], beta=beta)
+                _add_product(dv[s], p.transpose(1, 2), grad[s, i], is_first=i.start == 0)
                 _softmax_backward(ds, p, -1, self.dtype, grad_input=ds)
                 torch.bmm(ds, self.k[s], out=dq[s, i])
-                dk[s].baddbmm_(ds.transpose(1, 2), q[s, i], beta=beta)
+                _add_product(dk[s], ds.transpose(1, 2), q[s, i], is_first=i.start == 0)
                 ds.mul_(f)
                 dt[s].add_(ds.sum(1), alpha=self.sign)
                 dt[s, i].add_(ds.sum(2))
         return dq.mul_(self.scale), dk, dv, dt
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """total += a @ b; the first time total = a @ b, which is one call where baddbmm_ with beta = 0 is one a matrix."""
+    if is_first:
+        torch.bmm(a, b, out=total)
+    else:
+        total.baddbmm_(a, b)
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:
