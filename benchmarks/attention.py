@@ -1,0 +1,249 @@
+"""Attention with decay against plain F.scaled_dot_product_attention, and against the ways in which others add a decay.
+
+    python -m benchmarks.attention                               # CPU, float32; results in outputs/benchmarks/attention
+    python -m benchmarks.attention --device cuda --dtype bfloat16 --cold-cache
+
+Contenders start at the gate: forward is gate -> output without autograd, forward+backward ends at the gradients of
+q, k, v and the gate. The floor has no gate and no mask. Needs the extra [viz] for the picture.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
+from benchmarks.timing import Call, interleaved, peak_memory, reasons, relative_error
+from spatial_decay import AxialDecay, Grid, ManhattanDecay, PathDecay, decay_attention
+from spatial_decay.decay import Decay
+from spatial_decay.grid import columns_of_rows, from_columns, manhattan_distance, to_columns, to_rows
+from spatial_decay.ops.attention import BACKENDS
+
+FLOOR, COMPILED = "plain SDPA", "mask compiled"
+PASSES = ("forward", "forward+backward")
+ALPHA = 0.1
+
+Gates: TypeAlias = tuple[Tensor, ...]
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Gates], Tensor]
+"""q, k, v, (B, N, L, d), and gates, (B, N, L) -> the output."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of decay, named as in SpatialDecayMask, and the shape (B, N, L, d)."""
+
+    kind: str
+    batch_size: int
+    num_heads: int
+    grid: Grid
+    head_dim: int
+
+    @property
+    def shape(self) -> str:
+        height, width = self.grid.size
+        return f"{self.batch_size}, {self.num_heads}, {height}x{width}, {self.head_dim}"
+
+    def decay(self, gates: Gates) -> Decay:
+        if self.kind == "decomposed":
+            return AxialDecay.from_gates(gates[0], gates[1], self.grid)
+        if self.kind == "1d":
+            return PathDecay.from_gate(gates[0], self.grid)
+        return ManhattanDecay.from_gate(gates[0], self.grid, alpha=ALPHA)
+
+
+_WHOLE = ((8, 8, Grid(14, 14), 32), (4, 12, Grid(16, 16), 64), (1, 8, Grid(32, 32), 64), (1, 4, Grid(56, 56), 32))
+_AXIAL = ((8, 4, Grid(28, 28), 32), (8, 4, Grid(56, 56), 16))
+CASES = {
+    kind: [Case(kind, *shape) for shape in shapes]
+    for kind, shapes in {"full": _WHOLE, "1d": _WHOLE, "decomposed": _AXIAL}.items()
+}
+"""By kind, the smallest first."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cases of a run share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: str  # "tokens": (B, L, N, d) in memory, as a ViT has heads; "heads": (B, N, L, d)
+
+
+# Peers: what one writes without this package. Eager ones get the table of distances for nothing.
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's own, with a mask in memory."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype))
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """RMT's: softmax(Q K^T / sqrt(d) + M) V, step by step."""
+    assert mask is not None
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask.to(q.dtype)
+    return scores.softmax(-1) @ v
+
+
+def path_mask(gate: Tensor) -> Tensor:
+    """SDT Eq. 6, (..., L) -> (..., L, L)."""
+    total = F.pad(gate.abs()[..., :-1], (1, 0)).cumsum(-1)
+    return -(total[..., :, None] - total[..., None, :]).abs()
+
+
+def peer(case: Case, attend: Callable[..., Tensor], device: torch.device, *, decays: bool = True) -> Attend:
+    """An attention that takes a mask, on the masks of this case: SDT Eq. 7-9, 6 or 11-12."""
+    grid = case.grid
+    h, w = grid.positions(device=device, dtype=torch.float32)
+    distance = manhattan_distance((h[:, None], w[:, None]), (h, w)) if case.kind == "full" else None  # (L, L)
+
+    def mask(gate: Tensor) -> Tensor:
+        if distance is None:
+            return path_mask(gate)
+        strength = gate * (ALPHA / 2)
+        return (strength[..., :, None] + strength[..., None, :]) * distance
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
+        return attend(q, k, v, mask(gates[0]) if decays else None)
+
+    def axes(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
+        rows = path_mask(to_rows(gates[1], grid)) if decays else None
+        v = attend(to_rows(q, grid), to_rows(k, grid), to_rows(v, grid), rows)  # (B*H, N, W, d)
+        columns = path_mask(to_columns(gates[0], grid)) if decays else None
+        v = attend(to_columns(q, grid), to_columns(k, grid), columns_of_rows(v, grid), columns)  # (B*W, N, H, d)
+        return from_columns(v, grid)
+
+    return axes if case.kind == "decomposed" else whole
+
+
+def library(case: Case, backend: str) -> Attend:
+    """This package's decay_attention."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
+        return decay_attention(q, k, v, case.decay(gates), backend=backend)
+
+    return attend
+
+
+PEERS: dict[str, Callable[[Case, torch.device], Attend]] = {
+    FLOOR: lambda case, device: peer(case, sdpa, device, decays=False),
+    "mask eager": lambda case, device: peer(case, sdpa, device),
+    COMPILED: lambda case, device: torch.compile(peer(case, sdpa, device), dynamic=False),
+    "written-out softmax": lambda case, device: peer(case, written_out, device),
+}
+
+
+def contenders() -> list[str]:
+    """The floor, the backends of this package, the peers."""
+    return [FLOOR, "auto", *BACKENDS, *(name for name in PEERS if name != FLOOR)]
+
+
+def make_call(case: Case, setting: Setting, contender: str, which: str, exact: bool = False) -> Call:
+    """One pass of one contender on inputs of its own; exact: the same inputs in float64."""
+    device, needs_grad = setting.device, which == PASSES[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def heads() -> Tensor:
+        shape = (case.batch_size, case.grid.num_tokens, case.num_heads, case.head_dim)
+        x = torch.randn(shape, generator=generator).to(device, setting.dtype).transpose(1, 2)
+        x = x if setting.layout == "tokens" else x.contiguous()
+        return x.double() if exact else x
+
+    def gate() -> Tensor:
+        shape = (case.batch_size, case.num_heads, case.grid.num_tokens)
+        x = F.logsigmoid(torch.randn(shape, generator=generator)).to(device)
+        return x.double() if exact else x
+
+    q, k, v, grad = (heads() for _ in range(4))
+    gates = tuple(gate() for _ in range(2 if case.kind == "decomposed" else 1))
+    inputs = [x.requires_grad_(needs_grad) for x in ((q, k, v) if contender == FLOOR else (q, k, v, *gates))]
+    attend = PEERS[contender](case, device) if contender in PEERS else library(case, contender)
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (attend(q, k, v, gates),)
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(q, k, v, gates), inputs, grad)
+
+    return forward_and_backward if needs_grad else forward
+
+
+def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namespace) -> list[Row]:
+    """One pass of all contenders; one that cannot run has a note in place of numbers."""
+    if not arguments.quick:
+        torch.compiler.reset()  # a function is compiled for a few shapes only, then no more
+    wanted = make_call(case, setting, "math", which, exact=True)()
+    calls: dict[str, Call] = {}
+    errors: dict[str, float | None] = {}
+    notes: dict[str, str] = {}
+    for name in contenders():
+        if arguments.quick and name == COMPILED:
+            notes[name] = "left out by --quick"
+            continue
+        call = make_call(case, setting, name, which)
+        try:
+            found = call()
+        except RuntimeError as error:  # NotImplementedError, out of memory and failures to compile are among them
+            notes[name] = reasons(error)
+            continue
+        calls[name] = call
+        errors[name] = None if name == FLOOR else relative_error(found, wanted)
+    del wanted
+    timings = interleaved(
+        calls,
+        FLOOR,
+        rounds=1 if arguments.quick else arguments.rounds,
+        device=setting.device,
+        warmup=0 if arguments.quick else 2,
+        min_seconds=0 if arguments.quick else 0.02,
+        cold_cache=arguments.cold_cache,
+    )
+    rows: list[Row] = []
+    for name in contenders():
+        measures_memory = name in calls and not (arguments.no_memory or arguments.quick)
+        peak = peak_memory(make_call, case, setting, name, which, device=setting.device) if measures_memory else None
+        row: Row = {"kind": case.kind, "B, N, grid, d": case.shape, "L": case.grid.num_tokens, "pass": which}
+        row |= {"contender": name, **timing_columns(timings.get(name)), "peak MB": None if peak is None else peak / 1e6}
+        rows.append(row | {"error": errors.get(name), "note": notes.get(name, "")})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Run the command line; the rows of results.csv."""
+    from benchmarks.picture import plot_ratios  # not in the processes that measure memory
+
+    parser = command_line(__doc__.splitlines()[0], "attention", rounds=15)
+    parser.add_argument("--kinds", default=",".join(CASES), help="of decay, comma-separated")
+    parser.add_argument("--layout", choices=("tokens", "heads"), default="tokens", help="of q, k and v in memory")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--cold-cache", action="store_true", help="on cuda, empty the L2 cache before each timing")
+    arguments = parser.parse_args(argv)
+    kinds = arguments.kinds.split(",")
+    if unknown := set(kinds) - set(CASES):
+        parser.error(f"argument --kinds: choose from {', '.join(CASES)}: got {', '.join(sorted(unknown))}")
+    torch.set_num_threads(arguments.threads)
+    setting = Setting(torch.device(arguments.device), DTYPES[arguments.dtype], arguments.layout)
+    where = machine(setting.device, arguments.dtype) | {"layout": setting.layout, "cold_cache": arguments.cold_cache}
+    rows: list[Row] = []
+    for case in (case for kind in kinds for case in CASES[kind][: 1 if arguments.quick else None]):
+        for which in PASSES:
+            new = measure(case, setting, which, arguments)
+            print(f"\n{format_table(new)}", flush=True)
+            rows += new
+        write_results(arguments.output, "Attention with decay", ABOUT, rows, where, by=["kind", "B, N, grid, d"])
+        plot_ratios(rows, PASSES, FLOOR).savefig(arguments.output / "ratio.png", dpi=150)
+    return rows
+
+
+ABOUT = f"""`ratio` is to `{FLOOR}`, without decay and mask, in the same round: median (quartiles). The floor of
+`decomposed` is two calls, over rows and columns, with the same permutes.
+`peak MB` (10^6 bytes) is above the inputs: outputs, gradients and scratch, on the CPU to about 0.3; `-` where it was
+left out (--no-memory, --quick) or the system does not say.
+`error` is |x - x64| / |x64| against float64: of the output, or the worst of the gradients of q, k, v and the gates."""
+
+if __name__ == "__main__":
+    main()

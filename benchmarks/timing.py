@@ -1,0 +1,160 @@
+"""How the benchmarks measure: interleaved rounds, ratios to a floor, peak memory, errors against float64."""
+
+import ctypes
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Call", "Timing", "interleaved", "peak_memory", "reasons", "relative_error"]
+
+Call = Callable[[], Any]
+"""What is measured: it does all of its work each time."""
+
+_PROCESS = Path("/proc/self")  # Linux's account of the process that reads it
+_CACHE_FLUSH_BYTES = 256 << 20  # several times any GPU's L2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time of one call, and how it compares with the floor's in the same round.
+
+    Args:
+        seconds: Median over the rounds.
+        ratio: Median of the rounds' ratios to the floor.
+        low: Their lower quartile.
+        high: Their upper quartile.
+    """
+
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    floor: str,
+    *,
+    rounds: int,
+    device: torch.device,
+    warmup: int = 2,
+    min_seconds: float = 0.02,
+    cold_cache: bool = False,
+) -> dict[str, Timing]:
+    """Time the calls side by side, so that a machine that slows down slows all of them down.
+
+    Args:
+        calls: By name. Each is timed once in every round; the order rotates from round to round.
+        floor: Name of the call that the others are compared with.
+        rounds: That count.
+        device: Where the work is done.
+        warmup: Rounds before these, which do not count.
+        min_seconds: One timing repeats its call until the floor's would take this long, and divides.
+        cold_cache: On CUDA, empty the L2 cache before each timing, and do not repeat.
+    """
+    flush = torch.empty(_CACHE_FLUSH_BYTES if cold_cache and device.type == "cuda" else 0, dtype=torch.int8).to(device)
+    calls[floor]()
+    once = _seconds(calls[floor], 1, device, flush)
+    repeats = 1 if flush.numel() else max(1, math.ceil(min_seconds / max(once, 1e-6)))
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(warmup + rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed = _seconds(calls[name], repeats, device, flush)
+            if i >= warmup:
+                seconds[name].append(elapsed)
+    return {name: _summary(seconds[name], seconds[floor]) for name in names}
+
+
+def _seconds(call: Call, repeats: int, device: torch.device, flush: Tensor) -> float:
+    """Of one call, by CUDA's clock or the CPU's."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    torch.cuda.synchronize(device)
+    start_event.record()
+    for _ in range(repeats):
+        call()
+    end_event.record()
+    torch.cuda.synchronize(device)
+    return start_event.elapsed_time(end_event) / 1000 / repeats
+
+
+def _summary(seconds: Sequence[float], floor: Sequence[float]) -> Timing:
+    ratios = [a / b for a, b in zip(seconds, floor, strict=True)]
+    # quantiles wants two values; of one round, the quartiles are the round itself.
+    low, middle, high = statistics.quantiles(ratios * 2 if len(ratios) == 1 else ratios, n=4, method="inclusive")
+    return Timing(statistics.median(seconds), middle, low, high)
+
+
+def peak_memory(make_call: Callable[..., Call], *arguments: object, device: torch.device) -> int | None:
+    """Bytes at the peak of a call, above what stood there before it: its output and gradients count, inputs do not.
+
+    The call runs once before, so that libraries, compiled code and cached tables are in place.
+
+    Args:
+        make_call: Makes the inputs and the call; a function of a module, because on the CPU a new process runs it.
+        arguments: Of make_call.
+        device: CUDA's allocator counts for itself. On the CPU it is the resident memory of a fresh process, by
+            Linux's high-water mark, which can be set back: getrusage's ru_maxrss cannot, and starts at the parent's.
+
+    Returns:
+        None where the system does not say.
+    """
+    if device.type == "cuda":
+        call = make_call(*arguments)
+        call()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not (_PROCESS / "clear_refs").exists():
+        return None
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_resident_peak, torch.get_num_threads(), make_call, arguments).result()
+
+
+def _resident_peak(num_threads: int, make_call: Callable[..., Call], arguments: tuple[object, ...]) -> int:
+    # M_MMAP_THRESHOLD = 64 kB: what is freed goes back to the system at once, and is counted when it is used again.
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    torch.set_num_threads(num_threads)
+    call = make_call(*arguments)
+    call()
+    (_PROCESS / "clear_refs").write_text("5")  # the high-water mark becomes what is resident now
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """A field of the process's status, in bytes."""
+    lines = (_PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """|found - wanted| / |wanted| in the Frobenius norm; the worst of several tensors. wanted is float64."""
+    return max(((f.double() - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True))
+
+
+def reasons(error: Exception) -> str:
+    """Why a contender did not run, in one line: a backend's list of reasons, or what was raised."""
+    lines = str(error).splitlines() or [""]
+    listed = [line.removeprefix("  - ") for line in lines if line.startswith("  - ")]
+    return "; ".join(listed) if listed else f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,123 @@
+"""The benchmarks run, write their files and say why a contender has no number. Nothing here looks at a clock."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from benchmarks import attention, models, report, timing
+from spatial_decay.ops.attention import BACKENDS
+
+PNG = b"\x89PNG"
+
+
+class Unable:
+    """A backend that takes nothing."""
+
+    def unsupported_reasons(self, _inputs):
+        return ["q is too good (needs worse)", "it is Sunday"]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def row(**values):
+    columns = {"kind": "full", "contender": "tiled", "ms": 2.0, "ratio": 1.25, "ratio_low": 1.2, "ratio_high": 1.5}
+    return columns | {"peak MB": 3.25, "error": 2e-7, "note": ""} | values
+
+
+def test_table():
+    nothing = row(contender="flex", note="a | b", **dict.fromkeys(("ms", "ratio", "ratio_low", "ratio_high"), None))
+    lines = report.format_table([row(), nothing]).splitlines()
+    assert lines == [
+        "| kind | contender | ms | ratio | peak MB | error | note |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| full | tiled | 2.00 | 1.25 (1.20 to 1.50) | 3.25 | 2.0e-07 |  |",
+        "| full | flex | - | - | 3.25 | 2.0e-07 | a \\| b |",
+    ]
+
+
+def test_files(tmp_path):
+    rows = [row(), row(kind="1d", ms=None)]
+    where = report.machine(torch.device("cpu"), "float32")
+    report.write_results(tmp_path / "new", "Title", "About.", rows, where, by=["kind"])
+    with (tmp_path / "new/results.csv").open(encoding="utf-8", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [line["ms"] for line in read] == ["2.0", ""]
+    assert all(line["torch"] == torch.__version__ and line["cpu"] for line in read)
+    text = (tmp_path / "new/results.md").read_text(encoding="utf-8")
+    assert text.startswith("# Title\n\nAbout.\n\n- device: cpu\n")
+    assert "## full\n\n| contender |" in text
+    assert "## 1d\n\n| contender |" in text
+
+
+def test_rounds_are_interleaved_and_rotated():
+    seen = []
+    calls = {name: lambda name=name: seen.append(name) for name in "abc"}
+    found = timing.interleaved(calls, "a", rounds=2, device=torch.device("cpu"), warmup=1, min_seconds=0)
+    assert "".join(seen) == "aa" + "abc" + "bca" + "cab"  # two to see how long the floor takes
+    assert found["a"].ratio == 1
+    assert all(t.low <= t.ratio <= t.high for t in found.values())
+
+
+def test_summary_is_of_the_ratios_in_each_round():
+    found = timing._summary([2.0, 3.0, 40.0], [1.0, 2.0, 10.0])
+    assert found == timing.Timing(seconds=3.0, ratio=2.0, low=1.75, high=3.0)
+
+
+def make_allocation(megabytes):
+    return lambda: torch.ones(megabytes << 18)
+
+
+def test_peak_memory():
+    if not (timing._PROCESS / "clear_refs").exists():
+        pytest.skip("needs Linux's /proc/self/clear_refs")
+    peak = timing.peak_memory(make_allocation, 64, device=torch.device("cpu"))
+    assert peak == pytest.approx(64 << 20, rel=0.05)
+
+
+def test_relative_error_is_the_worst():
+    wanted = [torch.tensor([3.0, 4.0]).double(), torch.ones(1).double()]
+    assert timing.relative_error([torch.tensor([3.0, 4.5]), torch.ones(1)], wanted) == pytest.approx(0.1)
+
+
+def test_attention(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(BACKENDS, "unable", Unable())
+    rows = attention.main(["--quick", "--kinds", "full,decomposed", "--threads", "1", "--output", str(tmp_path)])
+    assert {row["contender"] for row in rows} == {*attention.contenders()}
+    for found in rows:
+        name, note = found["contender"], found["note"]
+        if name == "unable":
+            assert note == "q is too good (needs worse); it is Sunday"
+        if note:
+            assert found["ratio"] is None
+            assert name in BACKENDS or name == attention.COMPILED
+        elif name != attention.FLOOR:
+            assert found["error"] < 1e-5
+            assert math.isfinite(found["ratio"])
+    assert "it is Sunday" in capsys.readouterr().out
+    assert "it is Sunday" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert (tmp_path / "results.csv").read_text(encoding="utf-8").count("\n") == 1 + len(rows)
+    assert (tmp_path / "ratio.png").read_bytes().startswith(PNG)
+
+
+def test_models(tmp_path, capsys):
+    before = list(BACKENDS)
+    rows = models.main(["--quick", "--threads", "1", "--profile", "--output", str(tmp_path)])
+    assert list(BACKENDS) == before
+    assert all(row["note"] or row["images/s"] > 0 for row in rows)
+    assert {row["model"] for row in rows} >= {models.FLOOR, "sdt_h_tiny auto", f"timm {models.PEER}"}
+    assert "Self CPU" in capsys.readouterr().out
+    assert (tmp_path / "results.md").exists()
+    assert (tmp_path / "profile.txt").exists()
+
+
+def test_a_kind_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        attention.main(["--kinds", "full,round"])
+    assert "got round" in capsys.readouterr().err
