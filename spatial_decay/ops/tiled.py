@@ -67,7 +67,8 @@ def attention(inputs: Inputs) -> Tensor:
     return _forward(inputs.q, inputs.k, inputs.v, tokens, inputs.attn_mask, grid, kind, inputs.scale)
 
 
-# Schemas are spelt out: torch 2.6 does not infer them from today's annotations.
+# Schemas are spelt out: torch 2.6 does not infer them from today's annotations. The functions that torch calls back are
+# left untyped (no-untyped-def): it passes them what the schema says. Both operators must repeat the signature for it.
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor? attn_mask, SymInt[] grid, str kind, float scale"
 
 
