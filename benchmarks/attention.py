@@ -21,7 +21,7 @@ from benchmarks.timing import Call, interleaved, peak_memory, reasons, relative_
 from spatial_decay import AxialDecay, Grid, ManhattanDecay, PathDecay, decay_attention
 from spatial_decay.decay import Decay
 from spatial_decay.grid import columns_of_rows, from_columns, manhattan_distance, to_columns, to_rows
-from spatial_decay.ops.attention import BACKENDS
+from spatial_decay.ops import BACKENDS
 
 FLOOR, COMPILED = "plain SDPA", "mask compiled"
 PASSES = ("forward", "forward+backward")
@@ -181,7 +181,7 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
     errors: dict[str, float | None] = {}
     notes: dict[str, str] = {}
     for name in contenders():
-        if arguments.quick and name == COMPILED:
+        if arguments.quick and name in (COMPILED, "flex"):  # compiled too
             notes[name] = "left out by --quick"
             continue
         call = make_call(case, setting, name, which)

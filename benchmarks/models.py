@@ -20,7 +20,7 @@ from benchmarks.report import DTYPES, Row, command_line, format_table, machine, 
 from benchmarks.timing import Call, interleaved, reasons
 from spatial_decay import sdt_h_tiny
 from spatial_decay.models.sdt_h import SDTHOptions
-from spatial_decay.ops.attention import BACKENDS
+from spatial_decay.ops import BACKENDS
 from spatial_decay.ops.inputs import Inputs
 
 FLOOR = "decays none"
@@ -36,6 +36,8 @@ class _Plain:
 
     def unsupported_reasons(self, inputs: Inputs) -> list[str]:  # noqa: ARG002
         return []
+
+    avoid_reasons = unsupported_reasons
 
     def attention(self, inputs: Inputs) -> Tensor:
         return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, scale=inputs.scale)

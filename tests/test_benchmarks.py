@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import attention, models, report, timing
-from spatial_decay.ops.attention import BACKENDS
+from spatial_decay.ops import BACKENDS
 
 PNG = b"\x89PNG"
 
@@ -17,6 +17,8 @@ class Unable:
 
     def unsupported_reasons(self, _inputs):
         return ["q is too good (needs worse)", "it is Sunday"]
+
+    avoid_reasons = unsupported_reasons
 
 
 @pytest.fixture(autouse=True)

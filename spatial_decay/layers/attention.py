@@ -11,7 +11,7 @@ from spatial_decay.layers.mask import SpatialDecayMask
 from spatial_decay.layers.output_gate import OutputGate
 from spatial_decay.layers.rotary import RotaryEmbedding
 from spatial_decay.ops import attention_weights, decay_attention
-from spatial_decay.ops.attention import check_backend
+from spatial_decay.ops.choice import check_backend
 from spatial_decay.precision import check_like_weights
 
 __all__ = ["AttentionOptions", "SpatialDecayAttention"]

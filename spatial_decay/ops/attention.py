@@ -1,31 +1,15 @@
-"""The public door of attention with decay (SDT Eq. 10, 12): the choice of a backend, and rows, then columns."""
-
-from typing import Protocol
+"""The public door of attention with decay (SDT Eq. 10, 12): rows, then columns, and a backend for each."""
 
 import torch
 from torch import Tensor
 
 from spatial_decay.decay import AxialDecay, Decay
 from spatial_decay.grid import from_columns, to_rows
-from spatial_decay.ops import math, sdpa, tiled
+from spatial_decay.ops import math
+from spatial_decay.ops.choice import BACKENDS, check_backend, choose, explain
 from spatial_decay.ops.inputs import Inputs, along_columns, along_rows, checked_inputs
 
-__all__ = ["BACKENDS", "Backend", "attention_weights", "check_backend", "decay_attention"]
-
-
-class Backend(Protocol):
-    """What a file of a backend offers."""
-
-    def unsupported_reasons(self, inputs: Inputs) -> list[str]:
-        """Why these inputs cannot run there; empty where they can."""
-
-    def attention(self, inputs: Inputs) -> Tensor:
-        """softmax(scale * Q K^T + M) V, (B, N, L, d) in the dtype of v."""
-
-
-BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "math": math, "tiled": tiled}
-"""In order of preference: "auto" takes the first that has no reason against the inputs. `math` runs everything, so what
-stands behind it is taken by name only."""
+__all__ = ["attention_weights", "decay_attention", "explain_backend"]
 
 
 def decay_attention(
@@ -45,7 +29,7 @@ def decay_attention(
 
     With an AxialDecay, twice: over each row, then over each column of the result (Eq. 12).
 
-    Forward-mode and second derivatives need backend="math": F.scaled_dot_product_attention has neither.
+    Forward-mode and second derivatives need backend="math": the others have neither.
 
     Args:
         q: Queries, (B, N, L, d), floating point.
@@ -58,8 +42,9 @@ def decay_attention(
         dropout_p: Probability of dropping an attention weight, 0 <= dropout_p < 1. It always applies: pass 0 when
             not training.
         scale: Multiplies Q K^T. None means d ** -0.5.
-        backend: "auto", or the name of one backend: "sdpa" (the mask in memory), "math" (written out) or "tiled"
-            (by blocks, without the mask in memory; never chosen by "auto").
+        backend: "auto", the fastest that can run the inputs (explain_backend says which), or the name of one: "tiled"
+            (by blocks, without the mask in memory; for CPUs), "sdpa" (the mask in memory), "math" (written out) or
+            "flex" (FlexAttention, compiled; never chosen by "auto").
 
     Returns:
         (B, N, L, d), dtype of q; under autocast, its dtype.
@@ -117,21 +102,47 @@ def attention_weights(
     return together.flatten(4, 5).flatten(2, 3)
 
 
-def check_backend(backend: str) -> None:
-    """Raise ValueError where no backend has this name."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}: got {backend!r}.")
+def explain_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Decay | None = None,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> str:
+    """Which backend "auto" takes for these inputs, and why none of the others; to read, and to put into bug reports.
+
+    Args:
+        q: As all the others as in decay_attention. It counts whether gradients are enabled and required.
+        k: The same.
+        v: The same.
+        bias: The same.
+        attn_mask: The same.
+        dropout_p: The same.
+        scale: The same.
+
+    Returns:
+        Lines of text; with an AxialDecay, for the attention along rows, then for that along columns.
+
+    Raises:
+        TypeError, ValueError: as in decay_attention.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 4, 49, 16)
+        >>> print(explain_backend(q, k, v, ManhattanDecay(torch.full((2, 4, 49), -0.05), Grid(7, 7))))
+        math
+          tiled could: 0.019 million scores are faster written out (math), up to 2.1 million
+          sdpa could: 0.019 million scores are faster written out (math), up to 2.1 million
+          flex could: it is compiled for each new shape
+    """
+    inputs = checked_inputs(q, k, v, bias, attn_mask, dropout_p, scale)
+    if not isinstance(bias, AxialDecay):
+        return str(explain(inputs))
+    rows, columns = along_rows(inputs, bias), along_columns(inputs, bias, to_rows(v, bias.grid))
+    return f"along rows: {explain(rows)}\nalong columns: {explain(columns)}"
 
 
 def _attend(inputs: Inputs, backend: str) -> Tensor:
-    """Choose a backend for these inputs and run it; a named one runs or says all its reasons."""
-    reasons = {name: candidate.unsupported_reasons(inputs) for name, candidate in BACKENDS.items()}
-    able = [name for name in BACKENDS if not reasons[name]]
-    chosen = able[0] if backend == "auto" else backend
-    if chosen not in able:
-        raise NotImplementedError(
-            f"backend={backend!r} cannot run these inputs:\n"
-            + "".join(f"  - {reason}\n" for reason in reasons[chosen])
-            + f"Use backend='auto' or one of: {', '.join(able)}."
-        )
-    return BACKENDS[chosen].attention(inputs)
+    return BACKENDS[choose(inputs, backend)].attention(inputs)

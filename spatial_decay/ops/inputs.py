@@ -36,6 +36,22 @@ class Inputs:
     dropout_p: float
     scale: float
 
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.q.shape[2]
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether anything but attn_mask will get a gradient."""
+        tokens = () if self.bias is None else self.bias.tokens
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v, *tokens))
+
+    @property
+    def is_inside_torch_func(self) -> bool:
+        """Whether q is under a transform: torch.func.grad, vmap and so on."""
+        return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(self.q)
+
 
 def checked_inputs(
     q: Tensor,

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spatial_decay.ops.inputs import Inputs, total_mask
+from spatial_decay.ops.math import avoid_reasons_on_small_inputs
 
-__all__ = ["attention", "row_multiple", "unsupported_reasons"]
+__all__ = ["attention", "avoid_reasons", "row_multiple", "unsupported_reasons"]
 
 
 def unsupported_reasons(inputs: Inputs) -> list[str]:
@@ -21,6 +22,16 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
         # The kernel reads a log-sum-exp that the forward did not save (PyTorch issue 148476).
         return ["on cuda, only the bias requires grad (needs q, k or v to require grad too)"]
     return []
+
+
+def avoid_reasons(inputs: Inputs) -> list[str]:
+    """On the CPU, uncompiled: small masks cost more than the softmax written out, and torch.func has no rule."""
+    has_mask = inputs.bias is not None or inputs.attn_mask is not None
+    if not has_mask or inputs.q.device.type != "cpu" or torch.compiler.is_compiling():
+        return []
+    if inputs.is_inside_torch_func:
+        return ["inside a torch.func transform PyTorch runs it image by image"]
+    return avoid_reasons_on_small_inputs(inputs)
 
 
 def attention(inputs: Inputs) -> Tensor:

@@ -21,6 +21,7 @@ Both passes are torch.library operators, so torch.compile and torch.export take 
 no torch.func transforms.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -28,18 +29,25 @@ from torch import Tensor
 
 from spatial_decay.decay import ManhattanDecay, PathDecay
 from spatial_decay.ops.inputs import Inputs
+from spatial_decay.ops.math import avoid_reasons_on_small_inputs
 from spatial_decay.precision import at_least_float32
 
-__all__ = ["attention", "unsupported_reasons"]
+__all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
 _softmax = partial(torch.ops.aten._softmax.out, dim=-1, half_to_float=False)
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-# Elements of a block of scores: two float32 buffers of this size stay in a core's share of the cache.
-_BLOCK = 3 << 17
-# Up to this length whole rows of several heads make a block; above, the CPU's flash kernel is faster forward.
+# torch 2.6 does not tell.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+# Elements of a block of scores. Two float32 buffers of so many whole sequences stay in the cache of two cores; the
+# rows of longer sequences make long matrix products instead, and the buffers (32 MB) are read from further away.
+_BLOCK, _LONG_BLOCK = 3 << 17, 1 << 22
+# Up to this length the forward pass takes whole sequences; above, the CPU's flash kernel is faster.
 _SHORT = 320
+# Up to this length a block of the backward pass is whole sequences; above, some rows of so many sequences.
+_WHOLE, _SEQUENCES = 512, 4
 # Keys of a block in the forward pass on long sequences.
 _KEYS = 256
 
@@ -54,7 +62,21 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
         reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
     if inputs.attn_mask is not None and inputs.attn_mask.requires_grad:
         reasons.append("attn_mask requires grad (needs one without)")
+    if inputs.is_inside_torch_func:
+        reasons.append("inside a torch.func transform (needs none)")
     return reasons
+
+
+def avoid_reasons(inputs: Inputs) -> list[str]:
+    """Where it is slower than others, and where the program is to leave Python."""
+    if inputs.q.device.type != "cpu":
+        return ["its blocks are tuned for CPUs"]
+    if _is_exporting():
+        return ["torch.export: the program would need this package"]
+    if not torch.compiler.is_compiling():
+        return avoid_reasons_on_small_inputs(inputs)
+    fused = f"torch.compile fuses the decay into the mask, which is faster up to L = {_SHORT}"
+    return [fused] if inputs.length <= _SHORT else []
 
 
 def attention(inputs: Inputs) -> Tensor:
@@ -203,7 +225,7 @@ class _Blocks:
 
         With a mask a block stays within one image, because the mask tells images apart.
         """
-        count = max(torch.get_num_threads(), _BLOCK // (num_rows * self.length))
+        count = max(torch.get_num_threads(), _SEQUENCES if self.length > _WHOLE else _BLOCK // (num_rows * self.length))
         if self.attn_mask is None:
             return [(s, None) for s in _slices(0, self.num_sequences, count)]
         found: list[tuple[slice, Tensor | None]] = []
@@ -218,10 +240,11 @@ class _Blocks:
 
     def row_blocks(self) -> list[slice]:
         """Blocks of queries: all of a short sequence, else so many that they make a block with all keys."""
-        if self.length <= 512:
+        if self.length <= _WHOLE:
             return [slice(0, self.length)]
-        parts = -(-self.length // max(64, (1 << 18) // self.length))
-        return _slices(0, self.length, -(-self.length // parts))
+        sequences = max(torch.get_num_threads(), _SEQUENCES)
+        parts = math.ceil(self.length / max(64, _LONG_BLOCK // (sequences * self.length)))
+        return _slices(0, self.length, math.ceil(self.length / parts))
 
     def buffers(self, rows: list[slice], sequences: list[tuple[slice, Tensor | None]]) -> tuple[Tensor, Tensor]:
         """Two blocks of the largest size, flat."""

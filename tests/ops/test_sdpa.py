@@ -68,7 +68,7 @@ def test_a_named_backend_gives_its_reasons(monkeypatch):
         decay_attention(q, q, q, backend="sdpa")
     assert str(caught.value) == (
         "backend='sdpa' cannot run these inputs:\n  - q is too blue\n  - k is too green\n"
-        "Use backend='auto' or one of: math."
+        "Use backend='auto' or one of: math, flex."
     )
     torch.testing.assert_close(decay_attention(q, q, q), decay_attention(q, q, q, backend="math"))
 

@@ -1,0 +1,65 @@
+"""The table of backends, and which one "auto" takes."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from spatial_decay.ops import flex, math, sdpa, tiled
+from spatial_decay.ops.inputs import Inputs
+
+__all__ = ["BACKENDS", "Backend", "check_backend", "choose", "explain"]
+
+
+class Backend(Protocol):
+    """What a file of a backend offers."""
+
+    def unsupported_reasons(self, inputs: Inputs) -> list[str]:
+        """Why these inputs cannot run there; empty where they can."""
+
+    def avoid_reasons(self, inputs: Inputs) -> list[str]:
+        """Why "auto" had better take another one, though these can run there; empty where it is the right one."""
+
+    def attention(self, inputs: Inputs) -> Tensor:
+        """softmax(scale * Q K^T + M) V, (B, N, L, d) in the dtype of v."""
+
+
+BACKENDS: dict[str, Backend] = {"tiled": tiled, "sdpa": sdpa, "math": math, "flex": flex}
+"""In order of preference: "auto" takes the first that can run the inputs and has nothing to avoid. `math` runs
+everything and avoids nothing, so what stands behind it is taken by name only."""
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError where no backend has this name."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}: got {backend!r}.")
+
+
+def choose(inputs: Inputs, backend: str) -> str:
+    """The name of the backend that runs these inputs; a named one can run them or says all its reasons."""
+    if backend == "auto":
+        for name, candidate in BACKENDS.items():
+            if not candidate.unsupported_reasons(inputs) and not candidate.avoid_reasons(inputs):
+                return name
+    reasons = BACKENDS[backend].unsupported_reasons(inputs)
+    if reasons:
+        able = [name for name, other in BACKENDS.items() if not other.unsupported_reasons(inputs)]
+        raise NotImplementedError(
+            f"backend={backend!r} cannot run these inputs:\n"
+            + "".join(f"  - {reason}\n" for reason in reasons)
+            + f"Use backend='auto' or one of: {', '.join(able)}."
+        )
+    return backend
+
+
+def explain(inputs: Inputs) -> str:
+    """The choice of "auto", then a line for each of the others."""
+    chosen = choose(inputs, "auto")
+    lines = [chosen]
+    for name, backend in BACKENDS.items():
+        if name == chosen:
+            continue
+        if reasons := backend.unsupported_reasons(inputs):
+            lines.append(f"  {name} cannot: {'; '.join(reasons)}")
+        else:
+            lines.append(f"  {name} could: {'; '.join(backend.avoid_reasons(inputs)) or f'{chosen} comes first'}")
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""What "auto" chooses on the CPU, and that it says so."""
+
+import pytest
+import torch
+
+from spatial_decay import explain_backend
+from spatial_decay.decay import AxialDecay, ManhattanDecay
+from spatial_decay.grid import Grid
+from spatial_decay.ops import BACKENDS, choice, decay_attention
+from spatial_decay.ops.inputs import checked_inputs
+
+
+def chosen(size, *, num_images=1, num_heads=4, is_training=False, dropout_p=0.0):
+    """By auto, for content-aware decay over a grid."""
+    grid = Grid(*size)
+    q = torch.empty(num_images, num_heads, grid.num_tokens, 16, requires_grad=is_training)
+    bias = ManhattanDecay(torch.zeros(1, num_heads, grid.num_tokens), grid)
+    return choice.choose(checked_inputs(q, q, q, bias, None, dropout_p, None), "auto")
+
+
+def test_what_fits_in_the_cache_is_written_out():
+    """28 x 28 by axes: 896 sequences of 28 tokens."""
+    assert chosen((1, 28), num_images=8 * 28, is_training=True) == "math"
+    assert chosen((1, 28), num_images=8 * 28) == "math"
+    assert chosen((14, 14), num_images=1) == "math"
+
+
+def test_what_does_not_goes_by_blocks():
+    assert chosen((28, 28), is_training=False) == "tiled"
+    assert chosen((32, 33), is_training=True) == "tiled"
+    assert chosen((28, 28), is_training=True) == "math"  # 2.5 million scores
+    assert chosen((1, 56), num_images=8 * 56, is_training=True) == "tiled"
+    assert chosen((1, 28), num_images=64 * 28, is_training=True) == "math"  # short sequences are no faster in blocks
+
+
+def test_what_blocks_cannot_do_goes_to_sdpa():
+    assert chosen((28, 28), dropout_p=0.1) == "sdpa"
+
+
+def test_without_anything_to_add_it_is_sdpa():
+    q = torch.randn(1, 1, 4, 8)
+    assert choice.choose(checked_inputs(q, q, q, None, None, 0.0, None), "auto") == "sdpa"
+
+
+def test_the_choice_is_explained():
+    q = torch.randn(1, 2, 784, 8)
+    bias = ManhattanDecay(-torch.rand(1, 2, 784), Grid(28, 28))
+    assert explain_backend(q, q, q, bias, dropout_p=0.1) == (
+        "math\n"
+        "  tiled cannot: dropout_p=0.1 (needs 0)\n"
+        "  sdpa could: 1.2 million scores are faster written out (math), up to 2.1 million\n"
+        "  flex cannot: dropout_p=0.1 (needs 0)"
+    )
+    q = q.expand(2, -1, -1, -1)
+    assert explain_backend(q, q, q, bias).splitlines()[:2] == ["tiled", "  sdpa could: tiled comes first"]
+
+
+def test_each_axis_has_its_own_choice():
+    gates = -torch.rand(2, 1, 4, 8 * 600)
+    q = torch.randn(1, 4, 8 * 600, 8)
+    text = explain_backend(q, q, q, AxialDecay.from_gates(*gates, Grid(8, 600)))
+    firsts = [line for line in text.splitlines() if not line.startswith("  ")]
+    assert firsts == ["along rows: tiled", "along columns: math"]
+
+
+def test_auto_under_function_transforms(monkeypatch):
+    """tiled has no rules for torch.func: auto takes another one, though the blocks would pay."""
+    monkeypatch.setattr(BACKENDS["math"], "_SMALL", 0)
+    monkeypatch.setattr(BACKENDS["math"], "_SMALL_WITH_GRADIENTS", 0)
+    x = torch.randn(3, 1, 1, 36, 8, dtype=torch.float64)
+    bias = ManhattanDecay(-torch.rand(1, 1, 36).double(), Grid(6, 6))
+
+    def loss(q):
+        return decay_attention(q, q, q, bias).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss))(x)
+    for one, of_one in zip(x, got, strict=True):
+        one = one.clone().requires_grad_()
+        torch.testing.assert_close(torch.autograd.grad(loss(one), one)[0], of_one)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
+def test_a_named_backend_says_all_its_reasons(backend):
+    q = torch.randn(1, 1, 4, 8)
+    attn_mask = torch.zeros(4, 4, requires_grad=True)
+    with pytest.raises(NotImplementedError) as caught:
+        decay_attention(q, q, q, attn_mask=attn_mask, dropout_p=0.5, backend=backend)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"backend='{backend}' cannot run these inputs:"
+    assert {"  - dropout_p=0.5 (needs 0)", "  - attn_mask requires grad (needs one without)"} <= set(lines)
+    assert lines[-1] == "Use backend='auto' or one of: sdpa, math."
