@@ -96,10 +96,12 @@ def test_layer_is_one_graph_under_autocast(dtype):
 
 
 def test_sdt_h_is_one_graph_in_training_with_checkpointing():
-    # One backend for both: biases before a batch norm have a gradient of zero and rounding.
-    model = sd.sdt_h_tiny(num_classes=10, depths=[1, 1, 1, 1], drop_path_rate=0.0, backend="sdpa")
+    model = sd.sdt_h_tiny(num_classes=10, depths=[1, 1, 1, 1], drop_path_rate=0.0)
     model.set_grad_checkpointing()
     x = torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for got, expected in zip(backward(compiled, x), backward(model, x), strict=True):
-        assert relative_error(got, expected) < 1e-4  # batch norm over 8 values in the last stage amplifies rounding
+    expected = backward(model, x)
+    rounding = 1e-6 * max(e.detach().abs().max() for e in expected)  # all that a bias before a batch norm has
+    for got, e in zip(backward(compiled, x), expected, strict=True):
+        # Batch norm over 8 values in the last stage amplifies rounding.
+        torch.testing.assert_close(got, e, rtol=0, atol=float(1e-4 * e.detach().abs().max() + rounding))

@@ -178,7 +178,9 @@ class SpatialDecayAttention(nn.Module):
 
     def _heads(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, L, D) -> queries and keys with rotary embedding, and values, (B, N, L, d) each."""
-        q, k, v = rearrange(self.qkv(tokens), "b l (three n d) -> three b n l d", three=3, n=self.num_heads)
+        # Unbound before the transposition: so the three gradients are put together in the layout of qkv, in one copy.
+        qkv = rearrange(self.qkv(tokens), "b l (three n d) -> b l three n d", three=3, n=self.num_heads)
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         q, k = self.rope(self.q_norm(q), self.k_norm(k), grid)
         return q, k, v
 

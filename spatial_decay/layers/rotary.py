@@ -45,14 +45,14 @@ class RotaryEmbedding(nn.Module):
         """Queries and keys (B, N, L, d) of a grid -> the same, turned; angles in float32 at least."""
         if self.mode == "none":
             return q, k
-        cos, sin = self._tables(grid, q)
-        return _turn(q, cos, sin), _turn(k, cos, sin)
+        angles = self._angles(grid, q)
+        return _turn(q, angles), _turn(k, angles)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, mode={self.mode!r}"
 
-    def _tables(self, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines of each token's angles, (L, d) each."""
+    def _angles(self, grid: Grid, like: Tensor) -> Tensor:
+        """One for each token and pair of channels, (L, d/2)."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         h, w = grid.positions(device=like.device, dtype=dtype)
         axes = (h, w) if self.mode == "axial" else (h * grid.width + w,)
@@ -60,13 +60,16 @@ class RotaryEmbedding(nn.Module):
         exponents = torch.linspace(0, 1, num_frequencies, device=like.device, dtype=dtype)
         frequencies = 10000.0**-exponents
         angles = torch.cat([axis[:, None] * frequencies for axis in axes], dim=-1)  # (H*W, d/2)
-        angles = F.pad(angles, (0, 0, grid.num_prefix_tokens, 0))  # (L, d/2)
-        sin = angles.sin()
-        return angles.cos().repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+        return F.pad(angles, (0, 0, grid.num_prefix_tokens, 0))
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, angles: Tensor) -> Tensor:
     """(x_2m, x_2m+1) -> (x_2m cos - x_2m+1 sin, x_2m+1 cos + x_2m sin), in the dtype of x."""
-    wide = at_least_float32(x)
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
+    pairs = at_least_float32(x).unflatten(-1, (-1, 2))  # (..., L, d/2, 2)
+    if torch.compiler.is_compiling():  # a compiler fuses this, and knows no complex numbers
+        cos, sin = angles.cos(), angles.sin()
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    else:  # one product of complex numbers, 2-3 times as fast uncompiled
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angles), angles))
+    return turned.flatten(-2).to(x.dtype)

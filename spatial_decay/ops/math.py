@@ -9,9 +9,9 @@ from spatial_decay.precision import at_least_float32, autocast_disabled
 
 __all__ = ["attention", "avoid_reasons", "avoid_reasons_on_small_inputs", "unsupported_reasons", "weights"]
 
-# Scores of all sequences, B * N * L * L, up to which it is the fastest on the CPU: without and with gradients. Measured
-# with 2 threads: then its matrices (8 MB and 16 MB in float32) come from the cache, and from memory that is at hand.
-_SMALL, _SMALL_WITH_GRADIENTS = 1 << 21, 1 << 22
+# Scores of all sequences, B * N * L * L, up to which it is the fastest on the CPU. By 2 threads: alone, blocks
+# pay from 2 to 4 million on; within a model, where others use the cache in between, from half a million.
+_SMALL = 1 << 20
 # Training, blocks of shorter sequences are never faster.
 _SHORTEST_IN_BLOCKS = 32
 
@@ -29,15 +29,11 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
 def avoid_reasons_on_small_inputs(inputs: Inputs) -> list[str]:
     """On the CPU, uncompiled: why any other backend is not worth its calls."""
     num_scores = inputs.q.shape[0] * inputs.q.shape[1] * inputs.length**2
-    if not inputs.needs_grad:
-        limit = _SMALL
-    elif inputs.length >= _SHORTEST_IN_BLOCKS:
-        limit = _SMALL_WITH_GRADIENTS
-    else:
+    if inputs.needs_grad and inputs.length < _SHORTEST_IN_BLOCKS:
         return [f"training, sequences shorter than {_SHORTEST_IN_BLOCKS} are faster written out (math)"]
-    if num_scores > limit:
+    if num_scores > _SMALL:
         return []
-    return [f"{num_scores / 1e6:.2g} million scores are faster written out (math), up to {limit / 1e6:.2g} million"]
+    return [f"{num_scores / 1e6:.2g} million scores are faster written out (math), up to {_SMALL / 1e6:.2g} million"]
 
 
 def weights(inputs: Inputs) -> Tensor:
