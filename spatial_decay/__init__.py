@@ -1,9 +1,30 @@
 """Attention with spatial decay for vision: "Learning Spatial Decay for Vision Transformers" (Mao et al. 2025)."""
 
-from spatial_decay.decay import AxialDecay, ManhattanDecay, PathDecay
+from spatial_decay.checkpoint import CheckpointReport, load_checkpoint
+from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay
 from spatial_decay.grid import Grid
-from spatial_decay.layers import ContextAwareGate, SDTBlock, SpatialDecayAttention, SpatialDecayMask
-from spatial_decay.models import SDTH, sdt_h_base, sdt_h_small, sdt_h_tiny
+from spatial_decay.layers import (
+    ContextAwareGate,
+    GaussianGate,
+    PatchRepresentationRefinement,
+    SDTBlock,
+    SpatialDecayAttention,
+    SpatialDecayMask,
+)
+from spatial_decay.models import (
+    SDTH,
+    ViT,
+    locatvit_base,
+    locatvit_small,
+    locatvit_tiny,
+    rmt_base,
+    rmt_large,
+    rmt_small,
+    rmt_tiny,
+    sdt_h_base,
+    sdt_h_small,
+    sdt_h_tiny,
+)
 from spatial_decay.ops import attention_weights, decay_attention, explain_backend
 
 __version__ = "0.1.0"
@@ -11,16 +32,29 @@ __version__ = "0.1.0"
 __all__ = [
     "SDTH",
     "AxialDecay",
+    "CheckpointReport",
     "ContextAwareGate",
+    "GaussianDecay",
+    "GaussianGate",
     "Grid",
     "ManhattanDecay",
+    "PatchRepresentationRefinement",
     "PathDecay",
     "SDTBlock",
     "SpatialDecayAttention",
     "SpatialDecayMask",
+    "ViT",
     "attention_weights",
     "decay_attention",
     "explain_backend",
+    "load_checkpoint",
+    "locatvit_base",
+    "locatvit_small",
+    "locatvit_tiny",
+    "rmt_base",
+    "rmt_large",
+    "rmt_small",
+    "rmt_tiny",
     "sdt_h_base",
     "sdt_h_small",
     "sdt_h_tiny",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spatial_decay.grid import Grid, GridSize, as_tokens, tokens_to_map
 from spatial_decay.layers import ContextAwareGate, SpatialDecayAttention
+from spatial_decay.precision import at_least_float32
 
 __all__ = ["LayerRecord", "plot_decay_maps", "plot_training_curve", "record"]
 
@@ -51,7 +52,9 @@ class LayerRecord:
 
     @torch.no_grad()
     def decay(self, query: tuple[int, int]) -> Tensor:
-        """exp(M), the factor by which the decay multiplies the weight of each key: (B, N, H, W), in [0, 1].
+        """exp(M), the factor by which the decay multiplies the weight of each key: (B, N, H, W).
+
+        In [0, 1]; of kind `gaussian`, which adds to the scores, >= 1.
 
         For decomposed kinds, of query (h, w) and key (g, u): `exp(M_H[w][h, g] + M_W[g][w, u])`, down the column of the
         query, then along the row of the key. Each of these two has a softmax of its own.
@@ -60,10 +63,10 @@ class LayerRecord:
             query: (h, w), row and column on the grid; ValueError where it is not.
         """
         self._check(query)
-        tokens = self.tokens.to(torch.promote_types(self.tokens.dtype, torch.float32))
-        mask: Tensor | tuple[Tensor, Tensor] | None = self.layer.decay(tokens, self.grid.size)
+        features = at_least_float32(self.layer.decay_features(self.tokens))
+        mask: Tensor | tuple[Tensor, Tensor] | None = self.layer.decay(features, self.grid.size)
         if mask is None:
-            return tokens.new_ones(tokens.shape[0], self.layer.num_heads, *self.grid.size)
+            return features.new_ones(features.shape[0], self.layer.num_heads, *self.grid.size)
         if not isinstance(mask, tuple):
             return self._row(mask, query).exp()
         (columns, rows), (h, w) = mask, query  # (B, W, N, H, H), (B, H, N, W, W)
@@ -209,7 +212,7 @@ def _panels(layer: LayerRecord, queries: Sequence[tuple[int, int, int]], heads: 
             _Panel(name, "G, nats\nper grid step", maps, "viridis", Normalize(maps.min().item(), maps.max().item()))
             for name, maps in gates.items()
         ),
-        _Panel("decay", "exp(M), factor\non the weight", decay, "magma", Normalize(0, 1)),
+        _Panel("decay", "exp(M), factor\non the weight", decay, "magma", Normalize(0, max(1.0, decay.max().item()))),
         # The root shows spread-out rows next to one with a peak.
         _Panel("attention", "weight,\nroot scale", attention, "cividis", PowerNorm(0.5, 0, attention.max().item())),
     ]

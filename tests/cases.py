@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatial_decay.decay import AxialDecay, ManhattanDecay, PathDecay, fixed_rates
+from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay, fixed_rates
 from spatial_decay.grid import Grid
 from spatial_decay.ops import BACKENDS
 from tests import references
@@ -91,6 +91,15 @@ CASES = [
         kind="bidirectional",
     ),
     Case(
+        "gaussian",
+        3,
+        lambda gates, n, grid: GaussianDecay(-gates[0], *(0.5 - 3 * gate for gate in gates[1:]), grid),
+        lambda gates, n, num_heads, h, w: references.gaussian(
+            [-g for g in gates[0]], *([0.5 - 3 * g for g in gate] for gate in gates[1:]), h, w
+        ),
+        kind="gaussian",
+    ),
+    Case(
         "decomposed",
         2,
         lambda gates, n, grid: AxialDecay.from_gates(gates[0], gates[1], grid),
@@ -107,6 +116,8 @@ CASES = [
         is_axial=True,
     ),
 ]
+# gaussian reads queries, not gates: see layers/test_gaussian.py for what its layers make of them.
+GATED = [case for case in CASES if case.kind != "gaussian"]
 PAIRWISE = [case for case in CASES if not case.is_axial]
 AXIAL = [case for case in CASES if case.is_axial]
 TRAINED = [case for case in CASES if case.num_gates]

@@ -88,6 +88,22 @@ def fixed_decomposed(rate, height, width):
     return [column] * width, [row] * height
 
 
+def gaussian(amplitude, variance_h, variance_w, height, width):
+    """LocAtViT's addition to the scores: a Gaussian around each query."""
+    length = height * width
+    return [
+        [
+            amplitude[i]
+            * math.exp(
+                -0.5 * (i // width - j // width) ** 2 / variance_h[i]
+                - 0.5 * (i % width - j % width) ** 2 / variance_w[i]
+            )
+            for j in range(length)
+        ]
+        for i in range(length)
+    ]
+
+
 def with_prefix(mask, num_prefix):
     """Prefix tokens come first, and nothing is added to any score that they take part in."""
     length = len(mask) + num_prefix

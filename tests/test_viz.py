@@ -8,7 +8,7 @@ from torch import nn
 from spatial_decay import SDTH, SDTBlock, SpatialDecayAttention, viz
 from spatial_decay.grid import Grid
 from spatial_decay.layers import DECAY_KINDS
-from tests.cases import CASES, GATES_OF_KIND, case_id, reference_of_head
+from tests.cases import GATED, GATES_OF_KIND, case_id, reference_of_head
 
 DIM, HEADS, SIZE = 8, 2, (3, 4)
 AXIAL_KINDS = ("decomposed", "fixed_decomposed")
@@ -47,7 +47,7 @@ def as_queries():
 
 
 @pytest.mark.parametrize(
-    ("case", "num_prefix"), [(case, p) for case in CASES for p in (0, 2) if not (p and case.is_axial)], ids=case_id
+    ("case", "num_prefix"), [(case, p) for case in GATED for p in (0, 2) if not (p and case.is_axial)], ids=case_id
 )
 def test_gates_and_decay_are_those_of_the_equations(case, num_prefix):
     model, images = make(case.kind, num_prefix, **case.options)
@@ -174,6 +174,7 @@ def test_a_model_without_attention_with_decay():
         ("decomposed", 0, None),
         ("1d", 0, None),
         ("fixed", 0, None),
+        ("gaussian", 1, None),
         ("none", 0, None),
         ("none", 1, [0]),
     ],

@@ -4,10 +4,21 @@ from typing import TypeAlias
 
 from spatial_decay.decay.axial import AxialDecay
 from spatial_decay.decay.base import PairwiseDecay, dense, score_mod
+from spatial_decay.decay.gaussian import GaussianDecay
 from spatial_decay.decay.manhattan import ManhattanDecay, fixed_rates
 from spatial_decay.decay.path import PathDecay
 
 Decay: TypeAlias = PairwiseDecay | AxialDecay
 """Any description of a decay: one pair formula over all tokens, or the arrangement of two, rows and columns."""
 
-__all__ = ["AxialDecay", "Decay", "ManhattanDecay", "PairwiseDecay", "PathDecay", "dense", "fixed_rates", "score_mod"]
+__all__ = [
+    "AxialDecay",
+    "Decay",
+    "GaussianDecay",
+    "ManhattanDecay",
+    "PairwiseDecay",
+    "PathDecay",
+    "dense",
+    "fixed_rates",
+    "score_mod",
+]

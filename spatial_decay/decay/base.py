@@ -39,6 +39,19 @@ class PairwiseDecay(ABC):
     def pairwise(self, q_token: Tokens, k_token: Tokens, q_position: Position, k_position: Position) -> Tensor:
         """What is added to the scores, in nats, for tensors of queries and of keys that broadcast together."""
 
+    def profiles(self, tokens: Tokens, position: Position) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """Where M[i, j] is a product of what row and what column of the grid j is in: the two factors of each query.
+
+        Args:
+            tokens: (B, N, H*W) each, without prefix tokens.
+            position: Of these tokens, (H*W,) each.
+
+        Returns:
+            (B, N, H*W, H) and (B, N, H*W, W); None for a kind that is no such product. H + W exponentials a query
+            are far fewer than H * W.
+        """
+        return None
+
 
 def dense(bias: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multiple: int = 1) -> Tensor:
     """The decay as a mask.
@@ -57,12 +70,17 @@ def dense(bias: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multiple
     tokens = tuple(at_least_float32(token)[..., num_prefix:] for token in bias.tokens)
     position = bias.grid.positions(device=tokens[0].device, dtype=tokens[0].dtype)
     padding = -num_tokens % row_multiple
-    mask = bias.pairwise(
-        tuple(token[..., :, None] for token in tokens),
-        tuple(F.pad(token, (0, padding))[..., None, :] for token in tokens),
-        (position[0][:, None], position[1][:, None]),
-        (F.pad(position[0], (0, padding))[None, :], F.pad(position[1], (0, padding))[None, :]),
-    )  # (B, N, H*W, H*W + padding)
+    profiles = bias.profiles(tokens, position)
+    if profiles is not None:
+        mask = (profiles[0][..., :, None] * profiles[1][..., None, :]).flatten(-2)
+        mask = F.pad(mask, (0, padding)) if padding else mask
+    else:
+        mask = bias.pairwise(
+            tuple(token[..., :, None] for token in tokens),
+            tuple(F.pad(token, (0, padding))[..., None, :] for token in tokens),
+            (position[0][:, None], position[1][:, None]),
+            (F.pad(position[0], (0, padding))[None, :], F.pad(position[1], (0, padding))[None, :]),
+        )  # (B, N, H*W, H*W + padding)
     mask = mask if dtype is None else mask.to(dtype)
     mask = F.pad(mask, (num_prefix, 0, num_prefix, 0)) if num_prefix else mask  # (B, N, L, L + padding)
     return mask[..., :num_tokens] if padding else mask

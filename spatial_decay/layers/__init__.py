@@ -3,11 +3,13 @@
 from spatial_decay.layers.attention import AttentionOptions, SpatialDecayAttention
 from spatial_decay.layers.block import SDTBlock
 from spatial_decay.layers.gate import ContextAwareGate
+from spatial_decay.layers.gaussian import GaussianGate
 from spatial_decay.layers.local_position import DepthwiseConv
 from spatial_decay.layers.mask import DECAY_KINDS, SpatialDecayMask
 from spatial_decay.layers.mlp import ConvMlp
 from spatial_decay.layers.output_gate import OutputGate
 from spatial_decay.layers.patch import ConvStem, Downsample
+from spatial_decay.layers.refinement import PatchRepresentationRefinement
 from spatial_decay.layers.residual import DropPath, LayerScale
 from spatial_decay.layers.rotary import RotaryEmbedding
 
@@ -20,8 +22,10 @@ __all__ = [
     "DepthwiseConv",
     "Downsample",
     "DropPath",
+    "GaussianGate",
     "LayerScale",
     "OutputGate",
+    "PatchRepresentationRefinement",
     "RotaryEmbedding",
     "SDTBlock",
     "SpatialDecayAttention",

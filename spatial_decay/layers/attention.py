@@ -5,6 +5,7 @@ from typing import TypedDict
 from einops import rearrange
 from torch import Tensor, nn
 
+from spatial_decay.decay import Decay
 from spatial_decay.grid import Grid, GridSize, as_tokens
 from spatial_decay.layers.local_position import DepthwiseConv
 from spatial_decay.layers.mask import SpatialDecayMask
@@ -30,6 +31,7 @@ class AttentionOptions(TypedDict, total=False):
     gate_bias_init: float
     causal: bool
     initial_value: float
+    initial_grid_size: GridSize
     attn_drop: float
     proj_drop: float
     backend: str
@@ -59,6 +61,7 @@ class SpatialDecayAttention(nn.Module):
         causal: Kind `1d` only, see SpatialDecayMask.
         initial_value: Fixed kinds only, see SpatialDecayMask.
         heads_range: Fixed kinds only, see SpatialDecayMask.
+        initial_grid_size: Kind `gaussian` only, see GaussianGate.
         attn_drop: Dropout of attention weights.
         proj_drop: Dropout of the output.
         backend: "auto", or one of decay_attention's backends.
@@ -90,6 +93,7 @@ class SpatialDecayAttention(nn.Module):
         causal: bool = False,
         initial_value: float = 2.0,
         heads_range: float = 4.0,
+        initial_grid_size: GridSize = (14, 14),
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         backend: str = "auto",
@@ -122,6 +126,7 @@ class SpatialDecayAttention(nn.Module):
             causal=causal,
             initial_value=initial_value,
             heads_range=heads_range,
+            initial_grid_size=initial_grid_size,
         )
         self.attn_drop = attn_drop
         self.lpe = DepthwiseConv(dim, lpe_kernel_size) if lpe_kernel_size else None
@@ -145,12 +150,12 @@ class SpatialDecayAttention(nn.Module):
             TypeError, ValueError: x, grid_size or attn_mask do not fit; the message says what must hold.
         """
         tokens, grid = self._tokens(x, grid_size)
-        q, k, v = self._heads(tokens, grid)
+        q, k, v, bias = self._heads(tokens, grid)
         out = decay_attention(
             q,
             k,
             v,
-            self.decay.bias(tokens, grid.size),
+            bias,
             attn_mask=attn_mask,
             dropout_p=self.attn_drop if self.training else 0.0,
             backend=self.backend,
@@ -168,21 +173,29 @@ class SpatialDecayAttention(nn.Module):
     ) -> Tensor:
         """The softmax of Eq. 13 for these features, (B, N, L, L), to look at; arguments as in forward."""
         tokens, grid = self._tokens(x, grid_size)
-        q, k, _ = self._heads(tokens, grid)
-        return attention_weights(q, k, self.decay.bias(tokens, grid.size), attn_mask=attn_mask)
+        q, k, _, bias = self._heads(tokens, grid)
+        return attention_weights(q, k, bias, attn_mask=attn_mask)
+
+    def decay_features(self, x: Tensor) -> Tensor:
+        """What self.decay reads of tokens (B, L, D): the tokens, or for kind `gaussian` their queries, (B, L, D)."""
+        if self.decay.kind != "gaussian":
+            return x
+        queries = self.qkv(x)[..., : self.dim].unflatten(-1, (self.num_heads, -1))
+        return self.q_norm(queries).flatten(-2)
 
     def _tokens(self, x: Tensor, grid_size: GridSize | None) -> tuple[Tensor, Grid]:
         tokens, grid = as_tokens(x, dim=self.dim, grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens)
         check_like_weights("x", x, getattr(self.qkv, "weight", None))
         return tokens, grid
 
-    def _heads(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, L, D) -> queries and keys with rotary embedding, and values, (B, N, L, d) each."""
+    def _heads(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Decay | None]:
+        """Tokens (B, L, D) -> queries and keys with rotary embedding, values, (B, N, L, d) each, and the decay."""
         # Unbound before the transposition: so the three gradients are put together in the layout of qkv, in one copy.
         qkv = rearrange(self.qkv(tokens), "b l (three n d) -> b l three n d", three=3, n=self.num_heads)
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-        q, k = self.rope(self.q_norm(q), self.k_norm(k), grid)
-        return q, k, v
+        q, k = self.q_norm(q), self.k_norm(k)
+        bias = self.decay.bias(_merge_heads(q) if self.decay.kind == "gaussian" else tokens, grid.size)
+        return *self.rope(q, k, grid), v, bias
 
 
 def _merge_heads(x: Tensor) -> Tensor:

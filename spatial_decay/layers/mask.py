@@ -1,4 +1,4 @@
-"""From features to a decay: the gates and constants of every kind (SDT Eq. 4-11, Tables 3-4; RMT)."""
+"""From features to a decay: the gates and constants of every kind (SDT Eq. 4-11, Tables 3-4; RMT; LocAtViT)."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spatial_decay.decay import AxialDecay, Decay, ManhattanDecay, PathDecay, dense, fixed_rates
 from spatial_decay.grid import Grid, GridSize, as_tokens
 from spatial_decay.layers.gate import ContextAwareGate
+from spatial_decay.layers.gaussian import GaussianGate
 from spatial_decay.ops.sdpa import row_multiple
 
 __all__ = ["DECAY_KINDS", "SpatialDecayMask"]
@@ -26,7 +27,10 @@ class SpatialDecayMask(nn.Module):
     | `bidirectional` | the mean of a forward and a backward `1d` with a gate each | SDT Table 4 |
     | `decomposed` | `1d` within rows, then within columns, a gate each; no alpha | SDT Eq. 11-12 |
     | `fixed_decomposed` | -abs(lambda_n) * distance within rows, then within columns | RMT's first stages |
+    | `gaussian` | a_i * exp(-(dh^2 / s_h,i + dw^2 / s_w,i) / 2) | LocAtViT |
     | `none` | nothing | SDT Table 3 |
+
+    The features of kind `gaussian` are the queries, heads side by side; of the others, what the queries are made of.
 
     Args:
         dim: D, width of the features.
@@ -40,6 +44,7 @@ class SpatialDecayMask(nn.Module):
         causal: `1d` only: Eq. 6 as written, -inf above the diagonal. Otherwise its symmetric extension.
         initial_value: Of the fixed kinds, lambda_n = log(1 - 2 ** (-initial_value - heads_range * n / N)).
         heads_range: Of the fixed kinds.
+        initial_grid_size: `gaussian` only: (H, W) that the model is trained on, see GaussianGate.
 
     Raises:
         ValueError: unknown kind; alpha <= 0 or not finite; prefix tokens with a decomposed kind; causal with a kind
@@ -65,6 +70,7 @@ class SpatialDecayMask(nn.Module):
         causal: bool = False,
         initial_value: float = 2.0,
         heads_range: float = 4.0,
+        initial_grid_size: GridSize = (14, 14),
     ) -> None:
         super().__init__()
         if num_heads < 1:
@@ -93,6 +99,7 @@ class SpatialDecayMask(nn.Module):
         self.initial_value, self.heads_range = initial_value, heads_range
         for name in _KINDS[kind].gates:
             self.add_module(name, ContextAwareGate(dim, num_heads, bias=gate_bias, bias_init=gate_bias_init))
+        self.gaussian = GaussianGate(dim // num_heads, initial_grid_size) if kind == "gaussian" else None
 
     def bias(self, x: Tensor, grid_size: GridSize | None = None) -> Decay | None:
         """The decay as a description that no one has to materialise, for decay_attention.
@@ -102,7 +109,7 @@ class SpatialDecayMask(nn.Module):
             grid_size: (H, W) of the patch tokens. None: a map has its own; tokens are taken as a square.
 
         Returns:
-            A ManhattanDecay, PathDecay or AxialDecay, float32 at least; None for kind `none`.
+            A ManhattanDecay, PathDecay, GaussianDecay or AxialDecay, float32 at least; None for kind `none`.
 
         Raises:
             TypeError, ValueError: x or grid_size do not fit, see the message.
@@ -178,6 +185,12 @@ def _fixed_decomposed(mask: SpatialDecayMask, x: Tensor, grid: Grid) -> Decay:
     return AxialDecay.constant(mask._rates(x), grid)
 
 
+def _gaussian(mask: SpatialDecayMask, x: Tensor, grid: Grid) -> Decay:
+    assert mask.gaussian is not None
+    q = x.unflatten(-1, (mask.num_heads, -1)).transpose(1, 2)  # (B, N, L, d)
+    return mask.gaussian(q, grid)
+
+
 def _none(mask: SpatialDecayMask, x: Tensor, grid: Grid) -> None:
     return None
 
@@ -189,6 +202,7 @@ _KINDS = {
     "bidirectional": _Kind(("gate_forward", "gate_backward"), _bidirectional),
     "decomposed": _Kind(("gate_h", "gate_w"), _decomposed),
     "fixed_decomposed": _Kind((), _fixed_decomposed),
+    "gaussian": _Kind((), _gaussian),
     "none": _Kind((), _none),
 }
 

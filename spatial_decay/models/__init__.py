@@ -1,5 +1,20 @@
 """The assembled backbones."""
 
-from spatial_decay.models.sdt_h import SDTH, SDTHOptions, sdt_h_base, sdt_h_small, sdt_h_tiny
+from spatial_decay.models.rmt import rmt_base, rmt_large, rmt_small, rmt_tiny
+from spatial_decay.models.sdt_h import SDTH, sdt_h_base, sdt_h_small, sdt_h_tiny
+from spatial_decay.models.vit import ViT, locatvit_base, locatvit_small, locatvit_tiny
 
-__all__ = ["SDTH", "SDTHOptions", "sdt_h_base", "sdt_h_small", "sdt_h_tiny"]
+__all__ = [
+    "SDTH",
+    "ViT",
+    "locatvit_base",
+    "locatvit_small",
+    "locatvit_tiny",
+    "rmt_base",
+    "rmt_large",
+    "rmt_small",
+    "rmt_tiny",
+    "sdt_h_base",
+    "sdt_h_small",
+    "sdt_h_tiny",
+]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, SDTBlock
-from spatial_decay.precision import check_like_weights
+from spatial_decay.models.common import check_images, checkpoint_block, init_linear
 
 __all__ = ["SDTH", "SDTHOptions", "sdt_h_base", "sdt_h_small", "sdt_h_tiny"]
 
@@ -126,7 +126,7 @@ class SDTH(nn.Module):
         self.head_proj = nn.Linear(self.num_features, projection_dim)
         self.head_norm = nn.BatchNorm2d(projection_dim)
         self.head = nn.Linear(projection_dim, num_classes) if num_classes else nn.Identity()
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W), floating point -> logits (B, num_classes).
@@ -186,7 +186,7 @@ class SDTH(nn.Module):
         like = self.head_proj.weight
         self.num_classes = self.config["num_classes"] = num_classes
         self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-        self.head.to(device=like.device, dtype=like.dtype).apply(_init_weights)
+        self.head.to(device=like.device, dtype=like.dtype).apply(init_linear)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only the blocks' inputs and compute their insides again in the backward pass."""
@@ -197,16 +197,12 @@ class SDTH(nn.Module):
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
     def _check_images(self, x: Tensor) -> None:
-        if not x.is_floating_point():
-            raise TypeError(f"images must be floating point: got {x.dtype}. Convert them first, for instance x / 255.")
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"images must be (B, {self.in_chans}, H, W): got shape {tuple(x.shape)}.")
+        check_images(x, self.in_chans, self.stem.proj[0].weight)
         if min(x.shape[2:]) < self.total_stride:
             raise ValueError(
                 f"images must be at least {self.total_stride} x {self.total_stride}, the total stride: got "
                 f"{x.shape[2]} x {x.shape[3]}. Resize them, or build the model with a smaller stem_stride."
             )
-        check_like_weights("images", x, self.stem.proj[0].weight)
 
 
 class _Stage(nn.Module):
@@ -222,22 +218,8 @@ class _Stage(nn.Module):
     def forward(self, x: Tensor, *, checkpoint_blocks: bool) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
-            x = _checkpoint(block, x) if checkpoint_blocks else block(x)
+            x = checkpoint_block(block, x) if checkpoint_blocks else block(x)
         return x
-
-
-def _checkpoint(block: nn.Module, x: Tensor) -> Tensor:
-    from torch.utils.checkpoint import checkpoint  # before torch 2.7 this pulls in sympy, 0.3 s
-
-    return checkpoint(block, x, use_reentrant=False)
-
-
-def _init_weights(module: nn.Module) -> None:
-    """RMT's initialisation of linear layers; the decay's gates and the output gates start by themselves."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _check_stages(stages: dict[str, Sequence[Any]]) -> None:

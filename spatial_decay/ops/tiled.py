@@ -9,13 +9,19 @@ with t a number a token and F a matrix that only the grid decides:
     Manhattan   t = a,  s = +1,  F = d_M                    (SDT Eq. 8-9, RMT)
     path        t = c,  s = -1,  F = sign(j - i)            (SDT Eq. 6, 11; c grows with i, so this is -|c_i - c_j|)
 
-and F = 0 wherever a prefix token takes part. No L x L matrix is stored: blocks of rows (or, forward on long sequences,
+and F = 0 wherever a prefix token takes part; or M is a product of two profiles of the query, with h_j and w_j the row
+and the column of the key:
+
+    Gaussian    M[i, j] = r_i[h_j] * c_i[w_j]               (LocAtViT)
+
+No L x L matrix is stored: blocks of rows (or, forward on long sequences,
 of keys) go through two buffers that stay in cache. The backward pass computes each block again. With P the softmax of
 a block, dO the output's gradient and o the product by elements:
 
     dP = dO V^T        dS = P o (dP - rowsum(P o dP))
     dV = P^T dO        dQ = scale * dS K        dK = scale * dS^T Q
     dt_i = sum_j dS[i, j] F[i, j] + s * sum_j dS[j, i] F[j, i]
+    dr_i[h] = sum_{j: h_j = h} dS[i, j] c_i[w_j]            dc_i[w] = sum_{j: w_j = w} dS[i, j] r_i[h_j]
 
 Both passes are torch.library operators, so torch.compile and torch.export take them as they are. No second derivatives,
 no torch.func transforms.
@@ -25,9 +31,10 @@ import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_decay.decay import ManhattanDecay, PathDecay
+from spatial_decay.decay import GaussianDecay, ManhattanDecay, PathDecay
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.math import avoid_reasons_on_small_inputs
 from spatial_decay.precision import at_least_float32
@@ -37,6 +44,8 @@ __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 _softmax = partial(torch.ops.aten._softmax.out, dim=-1, half_to_float=False)
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+_KINDS = (ManhattanDecay, PathDecay, GaussianDecay)
 
 # torch 2.6 does not tell.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -55,9 +64,9 @@ _KEYS = 256
 def unsupported_reasons(inputs: Inputs) -> list[str]:
     """It needs a decay that it knows, and neither dropout nor a gradient of attn_mask."""
     reasons = []
-    if not isinstance(inputs.bias, (ManhattanDecay, PathDecay)):
+    if not isinstance(inputs.bias, _KINDS):
         what = "no decay" if inputs.bias is None else type(inputs.bias).__name__
-        reasons.append(f"{what} (needs a ManhattanDecay or PathDecay)")
+        reasons.append(f"{what} (needs a {', '.join(kind.__name__ for kind in _KINDS)})")
     if inputs.dropout_p:
         reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
     if inputs.attn_mask is not None and inputs.attn_mask.requires_grad:
@@ -82,11 +91,22 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
 def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in float32 at least inside, in the dtype of q outside."""
     bias = inputs.bias
-    assert isinstance(bias, (ManhattanDecay, PathDecay))
-    kind = "manhattan" if isinstance(bias, ManhattanDecay) else "causal" if bias.causal else "path"
+    assert isinstance(bias, _KINDS)
+    if isinstance(bias, GaussianDecay):
+        kind, tokens = "gaussian", _profiles(bias)
+    else:
+        kind = "manhattan" if isinstance(bias, ManhattanDecay) else "causal" if bias.causal else "path"
+        tokens = at_least_float32(bias.tokens[0])
     grid = [*bias.grid.size, bias.grid.num_prefix_tokens]
-    tokens = at_least_float32(bias.tokens[0])
     return _forward(inputs.q, inputs.k, inputs.v, tokens, inputs.attn_mask, grid, kind, inputs.scale)
+
+
+def _profiles(bias: GaussianDecay) -> Tensor:
+    """r and c of each query side by side, (B, N, L, H + W); zero for prefix tokens."""
+    num_prefix = bias.grid.num_prefix_tokens
+    tokens = tuple(at_least_float32(token)[..., num_prefix:] for token in bias.tokens)
+    position = bias.grid.positions(device=tokens[0].device, dtype=tokens[0].dtype)
+    return F.pad(torch.cat(bias.profiles(tokens, position), -1), (0, 0, num_prefix, 0))
 
 
 # Schemas are spelt out: torch 2.6 does not infer them from today's annotations. The functions that torch calls back are
@@ -105,7 +125,9 @@ def _forward(
     kind: str,
     scale: float,
 ) -> Tensor:
-    """O, (B, N, L, d), from tokens t (B|1, N, L), attn_mask (B|1, N|1, L|1, L) and the grid's H, W and P."""
+    """O, (B, N, L, d), from tokens, t (B|1, N, L) or r and c (B|1, N, L, H + W), attn_mask (B|1, N|1, L|1, L) and the
+    grid's H, W and P.
+    """
     blocks = _Blocks(q, k, v, tokens, attn_mask, grid, kind, scale)
     by_keys = q.shape[2] > _SHORT and attn_mask is None and kind != "causal" and q.device.type == "cpu"
     out = blocks.forward_by_keys() if by_keys else blocks.forward_by_rows()
@@ -135,7 +157,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and tokens from that of O."""
     dq, dk, dv, dt = _Blocks(q, k, v, tokens, attn_mask, grid, kind, scale).backward(grad)
-    dt = dt.view(q.shape[:3])
+    dt = dt.view(*q.shape[:3], *tokens.shape[3:])
     dt = dt.sum(0, keepdim=True) if tokens.shape[0] == 1 and q.shape[0] > 1 else dt  # shared by all images
     dq, dk, dv = (x.view(q.shape).to(q.dtype) for x in (dq, dk, dv))
     return dq, dk, dv, dt.to(tokens.dtype)
@@ -162,8 +184,8 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 class _Blocks:
     """The tensors of one call in their working form, and the loops over blocks.
 
-    The heads of all images are one list of S = B * N sequences: q, k, v are (S, L, d), t is (S, L). In the loops s, i
-    and j are slices: some sequences, some queries, some keys.
+    The heads of all images are one list of S = B * N sequences: q, k, v are (S, L, d), t is (S, L), or r and c side by
+    side, (S, L, H + W). In the loops s, i and j are slices: some sequences, some queries, some keys.
     """
 
     def __init__(
@@ -181,8 +203,8 @@ class _Blocks:
         self.num_sequences = batch_size * self.num_heads
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.q, self.k, self.v = (self.as_sequences(x) for x in (q, k, v))
-        t = tokens.to(self.dtype).expand(batch_size, -1, -1)
-        self.t = t.reshape(self.num_sequences, self.length)
+        t = tokens.to(self.dtype).expand(batch_size, *tokens.shape[1:])
+        self.t = t.reshape(self.num_sequences, *tokens.shape[2:])
         self.attn_mask, self.scale, self.kind = attn_mask, scale, kind
         self.sign = 1.0 if kind == "manhattan" else -1.0
         self.height, self.width, self.num_prefix = grid
@@ -195,8 +217,10 @@ class _Blocks:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.t.device)
 
-    def factor(self, i: slice, j: slice) -> Tensor:
-        """F of the queries i and the keys j; one of the two is all tokens."""
+    def factor(self, i: slice, j: slice) -> Tensor | None:
+        """F of the queries i and the keys j, of which one is all tokens; None for a product of profiles."""
+        if self.kind == "gaussian":
+            return None
         first_i, first_j = (min(max(0, self.num_prefix - x.start), x.stop - x.start) for x in (i, j))
         if self.kind != "manhattan":
             out = (self.positions[j] - self.positions[i, None]).sign_()
@@ -213,6 +237,40 @@ class _Blocks:
         out[:first_i] = 0
         out[:, :first_j] = 0
         return out
+
+    def decay(self, s: slice, i: slice, j: slice, f: Tensor | None, out: Tensor) -> None:
+        """M of a block into out, (s, i, j)."""
+        t = self.t[s]
+        if f is not None:
+            torch.add(t[:, i, None], t[:, None, j], alpha=self.sign, out=out).mul_(f)
+            return
+        rows, columns = t[:, i].split((self.height, self.width), -1)
+        if j.stop - j.start == self.length:
+            torch.mul(rows[..., :, None], columns[..., None, :], out=self.as_maps(out))
+            out[..., : self.num_prefix] = 0
+        else:
+            patch = (torch.arange(j.start, j.stop, device=t.device) - self.num_prefix).clamp_(min=0)
+            torch.mul(rows[..., patch // self.width], columns[..., patch % self.width], out=out)
+            out[..., : max(0, self.num_prefix - j.start)] = 0
+
+    def as_maps(self, block: Tensor) -> Tensor:
+        """A block (s, i, L) without the prefix keys, (s, i, H, W)."""
+        return block[..., self.num_prefix :].unflatten(-1, (self.height, self.width))
+
+    def differentiate_decay(
+        self, s: slice, i: slice, f: Tensor | None, ds: Tensor, dt: Tensor, scratch: Tensor
+    ) -> None:
+        """Add to dt what dS of a block, (s, i, L), says of it; ds is spent."""
+        if f is not None:
+            ds.mul_(f)
+            dt[s].add_(ds.sum(1), alpha=self.sign)
+            dt[s, i].add_(ds.sum(2))
+            return
+        dm, product = self.as_maps(ds), self.as_maps(scratch)
+        rows, columns = self.t[s, i].split((self.height, self.width), -1)
+        d_rows, d_columns = dt[s, i].split((self.height, self.width), -1)
+        torch.sum(torch.mul(dm, columns[..., None, :], out=product), -1, out=d_rows)
+        torch.sum(torch.mul(dm, rows[..., :, None], out=product), -2, out=d_columns)
 
     def distances(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """From the tokens start .. stop - 1 to each row of the grid, (n, H), and to each of its columns, (n, W)."""
@@ -257,11 +315,10 @@ class _Blocks:
         return buffer[: shape[0] * shape[1] * shape[2]].view(shape)
 
     def probabilities(
-        self, q: Tensor, s: slice, i: slice, f: Tensor, mask: Tensor | None, scores: Tensor, out: Tensor
+        self, q: Tensor, s: slice, i: slice, f: Tensor | None, mask: Tensor | None, scores: Tensor, out: Tensor
     ) -> None:
         """P of a block into out, (s, i, L); scores is scratch of that shape, q is scaled."""
-        t = self.t[s]
-        torch.add(t[:, i, None], t[:, None], alpha=self.sign, out=scores).mul_(f)
+        self.decay(s, i, slice(0, self.length), f, scores)
         if mask is not None:
             scores.add_(mask[:, i] if mask.shape[1] > 1 else mask)
         if self.kind == "causal":
@@ -292,16 +349,16 @@ class _Blocks:
 
     def forward_by_keys(self) -> Tensor:
         """All queries against blocks of keys by the CPU's flash kernel; blocks are merged by their log-sum-exp."""
-        out, lse = torch.empty_like(self.q), torch.empty_like(self.t)
+        out, lse = torch.empty_like(self.q), self.empty(self.num_sequences, self.length)
         # Up to 1280 tokens one head's mask is a block. The kernel takes its threads from heads and queries.
         keys, count = (self.length, 1) if self.length <= 1280 else (_KEYS, torch.get_num_threads())
         buffer = self.empty(count * self.length * keys)
         for j in _slices(0, self.length, keys):
             f = self.factor(slice(0, self.length), j)
             for s in _slices(0, self.num_sequences, count):
-                t, shape = self.t[s], (s.stop - s.start, *f.shape)
+                shape = (s.stop - s.start, self.length, j.stop - j.start)
                 mask = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-                torch.add(t[:, :, None], t[:, None, j], alpha=self.sign, out=mask).mul_(f)
+                self.decay(s, slice(0, self.length), j, f, mask)
                 q, k, v = self.q[None, s], self.k[None, s, j], self.v[None, s, j]
                 (part,), (part_lse,) = _flash(q, k, v, attn_mask=mask[None], scale=self.scale)
                 if j.start == 0:
@@ -314,7 +371,7 @@ class _Blocks:
         return out
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dQ, dK, dV, (S, L, d), and dt, (S, L); the equations are at the top of the file."""
+        """dQ, dK, dV, (S, L, d), and dt, as t; the equations are at the top of the file."""
         grad, q = self.as_sequences(grad), self.q * self.scale
         dq, dk, dv = (torch.empty_like(self.q) for _ in range(3))
         dt = torch.zeros_like(self.t)
@@ -331,9 +388,7 @@ class _Blocks:
                 _softmax_backward(ds, p, -1, self.dtype, grad_input=ds)
                 torch.bmm(ds, self.k[s], out=dq[s, i])
                 _add_product(dk[s], ds.transpose(1, 2), q[s, i], is_first=i.start == 0)
-                ds.mul_(f)
-                dt[s].add_(ds.sum(1), alpha=self.sign)
-                dt[s, i].add_(ds.sum(2))
+                self.differentiate_decay(s, i, f, ds, dt, p)
         return dq.mul_(self.scale), dk, dv, dt
 
 

@@ -141,7 +141,7 @@ def test_impossible_grids_are_refused(size):
         Grid(*size)
 
 
-@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+@pytest.mark.parametrize("case", [case for case in PAIRWISE if case.kind != "gaussian"], ids=case_id)  # sums nothing
 def test_gates_in_half_precision_are_summed_in_float32(case):
     grid = Grid(4, 4)
     bias = case.build(make_gates(case, 1, 2, 16, torch.bfloat16), 2, grid)

@@ -10,8 +10,8 @@ from spatial_decay.grid import Grid
 from spatial_decay.layers import DECAY_KINDS, AttentionOptions
 from tests import references
 from tests.cases import (
-    CASES,
     EXACT_BACKENDS,
+    GATED,
     GATES_OF_KIND,
     TOLERANCE,
     case_id,
@@ -70,7 +70,7 @@ def equation_13(attn, case, x, grid, rope):
 @torch.no_grad()
 @pytest.mark.parametrize("num_prefix", [0, 2])
 @pytest.mark.parametrize("rope", ["axial", "flat", "none"])
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", GATED, ids=case_id)
 def test_equals_equation_13(case, rope, num_prefix):
     if case.is_axial and num_prefix:
         return  # refused, see test_mask

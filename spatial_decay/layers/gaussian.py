@@ -1,0 +1,70 @@
+"""LocAtViT's Gaussian: from each query, how wide and how high the window around it is."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spatial_decay.decay import GaussianDecay
+from spatial_decay.grid import Grid, GridSize
+from spatial_decay.precision import autocast_disabled
+
+__all__ = ["GaussianGate"]
+
+
+class GaussianGate(nn.Module):
+    """Amplitude and variances of a Gaussian for each query, from the query itself (Hajimiri et al. 2026, LocAtViT).
+
+    a = softplus(W_a q + b_a),    s = m^2 * sigmoid(W_s q + b_s - log(m^2 - 1)) * r + eps
+
+    with m the longer side of the grid that the model is trained on, so that s = 1 + eps where W_s q + b_s = 0. On
+    another grid s grows by r, the ratio of the shorter sides. eps is 0.1, more on large grids, and distances count as
+    m - 1 steps (114 at most) where the grid is larger: the authors' bounds for half precision. Computed in float32 at
+    least, and exactly: the authors' code trains grids from 32 rows on with one Gaussian for each 2 x 2 queries.
+
+    Args:
+        head_dim: d; the heads share the weights.
+        initial_grid_size: (H, W) of the patch tokens that the model is trained on.
+
+    Raises:
+        ValueError: initial_grid_size is not two numbers >= 1.
+    """
+
+    def __init__(self, head_dim: int, initial_grid_size: GridSize = (14, 14)) -> None:
+        super().__init__()
+        if len(initial_grid_size) != 2 or min(initial_grid_size) < 1:
+            raise ValueError(f"initial_grid_size must be (H, W), both >= 1: got {initial_grid_size!r}.")
+        self.initial_grid_size = (int(initial_grid_size[0]), int(initial_grid_size[1]))
+        self.log_var = nn.Linear(head_dim, 2)
+        self.log_alpha = nn.Linear(head_dim, 1)
+
+    def forward(self, q: Tensor, grid: Grid) -> GaussianDecay:
+        """Queries (B, N, L, d) of a grid -> the Gaussian around each, float32 at least."""
+        longest = max(self.initial_grid_size)
+        coefficient = longest**2
+        shift = math.log(coefficient - 1) if coefficient > 2 else 0.0
+        ratio = min(grid.size) / min(self.initial_grid_size)
+        ratio = ratio if grid.size != self.initial_grid_size else 1.0
+        with autocast_disabled(q.device):
+            amplitude = F.softplus(_linear(self.log_alpha, q))[..., 0]  # (B, N, L)
+            variance = coefficient * ratio * torch.sigmoid(_linear(self.log_var, q) - shift) + self._eps()
+        return GaussianDecay(
+            amplitude, variance[..., 0], variance[..., 1], grid, max_distance=min(longest - 1, math.sqrt(2 * 6550))
+        )
+
+    def extra_repr(self) -> str:
+        return f"initial_grid_size={self.initial_grid_size}"
+
+    def _eps(self) -> float:
+        """The authors': doubled from 0.1 until half of the largest squared distance over eps^2 is below 65000 / 2."""
+        eps = 0.1
+        while 0.5 * (max(self.initial_grid_size) - 1) ** 2 / eps**2 > 65000 / 2:
+            eps *= 2
+        return eps
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """In float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, layer.weight.dtype), torch.float32)
+    return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))

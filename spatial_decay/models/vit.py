@@ -1,0 +1,259 @@
+"""A plain ViT with any kind of decay, and LocAtViT (Hajimiri et al. 2026), which is one with Gaussians and PRR."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from spatial_decay.grid import Grid
+from spatial_decay.layers import AttentionOptions, PatchRepresentationRefinement, SDTBlock
+from spatial_decay.models.common import check_images, checkpoint_block, init_linear
+
+__all__ = ["POOLS", "ViT", "ViTOptions", "locatvit_base", "locatvit_small", "locatvit_tiny"]
+
+POOLS = ("token", "mean", "prr")
+"""What the classifier reads: the class token, the mean of the patches, or the class token (without one: the mean)
+after Patch Representation Refinement."""
+
+
+class ViTOptions(AttentionOptions, total=False):
+    """The keywords of ViT."""
+
+    img_size: int
+    patch_size: int
+    dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    decay: str
+    heads_range: float
+    class_token: bool
+    num_registers: int
+    pool: str
+    init_values: float | None
+    drop_path_rate: float
+
+
+class ViT(nn.Module):
+    """A Vision Transformer as timm and DeiT have it, with a decay in its attention.
+
+    Patches, a class token, registers, learned positions, SDTBlocks without convolutions, a norm and a classifier.
+    Images of any size that is a multiple of the patch size: positions are interpolated, bicubic with antialiasing.
+
+    Args:
+        num_classes: Outputs of the classifier; 0 leaves it out, and forward gives the pooled features.
+        in_chans: Channels of the image.
+        img_size: Side of the images that the positions are learned on; also what kind `gaussian` starts from.
+        patch_size: Side of a patch.
+        dim: D.
+        depth: Blocks.
+        num_heads: N.
+        mlp_ratio: Width of the MLP over D.
+        decay: Kind of decay, see SpatialDecayMask. The decomposed kinds need class_token=False and no registers.
+        heads_range: Fixed kinds only, see SpatialDecayMask.
+        class_token: Have one, first in the sequence.
+        num_registers: Register tokens, behind it.
+        pool: "token", "mean" or "prr" (refinement, then the class token; without one, the mean).
+        init_values: First value of LayerScale; None leaves it out.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        options: Keywords of SpatialDecayAttention. Here rotary embedding, LPE and output gate are off unless asked for.
+
+    Attributes:
+        config: The arguments, JSON values: ViT(**model.config) has the same structure.
+
+    Raises:
+        ValueError, TypeError: an option that cannot be; the message says what must hold.
+
+    Example:
+        >>> model = ViT(10, img_size=64, dim=48, depth=2, num_heads=3, decay="full")
+        >>> model(torch.randn(2, 3, 64, 96)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        img_size: int = 224,
+        patch_size: int = 16,
+        dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        decay: str = "none",
+        heads_range: float = 4.0,
+        class_token: bool = True,
+        num_registers: int = 0,
+        pool: str = "token",
+        init_values: float | None = None,
+        drop_path_rate: float = 0.0,
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}: got {pool!r}.")
+        if pool == "token" and not class_token:
+            raise ValueError("pool='token' needs class_token=True: got False. Use pool='mean' or 'prr'.")
+        if patch_size < 1 or img_size < patch_size or img_size % patch_size:
+            raise ValueError(
+                f"img_size must be a multiple of patch_size: got img_size={img_size}, patch_size={patch_size}."
+            )
+        if unknown := set(options) - set(AttentionOptions.__annotations__):
+            raise TypeError(
+                f"ViT has no keyword {', '.join(sorted(unknown))}: those for all blocks are "
+                f"{', '.join(AttentionOptions.__annotations__)}."
+            )
+        self.config: dict[str, Any] = {
+            "num_classes": num_classes,
+            "in_chans": in_chans,
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "dim": dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "decay": decay,
+            "heads_range": heads_range,
+            "class_token": class_token,
+            "num_registers": num_registers,
+            "pool": pool,
+            "init_values": init_values,
+            "drop_path_rate": drop_path_rate,
+            **options,
+        }
+        self.num_classes, self.in_chans, self.patch_size, self.pool = num_classes, in_chans, patch_size, pool
+        self.num_features = self.embed_dim = dim
+        self.num_prefix_tokens = int(class_token) + num_registers
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.grad_checkpointing = False
+
+        self.patch_embed = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, num_registers, dim)) if num_registers else None
+        num_tokens = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim))
+        defaults: AttentionOptions = {"rope": "none", "lpe_kernel_size": 0, "gate_rank": 0}
+        self.blocks = nn.ModuleList(
+            SDTBlock(
+                dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                decay=decay,
+                drop_path=drop_path_rate * i / max(depth - 1, 1),
+                init_values=init_values,
+                pos_kernel_size=0,
+                mlp_kernel_size=0,
+                num_prefix_tokens=self.num_prefix_tokens,
+                heads_range=heads_range,
+                **({"initial_grid_size": self.grid_size} | defaults | options),
+            )
+            for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.prr = PatchRepresentationRefinement(num_heads) if pool == "prr" else None
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.apply(init_linear)
+        self._init_tokens()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W), floating point -> logits (B, num_classes).
+
+        Raises:
+            TypeError: x is not floating point.
+            ValueError: wrong rank or channels; H or W no multiple of the patch size.
+        """
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> tokens (B, P + L, D) behind the last norm; class token and registers first."""
+        tokens, grid = self._embed(x)
+        for block in self.blocks:
+            tokens = self._run(block, tokens, grid)
+        return self.norm(tokens)
+
+    def forward_head(self, tokens: Tensor, *, pre_logits: bool = False) -> Tensor:
+        """Tokens of forward_features -> logits; pre_logits: pooled features (B, D)."""
+        tokens = tokens if self.prr is None else self.prr(tokens)
+        reads_token = self.pool != "mean" and self.cls_token is not None
+        pooled = tokens[:, 0] if reads_token else tokens[:, self.num_prefix_tokens :].mean(1)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward_maps(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> patch features (B, D, H / patch, W / patch), refined where pool is "prr"."""
+        tokens = self.forward_features(x)
+        tokens = tokens if self.prr is None else self.prr(tokens)
+        height = x.shape[2] // self.patch_size
+        return tokens[:, self.num_prefix_tokens :].unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer: nn.Linear, or nn.Identity where num_classes is 0."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new classifier, freshly initialised, on the device and in the dtype of the model; 0 leaves it out."""
+        self.num_classes = self.config["num_classes"] = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head.to(device=self.pos_embed.device, dtype=self.pos_embed.dtype).apply(init_linear)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only the blocks' inputs and compute their insides again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimiser should not decay: biases, norms, tokens and positions."""
+        tokens = {"cls_token", "reg_token", "pos_embed"}
+        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1 or name in tokens}
+
+    def _init_tokens(self) -> None:
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """Patches with positions behind class token and registers, (B, P + L, D), and their grid."""
+        check_images(x, self.in_chans, self.patch_embed.weight)
+        if min(x.shape[2:]) < self.patch_size or x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
+            raise ValueError(
+                f"height and width of images must be multiples of patch_size = {self.patch_size}: got {x.shape[2]} x "
+                f"{x.shape[3]}. Resize or pad them."
+            )
+        maps = self.patch_embed(x)
+        grid = Grid(maps.shape[2], maps.shape[3], self.num_prefix_tokens)
+        prefix = [t.expand(len(x), -1, -1).to(maps.dtype) for t in (self.cls_token, self.reg_token) if t is not None]
+        return torch.cat([*prefix, maps.flatten(2).transpose(1, 2)], 1) + self._positions(grid), grid
+
+    def _positions(self, grid: Grid) -> Tensor:
+        """Of a grid, (1, P + L, D)."""
+        if grid.size == self.grid_size:
+            return self.pos_embed
+        prefix, patches = self.pos_embed.split((self.num_prefix_tokens, self.grid_size[0] * self.grid_size[1]), 1)
+        maps = patches.transpose(1, 2).unflatten(2, self.grid_size)
+        resized = F.interpolate(maps.float(), grid.size, mode="bicubic", antialias=True, align_corners=False)
+        return torch.cat([prefix, resized.to(patches.dtype).flatten(2).transpose(1, 2)], 1)
+
+    def _run(self, block: nn.Module, tokens: Tensor, grid: Grid) -> Tensor:
+        if self.grad_checkpointing and self.training:
+            return checkpoint_block(block, tokens, grid.size)
+        return block(tokens, grid.size)
+
+
+_LOCATVIT: ViTOptions = {"decay": "gaussian", "pool": "prr"}
+
+
+def locatvit_tiny(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[ViTOptions]) -> ViT:
+    """LocAtViT-Ti: 12 blocks of width 192, 3 heads; 5.72 million parameters; overrides are ViT's keywords."""
+    return ViT(num_classes, in_chans, **(_LOCATVIT | ViTOptions(dim=192, num_heads=3) | overrides))
+
+
+def locatvit_small(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[ViTOptions]) -> ViT:
+    """LocAtViT-S: 12 blocks of width 384, 6 heads; 22.05 million parameters; overrides are ViT's keywords."""
+    return ViT(num_classes, in_chans, **(_LOCATVIT | ViTOptions(dim=384, num_heads=6) | overrides))
+
+
+def locatvit_base(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[ViTOptions]) -> ViT:
+    """LocAtViT-B: 12 blocks of width 768, 12 heads; 86.57 million parameters; overrides are ViT's keywords."""
+    return ViT(num_classes, in_chans, **(_LOCATVIT | ViTOptions(dim=768, num_heads=12) | overrides))
