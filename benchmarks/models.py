@@ -1,4 +1,4 @@
-"""sdt_h_tiny, forward and training step, against the same model with other backends and without decay.
+"""Whole models, forward and training step, against the same model with other backends and without decay.
 
     python -m benchmarks.models               # 224 x 224, batch 8, CPU; results in outputs/benchmarks/models
     python -m benchmarks.models --profile     # and where the time of a training step goes, by operator
@@ -11,6 +11,8 @@ import argparse
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +20,15 @@ from torch import Tensor, nn
 
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, interleaved, reasons
-from spatial_decay import sdt_h_tiny
-from spatial_decay.models.sdt_h import SDTHOptions
+from spatial_decay import GaussianDecay, locatvit_tiny, rmt_tiny, sdt_h_tiny
+from spatial_decay.decay import PairwiseDecay, dense
 from spatial_decay.ops import BACKENDS
 from spatial_decay.ops.inputs import Inputs
 
-FLOOR = "decays none"
+FLOOR = "decay none"
 SAME_LAYOUT = "plain SDPA in its place"
-PEER = "vit_tiny_patch16_224"
-QUICK: SDTHOptions = {"depths": (1, 1, 1, 1)}
+AUTHORS = "authors' formulas"
+PEER = "timm vit_tiny_patch16_224"
 PASSES = ("forward", "training step")
 NUM_CLASSES = 1000
 
@@ -43,19 +45,62 @@ class _Plain:
         return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, scale=inputs.scale)
 
 
-def builders(image_size: int, options: SDTHOptions) -> dict[str, Callable[[], nn.Module]]:
-    """The models, by name; options are of all sdt_h_tiny."""
+class _Authors(_Plain):
+    """The formulas step by step, as the authors' code has them: all L x L pairs, in memory.
 
-    def sdt(backend: str) -> Callable[[], nn.Module]:
-        return lambda: sdt_h_tiny(NUM_CLASSES, **(options | {"backend": backend}))
+    RMT: mask, sum, softmax, product. LocAtViT: an exponential for each query and key, then SDPA with that mask.
+    """
 
-    without: SDTHOptions = options | {"decays": ("none",) * 4}
-    found: dict[str, Callable[[], nn.Module]] = {FLOOR: lambda: sdt_h_tiny(NUM_CLASSES, **without)}
-    found |= {("sdt_h_tiny " + name): sdt(name) for name in ("auto", *BACKENDS) if name != SAME_LAYOUT}
-    found[SAME_LAYOUT] = sdt(SAME_LAYOUT)
-    if importlib.util.find_spec("timm"):
-        timm = importlib.import_module("timm")
-        found[f"timm {PEER}"] = lambda: timm.create_model(PEER, num_classes=NUM_CLASSES, img_size=image_size)
+    def attention(self, inputs: Inputs) -> Tensor:
+        q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
+        assert isinstance(bias, PairwiseDecay)
+        if isinstance(bias, GaussianDecay):
+            mask = _gaussian_mask(bias)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), scale=inputs.scale)
+        scores = (q * inputs.scale) @ k.transpose(-2, -1) + dense(bias, dtype=q.dtype)
+        return scores.softmax(-1) @ v
+
+
+def _gaussian_mask(bias: GaussianDecay) -> Tensor:
+    num_prefix = bias.grid.num_prefix_tokens
+    amplitude, *variances = (token[..., num_prefix:, None] for token in bias.tokens)  # (B, N, H*W, 1)
+    position = torch.stack(bias.grid.positions(device=amplitude.device, dtype=amplitude.dtype), -1)  # (H*W, 2)
+    numerator = -0.5 * (position[:, None] - position) ** 2  # (H*W, H*W, 2)
+    mask = amplitude * (numerator / torch.stack(variances, -1)).sum(-1).exp()
+    return F.pad(mask, (num_prefix, 0, num_prefix, 0))
+
+
+@dataclass(frozen=True)
+class Model:
+    """How to build one, for a backend and without decay; quick: keywords that make it small."""
+
+    build: Callable[..., nn.Module]
+    without: dict[str, Any]
+    quick: dict[str, Any]
+    any_size: bool = True  # a ViT is told the image size
+
+
+MODELS = {
+    "sdt_h_tiny": Model(sdt_h_tiny, {"decays": ("none",) * 4}, {"depths": (1, 1, 1, 1)}),
+    "rmt_tiny": Model(rmt_tiny, {"decays": ("none",) * 4}, {"depths": (1, 1, 1, 1)}),
+    "locatvit_tiny": Model(locatvit_tiny, {"decay": "none"}, {"depth": 1}, any_size=False),
+}
+
+
+def builders(name: str, image_size: int, *, quick: bool) -> dict[str, Callable[[], nn.Module]]:
+    """The contenders of one model, by name."""
+    model = MODELS[name]
+    options = (model.quick if quick else {}) | ({} if model.any_size else {"img_size": image_size})
+
+    def build(**more: Any) -> Callable[[], nn.Module]:
+        return lambda: model.build(NUM_CLASSES, **(options | more))
+
+    found = {FLOOR: build(**model.without)} | {backend: build(backend=backend) for backend in ("auto", *BACKENDS)}
+    if name == "sdt_h_tiny":
+        del found[AUTHORS]  # they published no code
+        if importlib.util.find_spec("timm"):
+            timm = importlib.import_module("timm")
+            found[PEER] = lambda: timm.create_model(PEER[5:], num_classes=NUM_CLASSES, img_size=image_size)
     return found
 
 
@@ -86,35 +131,35 @@ def make_call(build: Callable[[], nn.Module], which: str, images: Tensor, dtype:
     return step
 
 
-def measure(which: str, images: Tensor, dtype: torch.dtype, arguments: argparse.Namespace) -> list[Row]:
-    """One pass of all models; one that cannot run has a note in place of numbers."""
+def measure(name: str, which: str, images: Tensor, dtype: torch.dtype, arguments: argparse.Namespace) -> list[Row]:
+    """One pass of all contenders of a model; one that cannot run has a note in place of numbers."""
     quick = arguments.quick
     if not quick:
         torch.compiler.reset()  # a function is compiled for a few shapes only, then no more
     calls: dict[str, Call] = {}
     notes: dict[str, str] = {}
-    models = builders(images.shape[-1], QUICK if quick else {})
-    for name, build in models.items():
-        if quick and name == "sdt_h_tiny flex":
-            notes[name] = "left out by --quick"
+    contenders = builders(name, images.shape[-1], quick=quick)
+    for contender, build in contenders.items():
+        if quick and contender == "flex":
+            notes[contender] = "left out by --quick"
             continue
         call = make_call(build, which, images, dtype)
         try:
             call()
         except RuntimeError as error:  # NotImplementedError, out of memory and failures to compile are among them
-            notes[name] = reasons(error)
+            notes[contender] = reasons(error)
         else:
-            calls[name] = call
+            calls[contender] = call
     rounds, warmup = (1, 0) if quick else (arguments.rounds, 1)
     timings = interleaved(calls, FLOOR, rounds=rounds, device=images.device, warmup=warmup, min_seconds=0)
     rows: list[Row] = []
-    for name in models:
-        timing = timings.get(name)
+    for contender in contenders:
+        timing = timings.get(contender)
         images_per_second = len(images) / timing.seconds if timing else None
-        row: Row = {"pass": which, "model": name, "images/s": images_per_second}
-        rows.append(row | timing_columns(timing) | {"note": notes.get(name, "")})
-    if f"timm {PEER}" not in models:
-        row = {"pass": which, "model": f"timm {PEER}", "images/s": None}
+        row: Row = {"model": name, "pass": which, "contender": contender, "images/s": images_per_second}
+        rows.append(row | timing_columns(timing) | {"note": notes.get(contender, "")})
+    if name == "sdt_h_tiny" and PEER not in contenders:
+        row = {"model": name, "pass": which, "contender": PEER, "images/s": None}
         rows.append(row | timing_columns(None) | {"note": "timm is not installed"})
     return rows
 
@@ -136,25 +181,30 @@ def profile_step(images: Tensor, dtype: torch.dtype) -> str:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the command line; the rows of results.csv."""
     parser = command_line(__doc__.splitlines()[0], "models", rounds=7)
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--profile", action="store_true", help="print and write where a training step's time goes")
     arguments = parser.parse_args(argv)
+    names = arguments.models.split(",")
+    if unknown := set(names) - set(MODELS):
+        parser.error(f"argument --models: choose from {', '.join(MODELS)}: got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
     batch_size, size = (2, 64) if arguments.quick else (arguments.batch_size, arguments.image_size)
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     where = machine(device, arguments.dtype) | {"images": f"{batch_size} of {size} x {size}"}
     rows: list[Row] = []
-    BACKENDS[SAME_LAYOUT] = _Plain()  # behind the others, so that auto does not see it
+    BACKENDS[SAME_LAYOUT], BACKENDS[AUTHORS] = _Plain(), _Authors()  # behind the others, so that auto does not see them
     try:
-        for which in PASSES:
-            new = measure(which, images, dtype, arguments)
-            print(f"\n{format_table(new)}", flush=True)
-            rows += new
+        for name in names:
+            for which in PASSES:
+                new = measure(name, which, images, dtype, arguments)
+                print(f"\n{format_table(new)}", flush=True)
+                rows += new
     finally:
-        del BACKENDS[SAME_LAYOUT]
-    write_results(arguments.output, "Whole models", ABOUT, rows, where, by=["pass"])
+        del BACKENDS[SAME_LAYOUT], BACKENDS[AUTHORS]
+    write_results(arguments.output, "Whole models", ABOUT, rows, where, by=["model", "pass"])
     if arguments.profile:
         table = profile_step(images, dtype)
         print(table)
@@ -163,8 +213,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 
 ABOUT = f"""`ratio` is to `{FLOOR}` in the same round: median (quartiles). That is the same model with kind `none` in
-every stage, and so with attention over all tokens where the first two stages of sdt_h_tiny have rows, then columns.
-`{SAME_LAYOUT}` is sdt_h_tiny as it is, gates, rows and columns included, with nothing added to the scores.
+every stage, and so with attention over all tokens where the first two stages of sdt_h_tiny and rmt_tiny have rows, then
+columns. `{SAME_LAYOUT}` is the model as it is, gates, rows and columns included, with nothing added to the scores.
+`{AUTHORS}`: written after RMT's and LocAtViT's code, all L x L pairs in memory; the layers around them are ours.
 A training step is forward, loss, backward and AdamW; forward is in eval mode without autograd."""
 
 if __name__ == "__main__":

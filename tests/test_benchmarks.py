@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from benchmarks import attention, models, report, timing
-from spatial_decay.ops import BACKENDS
+from spatial_decay.grid import Grid
+from spatial_decay.ops import BACKENDS, decay_attention
+from tests.cases import CASES, make_gates
 
 PNG = b"\x89PNG"
 
@@ -113,7 +115,9 @@ def test_models(tmp_path, capsys):
     rows = models.main(["--quick", "--threads", "1", "--profile", "--output", str(tmp_path)])
     assert list(BACKENDS) == before
     assert all(row["note"] or row["images/s"] > 0 for row in rows)
-    assert {row["model"] for row in rows} >= {models.FLOOR, "sdt_h_tiny auto", f"timm {models.PEER}"}
+    found = {(row["model"], row["contender"]) for row in rows}
+    assert found >= {(name, which) for name in models.MODELS for which in (models.FLOOR, "auto", models.SAME_LAYOUT)}
+    assert found >= {("sdt_h_tiny", models.PEER), ("rmt_tiny", models.AUTHORS), ("locatvit_tiny", models.AUTHORS)}
     assert "Self CPU" in capsys.readouterr().out
     assert (tmp_path / "results.md").exists()
     assert (tmp_path / "profile.txt").exists()
@@ -123,3 +127,13 @@ def test_a_kind_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         attention.main(["--kinds", "full,round"])
     assert "got round" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind in ("fixed_decomposed", "fixed", "gaussian")])
+def test_the_authors_formulas_give_the_same(case, monkeypatch):
+    monkeypatch.setitem(BACKENDS, models.AUTHORS, models._Authors())
+    grid = Grid(3, 4, 0 if case.is_axial else 1)
+    q, k, v = torch.randn(3, 2, 3, grid.num_tokens, 8)
+    bias = case.build(make_gates(case, 2, 3, grid.num_tokens, torch.float32), 3, grid)
+    out, expected = (decay_attention(q, k, v, bias, backend=backend) for backend in (models.AUTHORS, "math"))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
