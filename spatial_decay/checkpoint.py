@@ -79,7 +79,7 @@ def load_checkpoint(
         >>> model = locatvit_tiny()
         >>> report = load_checkpoint(model, {"state_dict": locatvit_tiny().state_dict()})
         >>> print(report)
-        175 tensors loaded, 0 left to the model to compute
+        200 tensors loaded, 0 left to the model to compute
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}: got {layout!r}.")

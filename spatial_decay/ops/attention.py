@@ -133,8 +133,8 @@ def explain_backend(
         >>> q, k, v = torch.randn(3, 2, 4, 49, 16)
         >>> print(explain_backend(q, k, v, ManhattanDecay(torch.full((2, 4, 49), -0.05), Grid(7, 7))))
         math
-          tiled could: 0.019 million scores are faster written out (math), up to 1 million
-          sdpa could: 0.019 million scores are faster written out (math), up to 1 million
+          tiled could: 0.019 million scores are faster written out (math), up to 0.52 million
+          sdpa could: 0.019 million scores are faster written out (math), up to 0.52 million
           flex could: it is compiled for each new shape
     """
     inputs = checked_inputs(q, k, v, bias, attn_mask, dropout_p, scale)

@@ -11,7 +11,7 @@ __all__ = ["attention", "avoid_reasons", "avoid_reasons_on_small_inputs", "unsup
 
 # Scores of all sequences, B * N * L * L, up to which it is the fastest on the CPU. By 2 threads: alone, blocks
 # pay from 2 to 4 million on; within a model, where others use the cache in between, from half a million.
-_SMALL = 1 << 20
+_SMALL = 1 << 19
 # Training, blocks of shorter sequences are never faster.
 _SHORTEST_IN_BLOCKS = 32
 
