@@ -48,13 +48,15 @@ class GaussianDecay(PairwiseDecay):
         return amplitude * torch.exp(self._exponent(q_h - k_h, variance_h) + self._exponent(q_w - k_w, variance_w))
 
     def profiles(self, tokens: Tokens, position: Position) -> tuple[Tensor, Tensor]:
+        rows, columns = self.exponents(tokens, position)
+        return tokens[0][..., None] * rows.exp(), columns.exp()
+
+    def exponents(self, tokens: Tokens, position: Position) -> tuple[Tensor, Tensor]:
+        """-dh^2 / (2 s_h) to each row and -dw^2 / (2 s_w) to each column, (B, N, n, H) and (B, N, n, W)."""
         amplitude, variance_h, variance_w = (token[..., None] for token in tokens)
         rows, columns = (torch.arange(size, dtype=amplitude.dtype, device=amplitude.device) for size in self.grid.size)
         h, w = (p[:, None] for p in position)
-        return (
-            amplitude * torch.exp(self._exponent(h - rows, variance_h)),
-            torch.exp(self._exponent(w - columns, variance_w)),
-        )
+        return self._exponent(h - rows, variance_h), self._exponent(w - columns, variance_w)
 
     def _exponent(self, steps: Tensor, variance: Tensor) -> Tensor:
         return steps.abs().clamp(max=self.max_distance).square() / (-2 * variance)

@@ -9,10 +9,9 @@ with t a number a token and F a matrix that only the grid decides:
     Manhattan   t = a,  s = +1,  F = d_M                    (SDT Eq. 8-9, RMT)
     path        t = c,  s = -1,  F = sign(j - i)            (SDT Eq. 6, 11; c grows with i, so this is -|c_i - c_j|)
 
-and F = 0 wherever a prefix token takes part; or M is a product of two profiles of the query, with h_j and w_j the row
-and the column of the key:
+and F = 0 wherever a prefix token takes part; or, with h_j and w_j the row and the column of the key,
 
-    Gaussian    M[i, j] = r_i[h_j] * c_i[w_j]               (LocAtViT)
+    Gaussian    M[i, j] = a_i * exp(u_i[h_j]) * exp(v_i[w_j])   (LocAtViT)
 
 No L x L matrix is stored: blocks of rows (or, forward on long sequences,
 of keys) go through two buffers that stay in cache. The backward pass computes each block again. With P the softmax of
@@ -21,7 +20,8 @@ a block, dO the output's gradient and o the product by elements:
     dP = dO V^T        dS = P o (dP - rowsum(P o dP))
     dV = P^T dO        dQ = scale * dS K        dK = scale * dS^T Q
     dt_i = sum_j dS[i, j] F[i, j] + s * sum_j dS[j, i] F[j, i]
-    dr_i[h] = sum_{j: h_j = h} dS[i, j] c_i[w_j]            dc_i[w] = sum_{j: w_j = w} dS[i, j] r_i[h_j]
+    da_i = sum_j Z[i, j]    du_i[h] = a_i * sum_{j: h_j = h} Z[i, j]    dv_i[w] = a_i * sum_{j: w_j = w} Z[i, j]
+    with Z = dS o M / a
 
 Both passes are torch.library operators, so torch.compile and torch.export take them as they are. No second derivatives,
 no torch.func transforms.
@@ -93,7 +93,7 @@ def attention(inputs: Inputs) -> Tensor:
     bias = inputs.bias
     assert isinstance(bias, _KINDS)
     if isinstance(bias, GaussianDecay):
-        kind, tokens = "gaussian", _profiles(bias)
+        kind, tokens = "gaussian", _gaussian_tokens(bias)
     else:
         kind = "manhattan" if isinstance(bias, ManhattanDecay) else "causal" if bias.causal else "path"
         tokens = at_least_float32(bias.tokens[0])
@@ -101,12 +101,13 @@ def attention(inputs: Inputs) -> Tensor:
     return _forward(inputs.q, inputs.k, inputs.v, tokens, inputs.attn_mask, grid, kind, inputs.scale)
 
 
-def _profiles(bias: GaussianDecay) -> Tensor:
-    """r and c of each query side by side, (B, N, L, H + W); zero for prefix tokens."""
+def _gaussian_tokens(bias: GaussianDecay) -> Tensor:
+    """a, u and v of each query side by side, (B, N, L, 1 + H + W); zero for prefix tokens."""
     num_prefix = bias.grid.num_prefix_tokens
     tokens = tuple(at_least_float32(token)[..., num_prefix:] for token in bias.tokens)
     position = bias.grid.positions(device=tokens[0].device, dtype=tokens[0].dtype)
-    return F.pad(torch.cat(bias.profiles(tokens, position), -1), (0, 0, num_prefix, 0))
+    side_by_side = torch.cat([tokens[0][..., None], *bias.exponents(tokens, position)], -1)
+    return F.pad(side_by_side, (0, 0, num_prefix, 0))
 
 
 # Schemas are spelt out: torch 2.6 does not infer them from today's annotations. The functions that torch calls back are
@@ -125,8 +126,9 @@ def _forward(
     kind: str,
     scale: float,
 ) -> Tensor:
-    """O, (B, N, L, d), from tokens, t (B|1, N, L) or r and c (B|1, N, L, H + W), attn_mask (B|1, N|1, L|1, L) and the
-    grid's H, W and P.
+    """O, (B, N, L, d).
+
+    tokens: t (B|1, N, L), or a, u and v (B|1, N, L, 1 + H + W). attn_mask: (B|1, N|1, L|1, L). grid: H, W and P.
     """
     blocks = _Blocks(q, k, v, tokens, attn_mask, grid, kind, scale)
     by_keys = q.shape[2] > _SHORT and attn_mask is None and kind != "causal" and q.device.type == "cpu"
@@ -184,8 +186,8 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 class _Blocks:
     """The tensors of one call in their working form, and the loops over blocks.
 
-    The heads of all images are one list of S = B * N sequences: q, k, v are (S, L, d), t is (S, L), or r and c side by
-    side, (S, L, H + W). In the loops s, i and j are slices: some sequences, some queries, some keys.
+    The heads of all images are one list of S = B * N sequences: q, k, v are (S, L, d), t is (S, L), or a, u and v
+    side by side, (S, L, 1 + H + W). In the loops s, i and j are slices: some sequences, some queries, some keys.
     """
 
     def __init__(
@@ -208,6 +210,17 @@ class _Blocks:
         self.attn_mask, self.scale, self.kind = attn_mask, scale, kind
         self.sign = 1.0 if kind == "manhattan" else -1.0
         self.height, self.width, self.num_prefix = grid
+        if kind == "gaussian":
+            self.amplitude, rows, columns = self.t.split((1, self.height, self.width), -1)
+            self.rows, self.columns = rows.exp(), columns.exp()
+            # Which of "the grid", its rows and its columns a key is in, 0 or 1, (L, 1 + H + W).
+            one, row, column = (torch.eye(n, dtype=self.dtype, device=q.device) for n in (1, self.height, self.width))
+            lines = (
+                one.expand(self.height * self.width, -1),
+                row.repeat_interleave(self.width, 0),
+                column.repeat(self.height, 1),
+            )
+            self.lines = F.pad(torch.cat(lines, -1), (0, 0, self.num_prefix, 0))
         self.positions = torch.arange(self.length, dtype=self.dtype, device=q.device)
 
     def as_sequences(self, x: Tensor) -> Tensor:
@@ -244,18 +257,19 @@ class _Blocks:
         if f is not None:
             torch.add(t[:, i, None], t[:, None, j], alpha=self.sign, out=out).mul_(f)
             return
-        rows, columns = t[:, i].split((self.height, self.width), -1)
+        rows, columns = self.rows[s, i].mul(self.amplitude[s, i]), self.columns[s, i]
         if j.stop - j.start == self.length:
-            torch.mul(rows[..., :, None], columns[..., None, :], out=self.as_maps(out))
-            out[..., : self.num_prefix] = 0
+            self.outer(rows, columns, out)
         else:
             patch = (torch.arange(j.start, j.stop, device=t.device) - self.num_prefix).clamp_(min=0)
             torch.mul(rows[..., patch // self.width], columns[..., patch % self.width], out=out)
             out[..., : max(0, self.num_prefix - j.start)] = 0
 
-    def as_maps(self, block: Tensor) -> Tensor:
-        """A block (s, i, L) without the prefix keys, (s, i, H, W)."""
-        return block[..., self.num_prefix :].unflatten(-1, (self.height, self.width))
+    def outer(self, rows: Tensor, columns: Tensor, out: Tensor) -> None:
+        """rows[h_j] * columns[w_j] for all keys j into out, (s, i, L); zero for prefix keys."""
+        maps = out[..., self.num_prefix :].unflatten(-1, (self.height, self.width))
+        torch.mul(rows[..., :, None], columns[..., None, :], out=maps)
+        out[..., : self.num_prefix] = 0
 
     def differentiate_decay(
         self, s: slice, i: slice, f: Tensor | None, ds: Tensor, dt: Tensor, scratch: Tensor
@@ -266,11 +280,9 @@ class _Blocks:
             dt[s].add_(ds.sum(1), alpha=self.sign)
             dt[s, i].add_(ds.sum(2))
             return
-        dm, product = self.as_maps(ds), self.as_maps(scratch)
-        rows, columns = self.t[s, i].split((self.height, self.width), -1)
-        d_rows, d_columns = dt[s, i].split((self.height, self.width), -1)
-        torch.sum(torch.mul(dm, columns[..., None, :], out=product), -1, out=d_rows)
-        torch.sum(torch.mul(dm, rows[..., :, None], out=product), -2, out=d_columns)
+        self.outer(self.rows[s, i], self.columns[s, i], scratch)
+        dt[s, i] = ds.mul_(scratch) @ self.lines
+        dt[s, i, 1:].mul_(self.amplitude[s, i])
 
     def distances(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """From the tokens start .. stop - 1 to each row of the grid, (n, H), and to each of its columns, (n, W)."""

@@ -102,7 +102,7 @@ def test_it_says_all_that_it_cannot():
         decay_attention(q, q, q, attn_mask=mask, dropout_p=0.1, backend="tiled")
     assert str(caught.value) == (
         "backend='tiled' cannot run these inputs:\n"
-        "  - no decay (needs a ManhattanDecay or PathDecay)\n"
+        "  - no decay (needs a ManhattanDecay, PathDecay, GaussianDecay)\n"
         "  - dropout_p=0.1 (needs 0)\n"
         "  - attn_mask requires grad (needs one without)\n"
         "Use backend='auto' or one of: sdpa, math."
