@@ -92,7 +92,8 @@ def score_mod(bias: PairwiseDecay) -> ScoreMod:
     The indices may be scalars, as FlexAttention gives them, or tensors that broadcast together.
     """
     num_prefix = bias.grid.num_prefix_tokens
-    q_tokens = tuple(at_least_float32(token) for token in bias.tokens)
+    # Inductor cannot build its kernel for the CPU over strided views (torch 2.15).
+    q_tokens = tuple(at_least_float32(token).contiguous() for token in bias.tokens)
     # FlexAttention refuses to index one tensor twice where a gradient is asked for (and adds up captured
     # tensors' gradients by themselves), so that the key side has its own.
     k_tokens = tuple(token.clone() for token in q_tokens)

@@ -29,6 +29,13 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
         reasons.append("on cpu, something requires grad (needs torch.no_grad(), or cuda)")
     if inputs.q.device.type == "cpu" and torch.compiler.is_compiling():
         reasons.append("on cpu, inside torch.compile PyTorch cannot build its kernel (needs to be outside, or cuda)")
+    if inputs.q.device.type == "cpu" and inputs.head_dim in (8, 16) and inputs.length % 16 == 8:
+        # Its product of queries and keys then writes 16 columns where 8 are left, over the row maxima: wrong, at
+        # times NaN (CppMicroGemmFP32Vec with 8 lanes, 24 > head_dim; seen in torch 2.13 and 2.15).
+        reasons.append(
+            f"on cpu, {inputs.length} tokens with head_dim={inputs.head_dim}: PyTorch's kernel is wrong where a length "
+            "is 8 above a multiple of 16 and head_dim is 8 or 16"
+        )
     return reasons
 
 

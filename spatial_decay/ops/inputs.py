@@ -42,6 +42,11 @@ class Inputs:
         return self.q.shape[2]
 
     @property
+    def head_dim(self) -> int:
+        """d."""
+        return self.q.shape[3]
+
+    @property
     def needs_grad(self) -> bool:
         """Whether anything but attn_mask will get a gradient."""
         tokens = () if self.bias is None else self.bias.tokens

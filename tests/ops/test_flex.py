@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from spatial_decay import SpatialDecayAttention
-from spatial_decay.decay import ManhattanDecay
+from spatial_decay.decay import GaussianDecay, ManhattanDecay
 from spatial_decay.grid import Grid
 from spatial_decay.ops import decay_attention, flex
 from tests.cases import CASES, TOLERANCE, case_id, make_gates, relative_error
@@ -63,6 +63,23 @@ def test_the_compiled_kernel(dtype):
     out, expected = both(CASES[0], grid, attn_mask, dtype)
     assert out.dtype == dtype
     assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+def test_the_compiled_kernel_over_views_of_one_tensor():
+    torch.compiler.reset()
+    grid = Grid(3, 5, 1)
+    q, k, v = torch.randn(3, 1, 2, grid.num_tokens, 16)
+    bias = GaussianDecay(*(torch.rand(1, 2, grid.num_tokens, 3) + 0.1).unbind(-1), grid)
+    out, expected = (decay_attention(q, k, v, bias, backend=backend) for backend in ("flex", "math"))
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("length", "head_dim"), [(24, 8), (56, 16), (24, 16)])
+def test_where_the_compiled_kernel_is_wrong_it_refuses(length, head_dim):
+    q = torch.randn(2, 4, length, head_dim)
+    bias = ManhattanDecay(-torch.rand(2, 4, length), Grid(1, length))
+    with pytest.raises(NotImplementedError, match=f"{length} tokens with head_dim={head_dim}"):
+        decay_attention(q, q, q, bias, backend="flex")
 
 
 def test_what_it_cannot_run():
