@@ -4,17 +4,20 @@
     python -m benchmarks.attention --device cuda --dtype bfloat16 --cold-cache
 
 Contenders start at the gate: forward is gate -> output without autograd, forward+backward ends at the gradients of
-q, k, v and the gate. The floor has no gate and no mask. Needs the extra [viz] for the picture.
+q, k, v and the gate. The floor has no gate and no mask; on cuda, in half precision, it is PyTorch's flash kernel. Needs
+the extra [viz] for the picture.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, interleaved, peak_memory, reasons, relative_error
@@ -55,13 +58,30 @@ class Case:
         return ManhattanDecay.from_gate(gates[0], self.grid, alpha=ALPHA)
 
 
-_WHOLE = ((8, 8, Grid(14, 14), 32), (4, 12, Grid(16, 16), 64), (1, 8, Grid(32, 32), 64), (1, 4, Grid(56, 56), 32))
-_AXIAL = ((8, 4, Grid(28, 28), 32), (8, 4, Grid(56, 56), 16))
-CASES = {
-    kind: [Case(kind, *shape) for shape in shapes]
-    for kind, shapes in {"full": _WHOLE, "1d": _WHOLE, "decomposed": _AXIAL}.items()
+_Shapes: TypeAlias = dict[str, tuple[tuple[int, int, Grid, int], ...]]
+_WHOLE: _Shapes = {
+    "cpu": ((8, 8, Grid(14, 14), 32), (4, 12, Grid(16, 16), 64), (1, 8, Grid(32, 32), 64), (1, 4, Grid(56, 56), 32)),
+    "cuda": (
+        (128, 8, Grid(14, 14), 32),
+        (64, 12, Grid(14, 14), 64),
+        (32, 12, Grid(16, 16), 64),
+        (32, 16, Grid(16, 16), 72),
+        (8, 16, Grid(32, 32), 64),
+        (1, 16, Grid(64, 64), 64),
+    ),
 }
-"""By kind, the smallest first."""
+_AXIAL: _Shapes = {
+    "cpu": ((8, 4, Grid(28, 28), 32), (8, 4, Grid(56, 56), 16)),
+    "cuda": ((128, 4, Grid(28, 28), 32), (128, 4, Grid(56, 56), 16)),
+}
+CASES = {
+    device: {
+        kind: [Case(kind, *shape) for shape in shapes[device]]
+        for kind, shapes in {"full": _WHOLE, "1d": _WHOLE, "decomposed": _AXIAL}.items()
+    }
+    for device in ("cpu", "cuda")
+}
+"""By device and kind, the smallest first: layers of SDT-H, ViT-B, SDT-P and larger images; on cuda in real batches."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,18 @@ class Setting:
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's own, with a mask in memory."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype))
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: None, *, kernel: SDPBackend = SDPBackend.FLASH_ATTENTION) -> Tensor:
+    """Without a mask; on cuda in half precision by one kernel, so that no choice of PyTorch's comes between."""
+    one_kernel = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    with sdpa_kernel(kernel) if one_kernel else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+    """The same by cuDNN."""
+    return plain(q, k, v, mask, kernel=SDPBackend.CUDNN_ATTENTION)
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -110,35 +142,47 @@ def peer(case: Case, attend: Callable[..., Tensor], device: torch.device, *, dec
         return attend(q, k, v, mask(gates[0]) if decays else None)
 
     def axes(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
-        rows = path_mask(to_rows(gates[1], grid)) if decays else None
-        v = attend(to_rows(q, grid), to_rows(k, grid), to_rows(v, grid), rows)  # (B*H, N, W, d)
-        columns = path_mask(to_columns(gates[0], grid)) if decays else None
-        v = attend(to_columns(q, grid), to_columns(k, grid), columns_of_rows(v, grid), columns)  # (B*W, N, H, d)
-        return from_columns(v, grid)
+        rows = path_mask(to_rows(gates[1], grid).flatten(0, 1)) if decays else None
+        v = attend(*(to_rows(x, grid).flatten(0, 1) for x in (q, k, v)), rows)  # (B*H, N, W, d)
+        v = columns_of_rows(v.unflatten(0, (-1, grid.height))).flatten(0, 1)
+        columns = path_mask(to_columns(gates[0], grid).flatten(0, 1)) if decays else None
+        v = attend(*(to_columns(x, grid).flatten(0, 1) for x in (q, k)), v, columns)  # (B*W, N, H, d)
+        return from_columns(v.unflatten(0, (-1, grid.width)))
 
     return axes if case.kind == "decomposed" else whole
 
 
-def library(case: Case, backend: str) -> Attend:
+def library(case: Case, backend: str, *, decays: bool = True) -> Attend:
     """This package's decay_attention."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
-        return decay_attention(q, k, v, case.decay(gates), backend=backend)
+        return decay_attention(q, k, v, case.decay(gates) if decays else None, backend=backend)
 
     return attend
 
 
+# No gate and no mask: what decay is held against. The last two are for cuda only.
+PLAIN: dict[str, Callable[[Case, torch.device], Attend]] = {
+    FLOOR: lambda case, device: peer(case, plain, device, decays=False),
+    "plain cuDNN": lambda case, device: peer(case, cudnn, device, decays=False),
+    "triton, no decay": lambda case, _device: library(case, "triton", decays=False),
+}
 PEERS: dict[str, Callable[[Case, torch.device], Attend]] = {
-    FLOOR: lambda case, device: peer(case, sdpa, device, decays=False),
     "mask eager": lambda case, device: peer(case, sdpa, device),
     COMPILED: lambda case, device: torch.compile(peer(case, sdpa, device), dynamic=False),
     "written-out softmax": lambda case, device: peer(case, written_out, device),
 }
 
 
-def contenders() -> list[str]:
+def contenders(device: torch.device) -> list[str]:
     """The floor, the backends of this package, the peers."""
-    return [FLOOR, "auto", *BACKENDS, *(name for name in PEERS if name != FLOOR)]
+    return [*(PLAIN if device.type == "cuda" else [FLOOR]), "auto", *BACKENDS, *PEERS]
+
+
+def attend_by(contender: str, case: Case, device: torch.device) -> Attend:
+    """The attention of that name."""
+    others = PLAIN | PEERS
+    return others[contender](case, device) if contender in others else library(case, contender)
 
 
 def make_call(case: Case, setting: Setting, contender: str, which: str, exact: bool = False) -> Call:
@@ -159,8 +203,8 @@ def make_call(case: Case, setting: Setting, contender: str, which: str, exact: b
 
     q, k, v, grad = (heads() for _ in range(4))
     gates = tuple(gate() for _ in range(2 if case.kind == "decomposed" else 1))
-    inputs = [x.requires_grad_(needs_grad) for x in ((q, k, v) if contender == FLOOR else (q, k, v, *gates))]
-    attend = PEERS[contender](case, device) if contender in PEERS else library(case, contender)
+    inputs = [x.requires_grad_(needs_grad) for x in ((q, k, v) if contender in PLAIN else (q, k, v, *gates))]
+    attend = attend_by(contender, case, device)
 
     def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -179,8 +223,10 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
     wanted = make_call(case, setting, "math", which, exact=True)()
     calls: dict[str, Call] = {}
     errors: dict[str, float | None] = {}
+    repeats: dict[str, bool] = {}
     notes: dict[str, str] = {}
-    for name in contenders():
+    names = contenders(setting.device)
+    for name in names:
         if arguments.quick and name in (COMPILED, "flex"):  # compiled too
             notes[name] = "left out by --quick"
             continue
@@ -191,7 +237,8 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
             notes[name] = reasons(error)
             continue
         calls[name] = call
-        errors[name] = None if name == FLOOR else relative_error(found, wanted)
+        errors[name] = None if name in PLAIN else relative_error(found, wanted)
+        repeats[name] = all(torch.equal(a, b) for a, b in zip(found, call(), strict=True))
     del wanted
     timings = interleaved(
         calls,
@@ -203,12 +250,13 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
         cold_cache=arguments.cold_cache,
     )
     rows: list[Row] = []
-    for name in contenders():
+    for name in names:
         measures_memory = name in calls and not (arguments.no_memory or arguments.quick)
         peak = peak_memory(make_call, case, setting, name, which, device=setting.device) if measures_memory else None
         row: Row = {"kind": case.kind, "B, N, grid, d": case.shape, "L": case.grid.num_tokens, "pass": which}
         row |= {"contender": name, **timing_columns(timings.get(name)), "peak MB": None if peak is None else peak / 1e6}
-        rows.append(row | {"error": errors.get(name), "note": notes.get(name, "")})
+        row |= {"error": errors.get(name), "repeatable": {True: "yes", False: "no", None: ""}[repeats.get(name)]}
+        rows.append(row | {"note": notes.get(name, "")})
     return rows
 
 
@@ -217,19 +265,19 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     from benchmarks.picture import plot_ratios  # not in the processes that measure memory
 
     parser = command_line(__doc__.splitlines()[0], "attention", rounds=15)
-    parser.add_argument("--kinds", default=",".join(CASES), help="of decay, comma-separated")
+    parser.add_argument("--kinds", default="full,1d,decomposed", help="of decay, comma-separated")
     parser.add_argument("--layout", choices=("tokens", "heads"), default="tokens", help="of q, k and v in memory")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--cold-cache", action="store_true", help="on cuda, empty the L2 cache before each timing")
     arguments = parser.parse_args(argv)
-    kinds = arguments.kinds.split(",")
-    if unknown := set(kinds) - set(CASES):
-        parser.error(f"argument --kinds: choose from {', '.join(CASES)}: got {', '.join(sorted(unknown))}")
+    kinds, cases = arguments.kinds.split(","), CASES[arguments.device]
+    if unknown := set(kinds) - set(cases):
+        parser.error(f"argument --kinds: choose from {', '.join(cases)}: got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
     setting = Setting(torch.device(arguments.device), DTYPES[arguments.dtype], arguments.layout)
     where = machine(setting.device, arguments.dtype) | {"layout": setting.layout, "cold_cache": arguments.cold_cache}
     rows: list[Row] = []
-    for case in (case for kind in kinds for case in CASES[kind][: 1 if arguments.quick else None]):
+    for case in (case for kind in kinds for case in cases[kind][: 1 if arguments.quick else None]):
         for which in PASSES:
             new = measure(case, setting, which, arguments)
             print(f"\n{format_table(new)}", flush=True)
@@ -243,7 +291,8 @@ ABOUT = f"""`ratio` is to `{FLOOR}`, without decay and mask, in the same round: 
 `decomposed` is two calls, over rows and columns, with the same permutes.
 `peak MB` (10^6 bytes) is above the inputs: outputs, gradients and scratch, on the CPU to about 0.3; `-` where it was
 left out (--no-memory, --quick) or the system does not say.
-`error` is |x - x64| / |x64| against float64: of the output, or the worst of the gradients of q, k, v and the gates."""
+`error` is |x - x64| / |x64| against float64: of the output, or the worst of the gradients of q, k, v and the gates.
+`repeatable`: a second call gave the same, bit for bit."""
 
 if __name__ == "__main__":
     main()

@@ -165,23 +165,23 @@ def _checked_size(grid_size: Any) -> tuple[int, int]:
 
 
 def to_rows(x: Tensor, grid: Grid) -> Tensor:
-    """(B, N, H*W, ...) -> (B*H, N, W, ...): one sequence for each row of the grid."""
-    return rearrange(x, "b n (h w) ... -> (b h) n w ...", h=grid.height, w=grid.width)
+    """(B, N, H*W, ...) -> (B, H, N, W, ...): one sequence for each row of the grid."""
+    return rearrange(x, "b n (h w) ... -> b h n w ...", h=grid.height, w=grid.width)
 
 
 def to_columns(x: Tensor, grid: Grid) -> Tensor:
-    """(B, N, H*W, ...) -> (B*W, N, H, ...): one sequence for each column of the grid."""
-    return rearrange(x, "b n (h w) ... -> (b w) n h ...", h=grid.height, w=grid.width)
+    """(B, N, H*W, ...) -> (B, W, N, H, ...): one sequence for each column of the grid."""
+    return rearrange(x, "b n (h w) ... -> b w n h ...", h=grid.height, w=grid.width)
 
 
-def columns_of_rows(x: Tensor, grid: Grid) -> Tensor:
-    """(B*H, N, W, ...) -> (B*W, N, H, ...): from the rows' sequences to the columns'."""
-    return rearrange(x, "(b h) n w ... -> (b w) n h ...", h=grid.height)
+def columns_of_rows(x: Tensor) -> Tensor:
+    """(B, H, N, W, ...) -> (B, W, N, H, ...): from the rows' sequences to the columns'."""
+    return x.transpose(1, 3)
 
 
-def from_columns(x: Tensor, grid: Grid) -> Tensor:
-    """(B*W, N, H, ...) -> (B, N, H*W, ...): the inverse of to_columns."""
-    return rearrange(x, "(b w) n h ... -> b n (h w) ...", w=grid.width)
+def from_columns(x: Tensor) -> Tensor:
+    """(B, W, N, H, ...) -> (B, N, H*W, ...): the inverse of to_columns."""
+    return rearrange(x, "b w n h ... -> b n (h w) ...")
 
 
 def tokens_to_map(x: Tensor, grid: Grid) -> Tensor:

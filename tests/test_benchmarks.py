@@ -93,7 +93,7 @@ def test_relative_error_is_the_worst():
 def test_attention(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(BACKENDS, "unable", Unable())
     rows = attention.main(["--quick", "--kinds", "full,decomposed", "--threads", "1", "--output", str(tmp_path)])
-    assert {row["contender"] for row in rows} == {*attention.contenders()}
+    assert {row["contender"] for row in rows} == {attention.FLOOR, "auto", *BACKENDS, *attention.PEERS}
     for found in rows:
         name, note = found["contender"], found["note"]
         if name == "unable":
@@ -103,6 +103,7 @@ def test_attention(tmp_path, monkeypatch, capsys):
             assert name in BACKENDS or name == attention.COMPILED
         elif name != attention.FLOOR:
             assert found["error"] < 1e-5
+            assert found["repeatable"] == "yes"
             assert math.isfinite(found["ratio"])
     assert "it is Sunday" in capsys.readouterr().out
     assert "it is Sunday" in (tmp_path / "results.md").read_text(encoding="utf-8")

@@ -36,8 +36,8 @@ class AxialDecay:
         _check_no_prefix(grid)
         height, width = grid.size
         return cls(
-            rows=PathDecay.from_gate(to_rows(gate_w, grid), Grid(1, width)),
-            columns=PathDecay.from_gate(to_columns(gate_h, grid), Grid(height, 1)),
+            rows=PathDecay.from_gate(to_rows(gate_w, grid).flatten(0, 1), Grid(1, width)),
+            columns=PathDecay.from_gate(to_columns(gate_h, grid).flatten(0, 1), Grid(height, 1)),
             grid=grid,
         )
 

@@ -42,9 +42,9 @@ def decay_attention(
         dropout_p: Probability of dropping an attention weight, 0 <= dropout_p < 1. It always applies: pass 0 when
             not training.
         scale: Multiplies Q K^T. None means d ** -0.5.
-        backend: "auto", the fastest that can run the inputs (explain_backend says which), or the name of one: "tiled"
-            (by blocks, without the mask in memory; for CPUs), "sdpa" (the mask in memory), "math" (written out) or
-            "flex" (FlexAttention, compiled; never chosen by "auto").
+        backend: "auto", the fastest that can run the inputs (explain_backend says which), or the name of one: "triton"
+            (fused kernels, for CUDA), "tiled" (by blocks, without the mask in memory; for CPUs), "sdpa" (the mask in
+            memory), "math" (written out) or "flex" (FlexAttention, compiled; never chosen by "auto").
 
     Returns:
         (B, N, L, d), dtype of q; under autocast, its dtype.
@@ -64,8 +64,8 @@ def decay_attention(
     inputs = checked_inputs(q, k, v, bias, attn_mask, dropout_p, scale)
     if not isinstance(bias, AxialDecay):
         return _attend(inputs, backend)
-    v_rows = _attend(along_rows(inputs, bias), backend)  # (B*H, N, W, d)
-    return from_columns(_attend(along_columns(inputs, bias, v_rows), backend), bias.grid)
+    v_rows = _attend(along_rows(inputs, bias), backend)  # (B, H, N, W, d)
+    return from_columns(_attend(along_columns(inputs, bias, v_rows), backend))
 
 
 def attention_weights(
@@ -133,6 +133,7 @@ def explain_backend(
         >>> q, k, v = torch.randn(3, 2, 4, 49, 16)
         >>> print(explain_backend(q, k, v, ManhattanDecay(torch.full((2, 4, 49), -0.05), Grid(7, 7))))
         math
+          triton cannot: q is on cpu (needs cuda)
           tiled could: 0.019 million scores are faster written out (math), up to 0.52 million
           sdpa could: 0.019 million scores are faster written out (math), up to 0.52 million
           flex could: it is compiled for each new shape
@@ -145,4 +146,4 @@ def explain_backend(
 
 
 def _attend(inputs: Inputs, backend: str) -> Tensor:
-    return BACKENDS[choose(inputs, backend)].attention(inputs)
+    return BACKENDS[choose(inputs, backend)].attention(inputs).reshape(inputs.q.shape)

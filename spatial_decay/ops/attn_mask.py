@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from spatial_decay.grid import Grid
+from spatial_decay.grid import Grid, to_columns, to_rows
 
 __all__ = ["as_float_mask", "columns_of_mask", "rows_of_mask"]
 
@@ -33,13 +33,17 @@ def as_float_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
 
 
 def rows_of_mask(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:
-    """The pairs that share a row: (B|1, N|1, L|1, L) -> (B*H, N|1, W, W)."""
+    """The pairs that share a row: (B|1, N|1, L|1, L) -> (B*H, N|1, W|1, W)."""
+    if attn_mask.shape[2] == 1:
+        return to_rows(attn_mask[:, :, 0].expand(batch_size, -1, -1), grid).flatten(0, 1)[:, :, None]
     pairs = _expand_to_grid(attn_mask, batch_size, grid).diagonal(dim1=2, dim2=4)  # (B, N|1, W, W, H)
     return pairs.permute(0, 4, 1, 2, 3).flatten(0, 1)
 
 
 def columns_of_mask(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:
-    """The pairs that share a column: (B|1, N|1, L|1, L) -> (B*W, N|1, H, H)."""
+    """The pairs that share a column: (B|1, N|1, L|1, L) -> (B*W, N|1, H|1, H)."""
+    if attn_mask.shape[2] == 1:
+        return to_columns(attn_mask[:, :, 0].expand(batch_size, -1, -1), grid).flatten(0, 1)[:, :, None]
     pairs = _expand_to_grid(attn_mask, batch_size, grid).diagonal(dim1=3, dim2=5)  # (B, N|1, H, H, W)
     return pairs.permute(0, 4, 1, 2, 3).flatten(0, 1)
 

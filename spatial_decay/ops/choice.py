@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from spatial_decay.ops import flex, math, sdpa, tiled
+from spatial_decay.ops import flex, math, sdpa, tiled, triton_op
 from spatial_decay.ops.inputs import Inputs
 
 __all__ = ["BACKENDS", "Backend", "check_backend", "choose", "explain"]
@@ -20,10 +20,10 @@ class Backend(Protocol):
         """Why "auto" had better take another one, though these can run there; empty where it is the right one."""
 
     def attention(self, inputs: Inputs) -> Tensor:
-        """softmax(scale * Q K^T + M) V, (B, N, L, d) in the dtype of v."""
+        """softmax(scale * Q K^T + M) V in the dtype of v, as q is or as `Inputs.sequences` are, (S, N, L, d)."""
 
 
-BACKENDS: dict[str, Backend] = {"tiled": tiled, "sdpa": sdpa, "math": math, "flex": flex}
+BACKENDS: dict[str, Backend] = {"triton": triton_op, "tiled": tiled, "sdpa": sdpa, "math": math, "flex": flex}
 """In order of preference: "auto" takes the first that can run the inputs and has nothing to avoid. `math` runs
 everything and avoids nothing, so what stands behind it is taken by name only."""
 

@@ -48,7 +48,7 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
 
 def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), the scores one at a time inside PyTorch's own kernel."""
-    q, k, v = inputs.q, inputs.k, inputs.v
+    q, k, v = inputs.sequences()
     if q.device.type == "cpu":  # its kernel for CPUs asks the tensors, not whether gradients are enabled
         q, k, v = q.detach(), k.detach(), v.detach()
     return _compiled()(q, k, v, score_mod=_score_mod(inputs), scale=inputs.scale)

@@ -19,7 +19,8 @@ class Inputs:
     """One attention, checked.
 
     Args:
-        q: Queries, (B, N, L, d), floating point.
+        q: Queries, (B, N, L, d), floating point; or, along an axis of the grid, (B, O, N, L, d): the O rows or columns
+            of each image as they lie in memory. Then bias and attn_mask are those of B * O sequences.
         k: Keys, the same.
         v: Values, the same.
         bias: The decay, or None.
@@ -39,18 +40,33 @@ class Inputs:
     @property
     def length(self) -> int:
         """L."""
-        return self.q.shape[2]
+        return self.q.shape[-2]
 
     @property
     def head_dim(self) -> int:
         """d."""
-        return self.q.shape[3]
+        return self.q.shape[-1]
+
+    @property
+    def num_scores(self) -> int:
+        """B * N * L * L, of all sequences."""
+        return self.q.shape[:-1].numel() * self.length
+
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as (S, N, L, d); columns of a grid are copied."""
+        q, k, v = (x.flatten(0, -4) for x in (self.q, self.k, self.v))
+        return q, k, v
 
     @property
     def needs_grad(self) -> bool:
         """Whether anything but attn_mask will get a gradient."""
         tokens = () if self.bias is None else self.bias.tokens
         return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v, *tokens))
+
+    @property
+    def is_exporting(self) -> bool:
+        """Whether torch.export traces; torch 2.6 does not tell."""
+        return getattr(torch.compiler, "is_exporting", bool)()
 
     @property
     def is_inside_torch_func(self) -> bool:
@@ -91,7 +107,7 @@ def checked_inputs(
 
 
 def along_rows(whole: Inputs, bias: AxialDecay) -> Inputs:
-    """The first softmax of Eq. 12: B*H sequences of W tokens."""
+    """The first softmax of Eq. 12: H sequences of W tokens in each image."""
     grid, mask = bias.grid, whole.attn_mask
     return Inputs(
         to_rows(whole.q, grid),
@@ -105,12 +121,12 @@ def along_rows(whole: Inputs, bias: AxialDecay) -> Inputs:
 
 
 def along_columns(whole: Inputs, bias: AxialDecay, v_rows: Tensor) -> Inputs:
-    """The second softmax of Eq. 12: B*W sequences of H tokens; v_rows is the first one's output, (B*H, N, W, d)."""
+    """The second softmax of Eq. 12: W sequences of H tokens; v_rows is the first one's output, (B, H, N, W, d)."""
     grid, mask = bias.grid, whole.attn_mask
     return Inputs(
         to_columns(whole.q, grid),
         to_columns(whole.k, grid),
-        columns_of_rows(v_rows, grid),
+        columns_of_rows(v_rows),
         bias=bias.columns,
         attn_mask=None if mask is None else columns_of_mask(mask, whole.q.shape[0], grid),
         dropout_p=whole.dropout_p,

@@ -28,18 +28,19 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
 
 def avoid_reasons_on_small_inputs(inputs: Inputs) -> list[str]:
     """On the CPU, uncompiled: why any other backend is not worth its calls."""
-    num_scores = inputs.q.shape[0] * inputs.q.shape[1] * inputs.length**2
     if inputs.needs_grad and inputs.length < _SHORTEST_IN_BLOCKS:
         return [f"training, sequences shorter than {_SHORTEST_IN_BLOCKS} are faster written out (math)"]
-    if num_scores > _SMALL:
+    if inputs.num_scores > _SMALL:
         return []
-    return [f"{num_scores / 1e6:.2g} million scores are faster written out (math), up to {_SMALL / 1e6:.2g} million"]
+    return [
+        f"{inputs.num_scores / 1e6:.2g} million scores are faster written out (math), up to {_SMALL / 1e6:.2g} million"
+    ]
 
 
 def weights(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M), (B, N, L, L), float32 at least; a row that may attend to nothing is zero."""
     with autocast_disabled(inputs.q.device):
-        q, k = at_least_float32(inputs.q), at_least_float32(inputs.k)
+        q, k = (at_least_float32(x.flatten(0, -4)) for x in (inputs.q, inputs.k))
         mask, is_empty = total_mask(inputs, dtype=q.dtype)
         scores = (q * inputs.scale) @ k.transpose(-2, -1)
         probabilities = torch.softmax(scores if mask is None else scores + mask, dim=-1)
@@ -50,4 +51,4 @@ def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in float32 at least inside, in the dtype of v outside."""
     probabilities = F.dropout(weights(inputs), inputs.dropout_p)
     with autocast_disabled(inputs.v.device):
-        return (probabilities @ at_least_float32(inputs.v)).to(inputs.v.dtype)
+        return (probabilities @ at_least_float32(inputs.v.flatten(0, -4))).to(inputs.v.dtype)

@@ -36,12 +36,10 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
 
 def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10) with M in memory, (B, N, L, L) in the dtype of q."""
-    q = inputs.q
+    q, k, v = inputs.sequences()
     mask, is_empty = total_mask(inputs, dtype=q.dtype, row_multiple=row_multiple(q.device))
     with _kernels_for_masks(q) if mask is not None else nullcontext():
-        out = F.scaled_dot_product_attention(
-            q, inputs.k, inputs.v, attn_mask=mask, dropout_p=inputs.dropout_p, scale=inputs.scale
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=inputs.dropout_p, scale=inputs.scale)
     return out if is_empty is None else out.masked_fill(is_empty, 0.0)
 
 

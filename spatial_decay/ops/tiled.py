@@ -47,9 +47,6 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 _KINDS = (ManhattanDecay, PathDecay, GaussianDecay)
 
-# torch 2.6 does not tell.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-
 # Elements of a block of scores. Two float32 buffers of so many whole sequences stay in the cache of two cores; the
 # rows of longer sequences make long matrix products instead, and the buffers (32 MB) are read from further away.
 _BLOCK, _LONG_BLOCK = 3 << 17, 1 << 22
@@ -80,7 +77,7 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
     """Where it is slower than others, and where the program is to leave Python."""
     if inputs.q.device.type != "cpu":
         return ["its blocks are tuned for CPUs"]
-    if _is_exporting():
+    if inputs.is_exporting:
         return ["torch.export: the program would need this package"]
     if not torch.compiler.is_compiling():
         return avoid_reasons_on_small_inputs(inputs)
@@ -98,7 +95,7 @@ def attention(inputs: Inputs) -> Tensor:
         kind = "manhattan" if isinstance(bias, ManhattanDecay) else "causal" if bias.causal else "path"
         tokens = at_least_float32(bias.tokens[0])
     grid = [*bias.grid.size, bias.grid.num_prefix_tokens]
-    return _forward(inputs.q, inputs.k, inputs.v, tokens, inputs.attn_mask, grid, kind, inputs.scale)
+    return _forward(*inputs.sequences(), tokens, inputs.attn_mask, grid, kind, inputs.scale)
 
 
 def _gaussian_tokens(bias: GaussianDecay) -> Tensor:

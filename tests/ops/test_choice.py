@@ -46,12 +46,13 @@ def test_the_choice_is_explained():
     bias = ManhattanDecay(-torch.rand(1, 1, 676), Grid(26, 26))
     assert explain_backend(q, q, q, bias, dropout_p=0.1) == (
         "math\n"
+        "  triton cannot: q is on cpu (needs cuda); dropout_p=0.1 (needs 0)\n"
         "  tiled cannot: dropout_p=0.1 (needs 0)\n"
         "  sdpa could: 0.46 million scores are faster written out (math), up to 0.52 million\n"
         "  flex cannot: dropout_p=0.1 (needs 0)"
     )
     q = q.expand(2, -1, -1, -1)  # 0.91 million
-    assert explain_backend(q, q, q, bias).splitlines()[:2] == ["tiled", "  sdpa could: tiled comes first"]
+    assert explain_backend(q, q, q, bias).splitlines()[:2] == ["tiled", "  triton cannot: q is on cpu (needs cuda)"]
 
 
 def test_each_axis_has_its_own_choice():

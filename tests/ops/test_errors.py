@@ -29,7 +29,7 @@ def good():
         (
             lambda a: {"backend": "cuda"},
             ValueError,
-            "backend must be 'auto' or one of tiled, .*: got 'cuda'",
+            "backend must be 'auto' or one of triton, .*: got 'cuda'",
         ),
         (lambda a: {"dropout_p": 1.0}, ValueError, r"0 <= dropout_p < 1: got 1.0"),
         (

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# All that needs a GPU, on one: the tests that wait for one, then the benchmarks for cuda. Results go to
+# benchmarks/results/<device>-<date>/ with CSV, tables and pictures. In an environment with the package and its extra [test].
+#
+#   bash benchmarks/gpu.sh            # everything
+#   bash benchmarks/gpu.sh tests      # or some of: tests attention models
+set -euo pipefail
+cd "$(dirname "$0")/.."
+device=$(python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())")
+results="benchmarks/results/$device-$(date +%F)"
+[ $# -gt 0 ] || set -- tests attention models
+for part in "$@"; do
+  case $part in
+    tests)
+      python -m pytest -m gpu
+      python -m pytest tests/ops/test_triton.py ;;
+    attention)
+      python -m benchmarks.attention --device cuda --dtype bfloat16 --output "$results/attention"
+      python -m benchmarks.attention --device cuda --dtype bfloat16 --cold-cache --no-memory --output "$results/cold" ;;
+    models)
+      python -m benchmarks.models --device cuda --dtype bfloat16 --output "$results/models" ;;
+    *)
+      echo "parts are tests, attention and models: got $part" >&2
+      exit 2 ;;
+  esac
+done
+echo "results: $results"

@@ -1,0 +1,146 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reads from the machine code what a score costs.
+
+    python -m tests.ops.triton_instructions           # a row for each kernel, as JSON
+    python -m tests.ops.triton_instructions --write   # ... kept as the table that test_triton.py compares with
+
+It calls the backend's own operators, with launching replaced by compiling, so that tiles and specialisations are those
+of a real call. It runs in a process of its own, without TRITON_INTERPRET.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import KernelInterface
+
+from spatial_decay.ops import triton_op
+
+TABLE = Path(__file__).with_suffix(".json")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+KINDS = {"none": 0, "manhattan": 1, "path": 1, "gaussian": 3}  # numbers a token
+
+
+class NoDriver:
+    """Stands for a GPU of the given compute capability where something is compiled and never run."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):  # noqa: ARG002
+        return 0
+
+
+def compiled(capability, kind, head_dim, dtype, *, length=256, line=0):
+    """(name, kernel, constants) of all kernels of a forward and a backward pass; line: of short sequences so long."""
+    found = []
+
+    def compile_only(self, grid):
+        def call(*args, **kwargs):
+            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
+            found.append((f"{'short ' if line else ''}{self.__name__.replace('_', ' ')}", kernel, kwargs))
+
+        return call
+
+    length = line or length
+    q, k, v, grad = (
+        torch.empty(2, length if line else 1, length, 4, head_dim, dtype=dtype).transpose(2, 3) for _ in range(4)
+    )
+    tokens = torch.zeros(max(KINDS[kind], 1), q.shape[0] * q.shape[1], 4, length)
+    arguments = (q, k, v, tokens, None, [1 if line else 16, length if line else length // 16, 0], kind, 0.125)
+    driver.set_active(NoDriver(capability))
+    original, KernelInterface.__getitem__ = KernelInterface.__getitem__, compile_only
+    try:
+        if line:
+            triton_op._short_forward._init_fn(*arguments)
+            triton_op._short_backward._init_fn(grad, *arguments)
+        else:
+            out, lse = triton_op._forward._init_fn(*arguments)
+            triton_op._backward._init_fn(grad, *arguments, out, lse)
+    finally:
+        KernelInterface.__getitem__ = original
+    return found
+
+
+def disassembled(kernel):
+    """The instructions, and the loops among them as (first, last)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    instructions, labels, loops = [], {}, []
+    for text in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", text):
+            labels[label.group(1)] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", text):
+            instructions.append(instruction.group(1))
+    for index, text in enumerate(instructions):
+        if (target := re.search(r"\bBRA\b.*(\.L_x_\d+)", text)) and labels[target.group(1)] < index:
+            loops.append((labels[target.group(1)], index))
+    return instructions, loops
+
+
+def row(name, kernel, constants, **shape):
+    """What one kernel costs: its loop over tiles of scores, or all of a kernel that has none."""
+    instructions, loops = disassembled(kernel)
+    inside = [instructions[first : last + 1] for first, last in loops]
+    inside = [loop for loop in inside if any("MMA" in text for text in loop)]
+    main = min(inside, key=len) if inside else instructions
+    block = constants.get("BLOCK")
+    num_scores = block * block if block else constants["BLOCK_Q"] * constants["BLOCK_K"]
+    return {
+        "kernel": name,
+        **shape,
+        "tensor_cores": any("MMA" in text for text in main),
+        "spills": sum(bool(re.search(r"\b(STL|LDL)\b", text)) for text in main),
+        "instructions_per_score": round(len(main) * constants["num_warps"] * 32 / num_scores, 2),
+    }
+
+
+# capability, kind, head_dim, and the length of short sequences or 0.
+COMPILED = [
+    *[(90, kind, 64, 0) for kind in KINDS],
+    (90, "manhattan", 72, 0),
+    (90, "path", 16, 56),
+    (90, "path", 32, 28),
+    (80, "manhattan", 64, 0),
+    (80, "path", 16, 56),
+]
+
+
+def table():
+    """A row for each kernel, and the Triton that compiled them."""
+    kernels = [
+        row(*found, capability=capability, kind=kind, head_dim=head_dim)
+        for capability, kind, head_dim, line in COMPILED
+        for found in compiled(capability, kind, head_dim, torch.bfloat16, line=line)
+    ]
+    return {"triton": triton.__version__, "kernels": kernels}
+
+
+def as_text(table):
+    """JSON, a line for each kernel."""
+    lines = ",\n".join("    " + json.dumps(row) for row in table["kernels"])
+    return f'{{\n  "triton": "{table["triton"]}",\n  "kernels": [\n{lines}\n  ]\n}}\n'
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"keep the rows in {TABLE.name}")
+    arguments = parser.parse_args()
+    text = as_text(table())
+    print(text, end="")
+    if arguments.write:
+        TABLE.write_text(text, encoding="utf-8")
