@@ -1,7 +1,18 @@
-"""What all tests share: a fixed seed, and GPU tests that say why they did not run."""
+"""What all tests share: a fixed seed, Triton's interpreter, and GPU tests that say why they did not run."""
+
+import importlib.util
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    # When it is imported, Triton decides whether its own functions run in its interpreter. Whether ours do is decided
+    # when they are imported, which is in ops/test_triton.py alone.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(autouse=True)

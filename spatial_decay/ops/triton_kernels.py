@@ -21,8 +21,8 @@ Inside, scores are Q K^T + M / scale: scale comes in once, within exp2. All sums
 too few bits for sums of hundreds of terms. Lanes past the end of a sequence are loaded as 0 and never stored; as keys
 they get the score -inf, as queries lse = +inf: in both cases P = 0.
 
-Prefix tokens have no position: M = 0 wherever they take part. As keys they are a small block of their own without
-decay; as queries they have programs of their own, in which all numbers of tokens are multiplied by 0.
+Prefix tokens have no position: M = 0 wherever they take part. On the side that is walked over they are small blocks of
+their own without decay; on the other they have programs of their own, in which all tokens' numbers are multiplied by 0.
 
 Tensors are (B, O, N, L, d): O counts the rows or columns of a grid where these are the sequences, and is 1 otherwise.
 """
@@ -45,6 +45,7 @@ from spatial_decay.ops.triton_tiles import (
     load_features,
     load_key_bias,
     load_tokens,
+    num_blocks_of,
     offset,
     row_offset,
     scores_of,
@@ -99,7 +100,7 @@ def forward(
     k_strides = in_elements(k_strides, UNIT)
     v_strides = in_elements(v_strides, UNIT)
     o_strides = in_elements(o_strides, UNIT)
-    num_blocks = tl.cdiv(length - NUM_PREFIX, BLOCK_Q) + (1 if NUM_PREFIX > 0 else 0)
+    num_blocks = num_blocks_of(length, NUM_PREFIX, BLOCK_Q)
     block, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
     i, stop, has_position = block_of(block, length, NUM_PREFIX, BLOCK_Q)
     K += offset(k_strides, image, line, head)
@@ -192,7 +193,7 @@ def backward_rows(
     o_strides = in_elements(o_strides, UNIT)
     do_strides = in_elements(do_strides, UNIT)
     dq_strides = in_elements(dq_strides, UNIT)
-    num_blocks = tl.cdiv(length - NUM_PREFIX, BLOCK_Q) + (1 if NUM_PREFIX > 0 else 0)
+    num_blocks = num_blocks_of(length, NUM_PREFIX, BLOCK_Q)
     block, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
     i, stop, has_position = block_of(block, length, NUM_PREFIX, BLOCK_Q)
     K += offset(k_strides, image, line, head)
@@ -299,7 +300,7 @@ def backward_columns(
     do_strides = in_elements(do_strides, UNIT)
     dk_strides = in_elements(dk_strides, UNIT)
     dv_strides = in_elements(dv_strides, UNIT)
-    num_blocks = tl.cdiv(length - NUM_PREFIX, BLOCK_K) + (1 if NUM_PREFIX > 0 else 0)
+    num_blocks = num_blocks_of(length, NUM_PREFIX, BLOCK_K)
     block, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
     j, stop, has_position = block_of(block, length, NUM_PREFIX, BLOCK_K)
     row = row_offset(image, line, head, num_outer, num_heads, length)

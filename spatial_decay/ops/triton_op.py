@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_decay.decay import GaussianDecay, ManhattanDecay, PairwiseDecay, PathDecay
@@ -23,7 +24,7 @@ __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KINDS = (ManhattanDecay, PathDecay, GaussianDecay)
-_MAX_HEAD_DIM, _MAX_PREFIX = 128, 64
+_MAX_HEAD_DIM = 128
 _OLDEST_TRITON = (3, 3)  # the kernels take strides as tuples
 
 
@@ -77,8 +78,6 @@ def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
         reasons.append("a causal PathDecay (needs causal=False)")
     if isinstance(bias, GaussianDecay) and max(bias.grid.size) - 1 > bias.max_distance:
         reasons.append(f"a grid wider than max_distance={bias.max_distance} (needs one within it)")
-    if bias is not None and bias.grid.num_prefix_tokens > _MAX_PREFIX:
-        reasons.append(f"num_prefix_tokens={bias.grid.num_prefix_tokens} (needs at most {_MAX_PREFIX})")
     if mask is not None and mask.requires_grad:
         reasons.append("attn_mask requires grad (needs one without)")
     if mask is not None and mask.shape[2] > 1:
@@ -335,15 +334,15 @@ class _Call:
         return *strides, *self.others
 
     def num_programs(self, block: int) -> tuple[int]:
-        """One for each block of each sequence; the prefix tokens are a block of their own."""
-        num_blocks = -(-(self.length - self.num_prefix) // block) + (self.num_prefix > 0)
+        """One for each block of each sequence; prefix tokens have blocks of their own."""
+        num_blocks = -(-self.num_prefix // block) + -(-(self.length - self.num_prefix) // block)
         return (self.num_sequences * num_blocks,)
 
     def options(self, tiles: _Tiles, step: int) -> dict[str, Any]:
         """For the kernels that walk over a long sequence in steps of so many tokens."""
         return self.constants | {
             "NUM_PREFIX": self.num_prefix,
-            "PREFIX_BLOCK": max(16, _power_of_two(self.num_prefix)),
+            "PREFIX_BLOCK": min(64, max(16, _power_of_two(self.num_prefix))),
             "BLOCK_Q": tiles.queries,
             "BLOCK_K": tiles.keys,
             "IS_EVEN": (self.length - self.num_prefix) % step == 0,
@@ -371,17 +370,23 @@ def _kernels() -> SimpleNamespace:
 def _positions(grid: list[int], device: torch.device) -> Tensor:
     """h and w of each token, (2, L) float32. What is made while a CUDA graph is captured is empty yet, and not kept."""
     height, width, num_prefix = grid
-    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (_new_positions if is_capturing else _kept_positions)(height, width, num_prefix, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _new_positions(height, width, num_prefix, device)
+    return _kept_positions(height, width, num_prefix, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_positions(height: int, width: int, num_prefix: int, device: torch.device) -> Tensor:
+    """Kept, because reading a table is cheaper than dividing by W for each score, and making one is five launches."""
+    positions = _new_positions(height, width, num_prefix, device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams will read it too
+    return positions
 
 
 def _new_positions(height: int, width: int, num_prefix: int, device: torch.device) -> Tensor:
     positions = Grid(height, width).positions(device=device, dtype=torch.float32)
-    return torch.nn.functional.pad(torch.stack(positions), (num_prefix, 0))
-
-
-# Reading a table is cheaper than dividing by the width for each score, and making it costs five launches.
-_kept_positions = lru_cache(maxsize=64)(_new_positions)
+    return F.pad(torch.stack(positions), (num_prefix, 0))
 
 
 def _parts(head_dim: int) -> tuple[int, int]:

@@ -163,11 +163,18 @@ def sequence_of(program, num_blocks, num_heads, num_outer):
 
 
 @triton.jit
+def num_blocks_of(length, NUM_PREFIX: tl.constexpr, BLOCK: tl.constexpr):
+    """The blocks of a sequence; those of the prefix tokens come first."""
+    return tl.cdiv(NUM_PREFIX, BLOCK) + tl.cdiv(length - NUM_PREFIX, BLOCK)
+
+
+@triton.jit
 def block_of(block, length, NUM_PREFIX: tl.constexpr, BLOCK: tl.constexpr):
-    """The tokens of a block, where they end, and whether they have a position (1.0): prefix tokens are block 0."""
+    """The tokens of a block, where they end, and whether they have a position: 1.0, or 0.0 for prefix tokens."""
     if NUM_PREFIX > 0:
-        is_patch = block > 0
-        first = tl.where(is_patch, NUM_PREFIX + (block - 1) * BLOCK, 0)
+        num_prefix_blocks = tl.cdiv(NUM_PREFIX, BLOCK)
+        is_patch = block >= num_prefix_blocks
+        first = tl.where(is_patch, NUM_PREFIX + (block - num_prefix_blocks) * BLOCK, block * BLOCK)
         stop = tl.where(is_patch, length, NUM_PREFIX)
         return first + tl.arange(0, BLOCK), stop, is_patch.to(tl.float32)
     else:

@@ -86,7 +86,7 @@ def check(inputs, dtype=torch.float32, **options):
         assert error(got, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("size", "num_prefix"), [((7, 10), 0), ((7, 10), 3)], ids=case_id)
+@pytest.mark.parametrize(("size", "num_prefix"), [((7, 10), 0), ((5, 7), 3)], ids=case_id)
 @pytest.mark.parametrize("case", KINDS, ids=case_id)
 def test_equals_float64(case, size, num_prefix):
     check(make(case, Grid(*size, num_prefix)))
@@ -151,6 +151,10 @@ def test_key_masks_and_images_that_are_all_padding(case):
 def test_images_that_share_their_decay():
     q, k, v, grad, _ = make(FULL, Grid(5, 7), batch_size=3)
     check((q, k, v, grad, ManhattanDecay(-torch.rand(1, 2, 35, device=DEVICE), Grid(5, 7))))
+
+
+def test_more_prefix_tokens_than_a_block_holds():
+    check(make(FULL, Grid(3, 4, 70), num_heads=1))
 
 
 def test_without_decay():
@@ -250,7 +254,6 @@ def test_it_says_all_that_it_cannot():
     ("bias", "reason"),
     [
         (PathDecay(torch.zeros(1, 1, 4), Grid(2, 2), causal=True), "a causal PathDecay (needs causal=False)"),
-        (ManhattanDecay(torch.zeros(1, 1, 69), Grid(2, 2, 65)), "num_prefix_tokens=65 (needs at most 64)"),
         (
             GaussianDecay(*torch.ones(3, 1, 1, 4), Grid(1, 4), max_distance=2),
             "a grid wider than max_distance=2 (needs one within it)",
