@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, interleaved, reasons
-from spatial_decay import GaussianDecay, locatvit_tiny, rmt_tiny, sdt_h_tiny
+from spatial_decay import GaussianDecay, locatvit_tiny, rmt_tiny, sdt_h_tiny, sdt_p_small
 from spatial_decay.decay import PairwiseDecay, dense
 from spatial_decay.ops import BACKENDS
 from spatial_decay.ops.inputs import Inputs
@@ -42,7 +43,7 @@ class _Plain:
     avoid_reasons = unsupported_reasons
 
     def attention(self, inputs: Inputs) -> Tensor:
-        return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, scale=inputs.scale)
+        return F.scaled_dot_product_attention(*inputs.sequences(), scale=inputs.scale)
 
 
 class _Authors(_Plain):
@@ -52,7 +53,7 @@ class _Authors(_Plain):
     """
 
     def attention(self, inputs: Inputs) -> Tensor:
-        q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
+        (q, k, v), bias = inputs.sequences(), inputs.bias
         assert isinstance(bias, PairwiseDecay)
         if isinstance(bias, GaussianDecay):
             mask = _gaussian_mask(bias)
@@ -70,6 +71,20 @@ def _gaussian_mask(bias: GaussianDecay) -> Tensor:
     return F.pad(mask, (num_prefix, 0, num_prefix, 0))
 
 
+def classify(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and loss."""
+    logits = model(images)
+    return logits, F.cross_entropy(logits, torch.arange(len(images), device=images.device) % NUM_CLASSES)
+
+
+def denoise(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise and loss, on latents of 4 channels and 32 x 32, cut out of the images."""
+    latents = F.pad(images[..., :32, :32], (0, 0, 0, 0, 0, 1))
+    numbers = torch.arange(len(images), device=images.device)
+    noise = model(latents, numbers, numbers % NUM_CLASSES)
+    return noise, F.mse_loss(noise[:, :4].float(), latents)
+
+
 @dataclass(frozen=True)
 class Model:
     """How to build one, for a backend and without decay; quick: keywords that make it small."""
@@ -78,12 +93,17 @@ class Model:
     without: dict[str, Any]
     quick: dict[str, Any]
     any_size: bool = True  # a ViT is told the image size
+    run: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = classify
+    has_authors_code: bool = True
 
 
 MODELS = {
-    "sdt_h_tiny": Model(sdt_h_tiny, {"decays": ("none",) * 4}, {"depths": (1, 1, 1, 1)}),
+    "sdt_h_tiny": Model(sdt_h_tiny, {"decays": ("none",) * 4}, {"depths": (1, 1, 1, 1)}, has_authors_code=False),
     "rmt_tiny": Model(rmt_tiny, {"decays": ("none",) * 4}, {"depths": (1, 1, 1, 1)}),
     "locatvit_tiny": Model(locatvit_tiny, {"decay": "none"}, {"depth": 1}, any_size=False),
+    "sdt_p_small": Model(
+        partial(sdt_p_small, 32, 2, 4), {"decay": "none"}, {"depth": 1}, run=denoise, has_authors_code=False
+    ),
 }
 
 
@@ -96,24 +116,23 @@ def builders(name: str, image_size: int, *, quick: bool) -> dict[str, Callable[[
         return lambda: model.build(NUM_CLASSES, **(options | more))
 
     found = {FLOOR: build(**model.without)} | {backend: build(backend=backend) for backend in ("auto", *BACKENDS)}
-    if name == "sdt_h_tiny":
-        del found[AUTHORS]  # they published no code
-        if importlib.util.find_spec("timm"):
-            timm = importlib.import_module("timm")
-            found[PEER] = lambda: timm.create_model(PEER[5:], num_classes=NUM_CLASSES, img_size=image_size)
+    if not model.has_authors_code:
+        del found[AUTHORS]
+    if name == "sdt_h_tiny" and importlib.util.find_spec("timm"):
+        timm = importlib.import_module("timm")
+        found[PEER] = lambda: timm.create_model(PEER[5:], num_classes=NUM_CLASSES, img_size=image_size)
     return found
 
 
-def make_call(build: Callable[[], nn.Module], which: str, images: Tensor, dtype: torch.dtype) -> Call:
+def make_call(name: str, build: Callable[[], nn.Module], which: str, images: Tensor, dtype: torch.dtype) -> Call:
     """One pass of a model of its own, from the same seed."""
     torch.manual_seed(0)
-    model = build().to(images.device)
-    labels = torch.arange(len(images), device=images.device) % NUM_CLASSES
+    model, run = build().to(images.device), MODELS[name].run
     autocast = torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def forward() -> Tensor:
         with torch.no_grad(), autocast:
-            return model(images)
+            return run(model, images)[0]
 
     if which == PASSES[0]:
         model.eval()
@@ -124,7 +143,7 @@ def make_call(build: Callable[[], nn.Module], which: str, images: Tensor, dtype:
     def step() -> None:
         optimizer.zero_grad()
         with autocast:
-            loss = F.cross_entropy(model(images), labels)
+            _, loss = run(model, images)
         loss.backward()
         optimizer.step()
 
@@ -143,7 +162,7 @@ def measure(name: str, which: str, images: Tensor, dtype: torch.dtype, arguments
         if quick and contender == "flex":
             notes[contender] = "left out by --quick"
             continue
-        call = make_call(build, which, images, dtype)
+        call = make_call(name, build, which, images, dtype)
         try:
             call()
         except RuntimeError as error:  # NotImplementedError, out of memory and failures to compile are among them
@@ -166,7 +185,7 @@ def measure(name: str, which: str, images: Tensor, dtype: torch.dtype, arguments
 
 def profile_step(images: Tensor, dtype: torch.dtype) -> str:
     """torch.profiler's table of a training step of sdt_h_tiny with backend auto, by operator."""
-    step = make_call(lambda: sdt_h_tiny(NUM_CLASSES), PASSES[1], images, dtype)
+    step = make_call("sdt_h_tiny", lambda: sdt_h_tiny(NUM_CLASSES), PASSES[1], images, dtype)
     step()
     on_cuda = images.is_cuda
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_cuda
@@ -216,6 +235,7 @@ ABOUT = f"""`ratio` is to `{FLOOR}` in the same round: median (quartiles). That 
 every stage, and so with attention over all tokens where the first two stages of sdt_h_tiny and rmt_tiny have rows, then
 columns. `{SAME_LAYOUT}` is the model as it is, gates, rows and columns included, with nothing added to the scores.
 `{AUTHORS}`: written after RMT's and LocAtViT's code, all L x L pairs in memory; the layers around them are ours.
+`sdt_p_small` denoises latents of 4 channels and 32 x 32, patch 2.
 A training step is forward, loss, backward and AdamW; forward is in eval mode without autograd."""
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from spatial_decay.layers import (
 )
 from spatial_decay.models import (
     SDTH,
+    SDTP,
     ViT,
     locatvit_base,
     locatvit_small,
@@ -24,6 +25,10 @@ from spatial_decay.models import (
     sdt_h_base,
     sdt_h_small,
     sdt_h_tiny,
+    sdt_p_base,
+    sdt_p_large,
+    sdt_p_small,
+    sdt_p_xlarge,
 )
 from spatial_decay.ops import attention_weights, decay_attention, explain_backend
 
@@ -31,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SDTH",
+    "SDTP",
     "AxialDecay",
     "CheckpointReport",
     "ContextAwareGate",
@@ -58,4 +64,8 @@ __all__ = [
     "sdt_h_base",
     "sdt_h_small",
     "sdt_h_tiny",
+    "sdt_p_base",
+    "sdt_p_large",
+    "sdt_p_small",
+    "sdt_p_xlarge",
 ]

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from spatial_decay.grid import Grid
+from spatial_decay.models.sdt_p import sincos_positions
 
 __all__ = ["LAYOUTS", "CheckpointReport", "load_checkpoint"]
 
@@ -22,6 +26,7 @@ class CheckpointReport:
     Args:
         loaded: By name in the model, the names in the checkpoint that it came from.
         derived: Names in the checkpoint that the model computes itself.
+        new: Names in the model that no checkpoint of this layout has, those of its decay; they keep their values.
         missing: Names in the model that the checkpoint has not; they keep their values.
         unexpected: Names in the checkpoint that the model has not.
         mismatched: By name in the model, its shape and the checkpoint's; they keep their values.
@@ -29,6 +34,7 @@ class CheckpointReport:
 
     loaded: dict[str, tuple[str, ...]] = field(default_factory=dict)
     derived: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
@@ -40,6 +46,7 @@ class CheckpointReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded, {len(self.derived)} left to the model to compute"]
+        lines += [f"  new in the model: {name}" for name in self.new]
         lines += [f"  missing from the checkpoint: {name}" for name in self.missing]
         lines += [f"  not in the model: {name}" for name in self.unexpected]
         lines += [f"  {name}: the model has {a}, the checkpoint {b}" for name, (a, b) in self.mismatched.items()]
@@ -57,11 +64,13 @@ def load_checkpoint(
     """Load published weights into a model of the same structure. Everything is checked before anything is changed.
 
     Args:
-        model: For "rmt" an SDTH of rmt_tiny and the like, for "locatvit" a ViT of locatvit_tiny and the like.
+        model: For "rmt" an SDTH of rmt_tiny and the like, for "locatvit" a ViT of locatvit_tiny and the like, for
+            "dit" an SDTP with any decay.
         source: A file (torch.save, read with weights_only=True; or .safetensors, which needs the safetensors
             package), or what such a file holds. The weights may lie under "model" or "state_dict", and their names
             may begin with "module.", as DistributedDataParallel leaves them.
-        layout: Whose names the weights have: "native" (this library's), "rmt" or "locatvit".
+        layout: Whose names the weights have: "native" (this library's), "rmt", "locatvit" or "dit"
+            (facebookresearch/DiT).
         ema: Take the averaged weights, under "model_ema" or "state_dict_ema".
         strict: Model and checkpoint must have the same weights. False loads what fits, for instance all but the
             classifier, and leaves the rest of the model as it is: read the report.
@@ -86,11 +95,13 @@ def load_checkpoint(
     found = source if isinstance(source, Mapping) else _read(Path(source))
     state, origins, derived = LAYOUTS[layout](_weights(found, ema=ema))
     own = model.state_dict()
+    is_new = re.compile(_NEW.get(layout, "$^")).search
     fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     report = CheckpointReport(
         loaded={name: origins[name] for name in fitting},
         derived=tuple(derived),
-        missing=tuple(name for name in own if name not in state),
+        new=tuple(name for name in own if name not in state and is_new(name)),
+        missing=tuple(name for name in own if name not in state and not is_new(name)),
         unexpected=tuple(origin for name in state if name not in own for origin in origins[name]),
         mismatched={
             name: (tuple(own[name].shape), tuple(value.shape))
@@ -213,9 +224,41 @@ def _locatvit(weights: dict[str, Tensor]) -> Translated:
     return {names[name]: value for name, value in weights.items()}, {ours: (name,) for name, ours in names.items()}, []
 
 
+_DIT_NAMES = (
+    (r"^x_embedder\.proj\.", "patch_embed."),
+    (r"^t_embedder\.mlp\.", "t_embed."),
+    (r"^y_embedder\.embedding_table\.", "y_embed."),
+    (r"\.adaLN_modulation\.1\.", ".modulation."),
+    (r"^final_layer\.modulation\.", "modulation."),
+    (r"^final_layer\.linear\.", "head."),
+)
+
+
+def _dit(weights: dict[str, Tensor]) -> Translated:
+    """DiT's positions are fixed ones, which are made anew; others are reported as unexpected."""
+    derived = [name for name, value in weights.items() if name == "pos_embed" and _is_sincos(value)]
+    names = {name: name for name in weights if name not in derived}
+    for pattern, replacement in _DIT_NAMES:
+        names = {name: re.sub(pattern, replacement, ours) for name, ours in names.items()}
+    state = {ours: weights[name] for name, ours in names.items()}
+    return state, {ours: (name,) for name, ours in names.items()}, derived
+
+
+def _is_sincos(positions: Tensor) -> bool:
+    """Whether (1, L, D) are the fixed positions of a square."""
+    side = math.isqrt(positions.shape[1]) if positions.ndim == 3 else 0
+    if not side or side**2 != positions.shape[1] or positions.shape[2] % 4:
+        return False
+    return torch.allclose(sincos_positions(positions.shape[2], Grid(side, side)), positions[0].float(), atol=1e-3)
+
+
 LAYOUTS: dict[str, Callable[[dict[str, Tensor]], Translated]] = {
     "native": _native,
     "rmt": _rmt,
     "locatvit": _locatvit,
+    "dit": _dit,
 }
 """By name, whose names of the weights are understood."""
+
+_NEW = {"dit": r"\.attn\.(decay|lpe|output_gate)\."}
+"""By layout, what a model may have and no checkpoint has: the shared weights are a DiT's, the rest starts afresh."""

@@ -174,7 +174,7 @@ def test_files_that_are_no_checkpoints(suffix, locat, tmp_path, capsys):
     [
         (({}, {}), "an empty one"),
         (({"epoch": 3}, {}), "got other values under epoch"),
-        (({"w": torch.ones(1)}, {"layout": "swin"}), "layout must be one of native, rmt, locatvit: got 'swin'"),
+        (({"w": torch.ones(1)}, {"layout": "swin"}), "layout must be one of native, rmt, locatvit, dit: got 'swin'"),
     ],
 )
 def test_what_holds_no_weights(arguments, says, locat):

@@ -16,17 +16,19 @@ class ConvMlp(nn.Module):
         dim: D.
         hidden_dim: Width in between.
         kernel_size: Of the depthwise convolution; 0 leaves a plain MLP.
+        approximate: Of gelu, "none" or "tanh".
     """
 
-    def __init__(self, dim: int, hidden_dim: int, *, kernel_size: int = 3) -> None:
+    def __init__(self, dim: int, hidden_dim: int, *, kernel_size: int = 3, approximate: str = "none") -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.conv = DepthwiseConv(hidden_dim, kernel_size) if kernel_size else None
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Tokens (B, L, D) of a grid -> (B, L, D)."""
-        z = F.gelu(self.fc1(x))  # (B, L, hidden_dim)
+        z = F.gelu(self.fc1(x), approximate=self.approximate)  # (B, L, hidden_dim)
         if self.conv is not None:
             z = z + self.conv(z, grid)
         return self.fc2(z)

@@ -22,10 +22,10 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_images(x: Tensor, in_chans: int, weight: object) -> None:
+def check_images(x: Tensor, in_chans: int, weight: object, what: str = "images") -> None:
     """Floating point (B, in_chans, H, W), on the device and in the dtype of weight."""
     if not x.is_floating_point():
-        raise TypeError(f"images must be floating point: got {x.dtype}. Convert them first, for instance x / 255.")
+        raise TypeError(f"{what} must be floating point: got {x.dtype}. Convert them first, for instance x / 255.")
     if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"images must be (B, {in_chans}, H, W): got shape {tuple(x.shape)}.")
-    check_like_weights("images", x, weight)
+        raise ValueError(f"{what} must be (B, {in_chans}, H, W): got shape {tuple(x.shape)}.")
+    check_like_weights(what, x, weight)

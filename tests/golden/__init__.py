@@ -53,3 +53,11 @@ def make_locatvit(golden: Golden, **options: Any) -> sd.ViT:
         num_heads=config["num_heads"],
         **options,
     )
+
+
+def make_dit(golden: Golden, **options: Any) -> sd.SDTP:
+    config = golden.config
+    size = {"dim": config["hidden_size"], "depth": config["depth"], "num_heads": config["num_heads"]}
+    return sd.SDTP(
+        config["input_size"], config["patch_size"], config["in_channels"], config["num_classes"], **(size | options)
+    )
