@@ -31,6 +31,8 @@ from spatial_decay.models import (
     sdt_p_xlarge,
 )
 from spatial_decay.ops import attention_weights, decay_attention, explain_backend
+from spatial_decay.positions import Positions
+from spatial_decay.swap import SwapReport, load_swapped, restore_attention, save_swapped, swap_attention
 
 __version__ = "0.1.0"
 
@@ -46,21 +48,26 @@ __all__ = [
     "ManhattanDecay",
     "PatchRepresentationRefinement",
     "PathDecay",
+    "Positions",
     "SDTBlock",
     "SpatialDecayAttention",
     "SpatialDecayMask",
+    "SwapReport",
     "ViT",
     "attention_weights",
     "decay_attention",
     "explain_backend",
     "load_checkpoint",
+    "load_swapped",
     "locatvit_base",
     "locatvit_small",
     "locatvit_tiny",
+    "restore_attention",
     "rmt_base",
     "rmt_large",
     "rmt_small",
     "rmt_tiny",
+    "save_swapped",
     "sdt_h_base",
     "sdt_h_small",
     "sdt_h_tiny",
@@ -68,4 +75,5 @@ __all__ = [
     "sdt_p_large",
     "sdt_p_small",
     "sdt_p_xlarge",
+    "swap_attention",
 ]

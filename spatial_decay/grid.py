@@ -13,6 +13,7 @@ __all__ = [
     "GridSize",
     "Position",
     "as_tokens",
+    "check_features",
     "columns_of_rows",
     "from_columns",
     "manhattan_distance",
@@ -98,6 +99,14 @@ def as_tokens(
         TypeError: x is not floating point.
         ValueError: wrong rank or width; or a grid that cannot be the one of these tokens.
     """
+    check_features(x, dim)
+    if x.ndim == 4:
+        return x.flatten(1, 2), _grid_of_map(x, grid_size, num_prefix_tokens)
+    return x, _grid_of_tokens(x.shape[1], grid_size, num_prefix_tokens)
+
+
+def check_features(x: Tensor, dim: int) -> None:
+    """Raise TypeError or ValueError where x is neither tokens (B, L, D) nor a map (B, H, W, D), floating point."""
     if not x.is_floating_point():
         raise TypeError(
             f"x must be floating point: got {x.dtype}. Convert it first, for instance x.float() (pixels: x / 255)."
@@ -112,9 +121,6 @@ def as_tokens(
             f"the last dimension of x must be dim = {dim}: got shape {tuple(x.shape)}. "
             "Maps are channels-last, (B, H, W, D): permute a (B, D, H, W) tensor with x.permute(0, 2, 3, 1)."
         )
-    if x.ndim == 4:
-        return x.flatten(1, 2), _grid_of_map(x, grid_size, num_prefix_tokens)
-    return x, _grid_of_tokens(x.shape[1], grid_size, num_prefix_tokens)
 
 
 def _grid_of_map(x: Tensor, grid_size: GridSize | None, num_prefix_tokens: int) -> Grid:

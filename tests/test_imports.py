@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "spatial_decay"
-FLOORS = ["precision", "grid", "decay", "ops", "layers", "models", "checkpoint"]  # from the ground up
+# From the ground up.
+FLOORS = [
+    "precision",
+    "grid",
+    "positions",
+    "decay",
+    "ops",
+    "layers",
+    "models",
+    "checkpoint",
+    "swap",
+]
 ABOVE = ["viz"]  # may import all of it, and nobody imports it
 
 

@@ -9,6 +9,7 @@ from spatial_decay.decay.base import PairwiseDecay
 from spatial_decay.decay.manhattan import ManhattanDecay
 from spatial_decay.decay.path import PathDecay
 from spatial_decay.grid import Grid, to_columns, to_rows
+from spatial_decay.positions import Positions
 
 __all__ = ["AxialDecay"]
 
@@ -28,12 +29,12 @@ class AxialDecay:
     grid: Grid
 
     def __post_init__(self) -> None:
-        _check_no_prefix(self.grid)
+        _check_is_full(self.grid)
 
     @classmethod
     def from_gates(cls, gate_h: Tensor, gate_w: Tensor, grid: Grid) -> Self:
         """SDT Eq. 11 from two gates (B, N, H*W): gate_w decays within rows, gate_h within columns. No alpha."""
-        _check_no_prefix(grid)
+        _check_is_full(grid)
         height, width = grid.size
         return cls(
             rows=PathDecay.from_gate(to_rows(gate_w, grid).flatten(0, 1), Grid(1, width)),
@@ -44,6 +45,7 @@ class AxialDecay:
     @classmethod
     def constant(cls, rates: Tensor, grid: Grid) -> Self:
         """-|lambda_n| * distance along each axis, from one rate a head, (N,), nats per grid step (RMT)."""
+        _check_is_full(grid)
         height, width = grid.size
         return cls(
             rows=ManhattanDecay.constant(rates, Grid(1, width)),
@@ -52,7 +54,12 @@ class AxialDecay:
         )
 
 
-def _check_no_prefix(grid: Grid) -> None:
+def _check_is_full(grid: Grid | Positions) -> None:
+    if isinstance(grid, Positions):
+        raise ValueError(
+            "decomposed decays need whole rows and columns: got Positions, which may leave gaps. Pass a Grid, or use "
+            "another kind, for instance full."
+        )
     if grid.num_prefix_tokens:
         raise ValueError(
             "decomposed decays need a grid without prefix tokens, which belong to no row or column: got "

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_decay.grid import Grid, Position
+from spatial_decay.positions import Positions
 from spatial_decay.precision import at_least_float32
 
 __all__ = ["PairwiseDecay", "ScoreMod", "Tokens", "dense", "score_mod"]
@@ -23,12 +24,12 @@ ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 class PairwiseDecay(ABC):
     """What is added to the score of a query and a key, as a function of these two tokens alone.
 
-    A kind is a frozen dataclass with a grid that implements `tokens` and `pairwise`; `dense` and `score_mod`
-    do the rest. Prefix tokens have no position: nothing is added to any score that they take part in, so
-    `pairwise` never sees one.
+    A kind is a frozen dataclass with a grid, or the Positions of tokens that fill none, that implements `tokens` and
+    `pairwise`; `dense` and `score_mod` do the rest. Prefix tokens have no position: nothing is added to any score that
+    they take part in, whatever `pairwise` says of them.
     """
 
-    grid: Grid
+    grid: Grid | Positions
 
     @property
     @abstractmethod
@@ -78,9 +79,11 @@ def dense(bias: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multiple
         mask = bias.pairwise(
             tuple(token[..., :, None] for token in tokens),
             tuple(F.pad(token, (0, padding))[..., None, :] for token in tokens),
-            (position[0][:, None], position[1][:, None]),
-            (F.pad(position[0], (0, padding))[None, :], F.pad(position[1], (0, padding))[None, :]),
+            (position[0][..., :, None], position[1][..., :, None]),
+            (F.pad(position[0], (0, padding))[..., None, :], F.pad(position[1], (0, padding))[..., None, :]),
         )  # (B, N, H*W, H*W + padding)
+    if isinstance(bias.grid, Positions) and (pairs := bias.grid.pairs()) is not None:
+        mask = mask.masked_fill(~F.pad(pairs, (0, padding)), 0.0)
     mask = mask if dtype is None else mask.to(dtype)
     mask = F.pad(mask, (num_prefix, 0, num_prefix, 0)) if num_prefix else mask  # (B, N, L, L + padding)
     return mask[..., :num_tokens] if padding else mask
@@ -98,20 +101,25 @@ def score_mod(bias: PairwiseDecay) -> ScoreMod:
     # tensors' gradients by themselves), so that the key side has its own.
     k_tokens = tuple(token.clone() for token in q_tokens)
     positions = bias.grid.positions(device=q_tokens[0].device, dtype=q_tokens[0].dtype)
-    h, w = (F.pad(position, (num_prefix, 0)) for position in positions)  # (L,)
-    shared = q_tokens[0].shape[0] == 1
+    h, w = (F.pad(position, (num_prefix, 0)).reshape(-1, bias.grid.num_tokens) for position in positions)  # (B|1, L)
+    known = bias.grid.has_position if isinstance(bias.grid, Positions) else None
 
     def add_decay(score: Tensor, batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        image = torch.zeros_like(batch) if shared else batch
+        first = torch.zeros_like(batch)
+        image = first if q_tokens[0].shape[0] == 1 else batch
+        place = first if h.shape[0] == 1 else batch
         added = bias.pairwise(
             tuple(token[image, head, q_index] for token in q_tokens),
             tuple(token[image, head, k_index] for token in k_tokens),
-            (h[q_index], w[q_index]),
-            (h[k_index], w[k_index]),
+            (h[place, q_index], w[place, q_index]),
+            (h[place, k_index], w[place, k_index]),
         )
         if num_prefix:
             has_position = (q_index >= num_prefix) & (k_index >= num_prefix)
             added = torch.where(has_position, added, torch.zeros_like(added))
+        elif known is not None:
+            row = first if known.shape[0] == 1 else batch
+            added = torch.where(known[row, q_index] & known[row, k_index], added, torch.zeros_like(added))
         return score + added.to(score.dtype)
 
     return add_decay

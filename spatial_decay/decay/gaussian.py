@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spatial_decay.decay.base import PairwiseDecay, Tokens
 from spatial_decay.grid import Grid, Position
+from spatial_decay.positions import Positions
 
 __all__ = ["GaussianDecay"]
 
@@ -22,14 +23,14 @@ class GaussianDecay(PairwiseDecay):
         amplitude: a, (B, N, L), nats; B may be 1, here and below. Values at prefix tokens are not used.
         variance_h: s_h, (B, N, L), > 0, in square grid steps.
         variance_w: s_w, the same along the width.
-        grid: The grid of the L tokens.
+        grid: The grid of the L tokens, or their Positions.
         max_distance: Distances along an axis count as this at most, in grid steps: LocAtViT's clamp.
     """
 
     amplitude: Tensor
     variance_h: Tensor
     variance_w: Tensor
-    grid: Grid
+    grid: Grid | Positions
     max_distance: float = math.inf
 
     @property
@@ -47,14 +48,16 @@ class GaussianDecay(PairwiseDecay):
         (q_h, q_w), (k_h, k_w) = q_position, k_position
         return amplitude * torch.exp(self._exponent(q_h - k_h, variance_h) + self._exponent(q_w - k_w, variance_w))
 
-    def profiles(self, tokens: Tokens, position: Position) -> tuple[Tensor, Tensor]:
-        rows, columns = self.exponents(tokens, position)
+    def profiles(self, tokens: Tokens, position: Position) -> tuple[Tensor, Tensor] | None:
+        if isinstance(self.grid, Positions):
+            return None
+        rows, columns = self.exponents(tokens, position, self.grid)
         return tokens[0][..., None] * rows.exp(), columns.exp()
 
-    def exponents(self, tokens: Tokens, position: Position) -> tuple[Tensor, Tensor]:
-        """-dh^2 / (2 s_h) to each row and -dw^2 / (2 s_w) to each column, (B, N, n, H) and (B, N, n, W)."""
+    def exponents(self, tokens: Tokens, position: Position, grid: Grid) -> tuple[Tensor, Tensor]:
+        """-dh^2 / (2 s_h) to each row of a grid and -dw^2 / (2 s_w) to each column, (B, N, n, H) and (B, N, n, W)."""
         amplitude, variance_h, variance_w = (token[..., None] for token in tokens)
-        rows, columns = (torch.arange(size, dtype=amplitude.dtype, device=amplitude.device) for size in self.grid.size)
+        rows, columns = (torch.arange(size, dtype=amplitude.dtype, device=amplitude.device) for size in grid.size)
         h, w = (p[:, None] for p in position)
         return self._exponent(h - rows, variance_h), self._exponent(w - columns, variance_w)
 

@@ -8,6 +8,7 @@ from typing_extensions import Self
 
 from spatial_decay.decay.base import PairwiseDecay, Tokens
 from spatial_decay.grid import Grid, Position, manhattan_distance
+from spatial_decay.positions import Positions
 from spatial_decay.precision import at_least_float32
 
 __all__ = ["ManhattanDecay", "fixed_rates"]
@@ -22,19 +23,19 @@ class ManhattanDecay(PairwiseDecay):
 
     Args:
         strength: a, (B, N, L), <= 0, nats per grid step; B may be 1. Its values at prefix tokens are not used.
-        grid: The grid of the L tokens.
+        grid: The grid of the L tokens, or their Positions.
     """
 
     strength: Tensor
-    grid: Grid
+    grid: Grid | Positions
 
     @classmethod
-    def from_gate(cls, gate: Tensor, grid: Grid, *, alpha: float = 0.1) -> Self:
+    def from_gate(cls, gate: Tensor, grid: Grid | Positions, *, alpha: float = 0.1) -> Self:
         """SDT Eq. 8-9 from a gate G (B, N, L) <= 0 and the scale alpha > 0."""
         return cls(at_least_float32(gate) * (alpha / 2), grid)
 
     @classmethod
-    def constant(cls, rates: Tensor, grid: Grid) -> Self:
+    def constant(cls, rates: Tensor, grid: Grid | Positions) -> Self:
         """-|lambda_n| * d_M from one rate a head, (N,), nats per grid step."""
         strength = at_least_float32(rates).abs() / -2
         return cls(strength[None, :, None].expand(1, -1, grid.num_tokens), grid)

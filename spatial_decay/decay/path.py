@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from spatial_decay.decay.base import PairwiseDecay, Tokens
 from spatial_decay.grid import Grid, Position
+from spatial_decay.positions import Positions
 from spatial_decay.precision import at_least_float32
 
 __all__ = ["PathDecay"]
@@ -21,16 +22,16 @@ class PathDecay(PairwiseDecay):
     Args:
         cumulative: c, (B, N, L), nats, growing along the raster sequence; B may be 1. Its values at prefix tokens
             are not used.
-        grid: The grid of the L tokens.
+        grid: The grid of the L tokens, or their Positions.
         causal: A query attends to itself and to earlier tokens only: -inf above the diagonal.
     """
 
     cumulative: Tensor
-    grid: Grid
+    grid: Grid | Positions
     causal: bool = False
 
     @classmethod
-    def from_gate(cls, gate: Tensor, grid: Grid, *, causal: bool = False) -> Self:
+    def from_gate(cls, gate: Tensor, grid: Grid | Positions, *, causal: bool = False) -> Self:
         """SDT Eq. 6 from a gate g (B, N, L): minus the sum of |g_k| for k = min(i, j) .. max(i, j) - 1.
 
         Differs from Eq. 6, which is written for i > j only: vision is not causal, so this is its symmetric
@@ -39,7 +40,7 @@ class PathDecay(PairwiseDecay):
         return cls(_cumulative(gate, grid, inclusive=False), grid, causal)
 
     @classmethod
-    def bidirectional(cls, forward_gate: Tensor, backward_gate: Tensor, grid: Grid) -> Self:
+    def bidirectional(cls, forward_gate: Tensor, backward_gate: Tensor, grid: Grid | Positions) -> Self:
         """The mean of two `1d` masks with a gate each (SDT Table 4), gates (B, N, L).
 
         The forward scan sums k = min .. max - 1, the backward scan k = min + 1 .. max. Both sums grow along the raster
@@ -56,16 +57,34 @@ class PathDecay(PairwiseDecay):
     def pairwise(self, q_token: Tokens, k_token: Tokens, q_position: Position, k_position: Position) -> Tensor:
         (q_h, q_w), (k_h, k_w) = q_position, k_position
         later = (k_h > q_h) | ((k_h == q_h) & (k_w > q_w))  # the key comes after the query in raster order
-        # Because c grows, -|c_i - c_j| is c_i - c_j for later keys and c_j - c_i for the others: two passes over the
-        # pairs and one backward, where -abs() takes three and three.
-        sign = torch.where(later, 1.0, -1.0).to(q_token[0].dtype)
-        decay = (q_token[0] - k_token[0]) * sign
+        difference = q_token[0] - k_token[0]
+        if isinstance(self.grid, Positions):  # two tokens may share a position, and neither is later
+            decay = -difference.abs()
+        else:
+            # Because c grows, -|c_i - c_j| is c_i - c_j for later keys and c_j - c_i for the others: two passes over
+            # the pairs and one backward, where -abs() takes three and three.
+            decay = difference * torch.where(later, 1.0, -1.0).to(difference.dtype)
         return torch.where(later, torch.full_like(decay, float("-inf")), decay) if self.causal else decay
 
 
-def _cumulative(gate: Tensor, grid: Grid, *, inclusive: bool) -> Tensor:
+def _cumulative(gate: Tensor, grid: Grid | Positions, *, inclusive: bool) -> Tensor:
     """The sum of |g_k| over k < i, or k <= i; zero at prefix tokens, whose gates belong to no path."""
     cost = at_least_float32(gate).abs()[..., grid.num_prefix_tokens :]
+    if isinstance(grid, Positions):
+        return _cumulative_in_order(cost, grid, inclusive=inclusive)
     if not inclusive:
         cost = F.pad(cost[..., :-1], (1, 0))
     return F.pad(cost.cumsum(-1), (grid.num_prefix_tokens, 0))
+
+
+def _cumulative_in_order(cost: Tensor, positions: Positions, *, inclusive: bool) -> Tensor:
+    """The same along the raster scan of the tokens that lie somewhere, which may come in any order."""
+    if positions.has_position is not None:
+        cost = cost.masked_fill(~positions.has_position[:, None], 0.0)
+    order = positions.raster_order()[:, None]  # (B|1, 1, L)
+    batch_size = max(len(cost), len(order))
+    order, cost = order.expand(batch_size, cost.shape[1], -1), cost.expand(batch_size, -1, -1)
+    cost = cost.gather(-1, order)
+    if not inclusive:
+        cost = F.pad(cost[..., :-1], (1, 0))
+    return cost.cumsum(-1).gather(-1, order.argsort(-1))

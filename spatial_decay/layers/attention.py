@@ -6,13 +6,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from spatial_decay.decay import Decay
-from spatial_decay.grid import Grid, GridSize, as_tokens
+from spatial_decay.grid import Grid, GridSize
 from spatial_decay.layers.local_position import DepthwiseConv
 from spatial_decay.layers.mask import SpatialDecayMask
 from spatial_decay.layers.output_gate import OutputGate
 from spatial_decay.layers.rotary import RotaryEmbedding
 from spatial_decay.ops import attention_weights, decay_attention
 from spatial_decay.ops.choice import check_backend
+from spatial_decay.positions import Positions, as_placed_tokens
 from spatial_decay.precision import check_like_weights
 
 __all__ = ["AttentionOptions", "SpatialDecayAttention"]
@@ -134,7 +135,13 @@ class SpatialDecayAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, grid_size: GridSize | None = None, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        attn_mask: Tensor | None = None,
+        positions: Positions | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -142,14 +149,16 @@ class SpatialDecayAttention(nn.Module):
             grid_size: (H, W) of the patch tokens. None: a map has its own; tokens are taken as a square.
             attn_mask: Added to the decay: bool (True = may attend) or floating point, broadcastable to (B, N, L, L).
                 It masks attention only: LPE and other convolutions still see neighbours that it hides.
+            positions: Of all L tokens that fill no grid, in place of grid_size and num_prefix_tokens. Needs
+                lpe_kernel_size=0, rope "axial" or "none", and a kind that takes them, see SpatialDecayMask.bias.
 
         Returns:
             The shape of x.
 
         Raises:
-            TypeError, ValueError: x, grid_size or attn_mask do not fit; the message says what must hold.
+            TypeError, ValueError: x, grid_size, attn_mask or positions do not fit; the message says what must hold.
         """
-        tokens, grid = self._tokens(x, grid_size)
+        tokens, grid = self._tokens(x, grid_size, positions)
         q, k, v, bias = self._heads(tokens, grid)
         out = decay_attention(
             q,
@@ -169,10 +178,14 @@ class SpatialDecayAttention(nn.Module):
         return out.reshape(x.shape)
 
     def attention_weights(
-        self, x: Tensor, grid_size: GridSize | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        attn_mask: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> Tensor:
         """The softmax of Eq. 13 for these features, (B, N, L, L), to look at; arguments as in forward."""
-        tokens, grid = self._tokens(x, grid_size)
+        tokens, grid = self._tokens(x, grid_size, positions)
         q, k, _, bias = self._heads(tokens, grid)
         return attention_weights(q, k, bias, attn_mask=attn_mask)
 
@@ -183,18 +196,26 @@ class SpatialDecayAttention(nn.Module):
         queries = self.qkv(x)[..., : self.dim].unflatten(-1, (self.num_heads, -1))
         return self.q_norm(queries).flatten(-2)
 
-    def _tokens(self, x: Tensor, grid_size: GridSize | None) -> tuple[Tensor, Grid]:
-        tokens, grid = as_tokens(x, dim=self.dim, grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens)
+    def _tokens(
+        self, x: Tensor, grid_size: GridSize | None, positions: Positions | None
+    ) -> tuple[Tensor, Grid | Positions]:
+        tokens, grid = as_placed_tokens(
+            x, positions, dim=self.dim, grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens
+        )
         check_like_weights("x", x, getattr(self.qkv, "weight", None))
         return tokens, grid
 
-    def _heads(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Decay | None]:
+    def _heads(self, tokens: Tensor, grid: Grid | Positions) -> tuple[Tensor, Tensor, Tensor, Decay | None]:
         """Tokens (B, L, D) -> queries and keys with rotary embedding, values, (B, N, L, d) each, and the decay."""
         # Unbound before the transposition: so the three gradients are put together in the layout of qkv, in one copy.
         qkv = rearrange(self.qkv(tokens), "b l (three n d) -> b l three n d", three=3, n=self.num_heads)
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         q, k = self.q_norm(q), self.k_norm(k)
-        bias = self.decay.bias(_merge_heads(q) if self.decay.kind == "gaussian" else tokens, grid.size)
+        features = _merge_heads(q) if self.decay.kind == "gaussian" else tokens
+        if isinstance(grid, Positions):
+            bias = self.decay.bias(features, positions=grid)
+        else:
+            bias = self.decay.bias(features, grid.size)
         return *self.rope(q, k, grid), v, bias
 
 

@@ -3,11 +3,12 @@
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from spatial_decay.grid import GridSize, as_tokens
+from spatial_decay.grid import Grid, GridSize
 from spatial_decay.layers.attention import AttentionOptions, SpatialDecayAttention
 from spatial_decay.layers.local_position import DepthwiseConv
 from spatial_decay.layers.mlp import ConvMlp
 from spatial_decay.layers.residual import DropPath, LayerScale
+from spatial_decay.positions import Positions, as_placed_tokens
 
 __all__ = ["SDTBlock"]
 
@@ -64,12 +65,21 @@ class SDTBlock(nn.Module):
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, grid_size: GridSize | None = None, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        attn_mask: Tensor | None = None,
+        positions: Positions | None = None,
+    ) -> Tensor:
         """Tokens (B, L, D) or a map (B, H, W, D) -> the same shape; arguments as in SpatialDecayAttention.forward."""
         attn = self.attn
-        tokens, grid = as_tokens(x, dim=attn.dim, grid_size=grid_size, num_prefix_tokens=attn.num_prefix_tokens)
+        tokens, grid = as_placed_tokens(
+            x, positions, dim=attn.dim, grid_size=grid_size, num_prefix_tokens=attn.num_prefix_tokens
+        )
         if self.pos is not None:
             tokens = tokens + self.pos(tokens, grid)
-        tokens = tokens + self.drop_path(self.ls1(attn(self.norm1(tokens), grid.size, attn_mask)))
+        size = grid.size if isinstance(grid, Grid) else None
+        tokens = tokens + self.drop_path(self.ls1(attn(self.norm1(tokens), size, attn_mask, positions)))
         tokens = tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens), grid)))
         return tokens.reshape(x.shape)

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spatial_decay.decay import AxialDecay, Decay, ManhattanDecay, PathDecay, dense, fixed_rates
-from spatial_decay.grid import Grid, GridSize, as_tokens
+from spatial_decay.grid import Grid, GridSize
 from spatial_decay.layers.gate import ContextAwareGate
 from spatial_decay.layers.gaussian import GaussianGate
 from spatial_decay.ops.sdpa import row_multiple
+from spatial_decay.positions import Positions, as_placed_tokens
 
 __all__ = ["DECAY_KINDS", "SpatialDecayMask"]
 
@@ -101,12 +103,14 @@ class SpatialDecayMask(nn.Module):
             self.add_module(name, ContextAwareGate(dim, num_heads, bias=gate_bias, bias_init=gate_bias_init))
         self.gaussian = GaussianGate(dim // num_heads, initial_grid_size) if kind == "gaussian" else None
 
-    def bias(self, x: Tensor, grid_size: GridSize | None = None) -> Decay | None:
+    def bias(self, x: Tensor, grid_size: GridSize | None = None, positions: Positions | None = None) -> Decay | None:
         """The decay as a description that no one has to materialise, for decay_attention.
 
         Args:
             x: Tokens (B, L, D) or a map (B, H, W, D), floating point.
             grid_size: (H, W) of the patch tokens. None: a map has its own; tokens are taken as a square.
+            positions: Of all L tokens that fill no grid, in place of grid_size and of num_prefix_tokens. Not for the
+                decomposed kinds, and not for `gaussian`, whose width depends on the grid.
 
         Returns:
             A ManhattanDecay, PathDecay, GaussianDecay or AxialDecay, float32 at least; None for kind `none`.
@@ -114,16 +118,24 @@ class SpatialDecayMask(nn.Module):
         Raises:
             TypeError, ValueError: x or grid_size do not fit, see the message.
         """
-        tokens, grid = as_tokens(x, dim=self.dim, grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens)
+        tokens, grid = as_placed_tokens(
+            x, positions, dim=self.dim, grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens
+        )
+        if isinstance(grid, Positions) and not _KINDS[self.kind].takes_positions:
+            raise ValueError(
+                f"kind {self.kind!r} needs a whole grid: got Positions. Use another kind, for instance 'full'."
+            )
         return _KINDS[self.kind].describe(self, tokens, grid)
 
-    def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor | tuple[Tensor, Tensor] | None:
+    def forward(
+        self, x: Tensor, grid_size: GridSize | None = None, positions: Positions | None = None
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
         """The decay as attn_mask for F.scaled_dot_product_attention, in the dtype of x.
 
         Returns:
             (B, N, L, L). For decomposed kinds the pair M_H (B, W, N, H, H), M_W (B, H, N, W, W). None for `none`.
         """
-        bias = self.bias(x, grid_size)
+        bias = self.bias(x, grid_size, positions)
         if bias is None:
             return None
         if not isinstance(bias, AxialDecay):
@@ -158,22 +170,23 @@ class SpatialDecayMask(nn.Module):
 @dataclass(frozen=True)
 class _Kind:
     gates: tuple[str, ...]
-    describe: Callable[[SpatialDecayMask, Tensor, Grid], Decay | None]
+    describe: Callable[[SpatialDecayMask, Tensor, Any], Decay | None]  # the grid, or Positions where it takes them
+    takes_positions: bool = True
 
 
-def _full(mask: SpatialDecayMask, x: Tensor, grid: Grid) -> Decay:
+def _full(mask: SpatialDecayMask, x: Tensor, grid: Grid | Positions) -> Decay:
     return ManhattanDecay.from_gate(mask._gate("gate", x), grid, alpha=mask.alpha)
 
 
-def _fixed(mask: SpatialDecayMask, x: Tensor, grid: Grid) -> Decay:
+def _fixed(mask: SpatialDecayMask, x: Tensor, grid: Grid | Positions) -> Decay:
     return ManhattanDecay.constant(mask._rates(x), grid)
 
 
-def _1d(mask: SpatialDecayMask, x: Tensor, grid: Grid) -> Decay:
+def _1d(mask: SpatialDecayMask, x: Tensor, grid: Grid | Positions) -> Decay:
     return PathDecay.from_gate(mask._gate("gate", x), grid, causal=mask.causal)
 
 
-def _bidirectional(mask: SpatialDecayMask, x: Tensor, grid: Grid) -> Decay:
+def _bidirectional(mask: SpatialDecayMask, x: Tensor, grid: Grid | Positions) -> Decay:
     return PathDecay.bidirectional(mask._gate("gate_forward", x), mask._gate("gate_backward", x), grid)
 
 
@@ -191,7 +204,7 @@ def _gaussian(mask: SpatialDecayMask, x: Tensor, grid: Grid) -> Decay:
     return mask.gaussian(q, grid)
 
 
-def _none(mask: SpatialDecayMask, x: Tensor, grid: Grid) -> None:
+def _none(mask: SpatialDecayMask, x: Tensor, grid: Grid | Positions) -> None:
     return None
 
 
@@ -200,9 +213,9 @@ _KINDS = {
     "fixed": _Kind((), _fixed),
     "1d": _Kind(("gate",), _1d),
     "bidirectional": _Kind(("gate_forward", "gate_backward"), _bidirectional),
-    "decomposed": _Kind(("gate_h", "gate_w"), _decomposed),
-    "fixed_decomposed": _Kind((), _fixed_decomposed),
-    "gaussian": _Kind((), _gaussian),
+    "decomposed": _Kind(("gate_h", "gate_w"), _decomposed, takes_positions=False),
+    "fixed_decomposed": _Kind((), _fixed_decomposed, takes_positions=False),
+    "gaussian": _Kind((), _gaussian, takes_positions=False),
     "none": _Kind((), _none),
 }
 

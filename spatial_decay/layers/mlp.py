@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from spatial_decay.grid import Grid
 from spatial_decay.layers.local_position import DepthwiseConv
+from spatial_decay.positions import Positions
 
 __all__ = ["ConvMlp"]
 
@@ -26,7 +27,7 @@ class ConvMlp(nn.Module):
         self.conv = DepthwiseConv(hidden_dim, kernel_size) if kernel_size else None
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | Positions) -> Tensor:
         """Tokens (B, L, D) of a grid -> (B, L, D)."""
         z = F.gelu(self.fc1(x), approximate=self.approximate)  # (B, L, hidden_dim)
         if self.conv is not None:

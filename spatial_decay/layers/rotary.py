@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spatial_decay.grid import Grid
+from spatial_decay.positions import Positions
 from spatial_decay.precision import at_least_float32
 
 __all__ = ["ROPE_MODES", "RotaryEmbedding"]
@@ -41,8 +42,12 @@ class RotaryEmbedding(nn.Module):
             )
         self.head_dim, self.mode = head_dim, mode
 
-    def forward(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, N, L, d) of a grid -> the same, turned; angles in float32 at least."""
+    def forward(self, q: Tensor, k: Tensor, grid: Grid | Positions) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, N, L, d) of a grid -> the same, turned; angles in float32 at least.
+
+        Raises:
+            ValueError: Positions in mode "flat", whose raster numbers need a whole grid.
+        """
         if self.mode == "none":
             return q, k
         angles = self._angles(grid, q)
@@ -51,15 +56,19 @@ class RotaryEmbedding(nn.Module):
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, mode={self.mode!r}"
 
-    def _angles(self, grid: Grid, like: Tensor) -> Tensor:
-        """One for each token and pair of channels, (L, d/2)."""
+    def _angles(self, grid: Grid | Positions, like: Tensor) -> Tensor:
+        """One for each token and pair of channels, (L, d/2); (B, 1, L, d/2) of Positions."""
+        if isinstance(grid, Positions) and self.mode == "flat":
+            raise ValueError(
+                "rope='flat' numbers the tokens of a whole grid: got Positions. Use rope='axial' or 'none'."
+            )
         dtype = torch.promote_types(like.dtype, torch.float32)
         h, w = grid.positions(device=like.device, dtype=dtype)
-        axes = (h, w) if self.mode == "axial" else (h * grid.width + w,)
+        axes = (h * grid.width + w,) if self.mode == "flat" and isinstance(grid, Grid) else (h, w)
         num_frequencies = self.head_dim // (2 * len(axes))
         exponents = torch.linspace(0, 1, num_frequencies, device=like.device, dtype=dtype)
         frequencies = 10000.0**-exponents
-        angles = torch.cat([axis[:, None] * frequencies for axis in axes], dim=-1)  # (H*W, d/2)
+        angles = torch.cat([axis[..., None] * frequencies for axis in axes], dim=-1)  # (H*W, d/2)
         return F.pad(angles, (0, 0, grid.num_prefix_tokens, 0))
 
 

@@ -1,11 +1,11 @@
 """Backend `flex`: torch.nn.attention.flex_attention with the decay as its score_mod, compiled; no mask in memory."""
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 from spatial_decay.decay import score_mod
 from spatial_decay.decay.base import ScoreMod
@@ -59,8 +59,9 @@ def _compiled() -> Callable[..., Tensor]:
     """Uncompiled, it would write out all scores, and say so in a warning.
 
     So fullgraph: past torch's limit of compilations it is an error, not the uncompiled one. The CPU's kernel cannot be
-    compiled for sizes that vary.
+    compiled for sizes that vary. Imported here because it pulls in sympy.
     """
+    flex_attention = importlib.import_module("torch.nn.attention.flex_attention").flex_attention
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from spatial_decay.decay import AxialDecay, Decay, PairwiseDecay, dense
 from spatial_decay.grid import columns_of_rows, to_columns, to_rows
 from spatial_decay.ops.attn_mask import as_float_mask, columns_of_mask, rows_of_mask
+from spatial_decay.positions import Positions
 from spatial_decay.precision import autocast_dtype
 
-__all__ = ["Inputs", "along_columns", "along_rows", "checked_inputs", "total_mask"]
+__all__ = ["Inputs", "along_columns", "along_rows", "checked_inputs", "reasons_of_positions", "total_mask"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,12 @@ def along_columns(whole: Inputs, bias: AxialDecay, v_rows: Tensor) -> Inputs:
     )
 
 
+def reasons_of_positions(bias: PairwiseDecay | None) -> list[str]:
+    """Why a backend that computes distances from the numbers of tokens cannot run this decay."""
+    has_positions = bias is not None and isinstance(bias.grid, Positions)
+    return ["tokens with Positions of their own (needs those of a Grid)"] if has_positions else []
+
+
 def total_mask(inputs: Inputs, *, dtype: torch.dtype, row_multiple: int = 1) -> tuple[Tensor | None, Tensor | None]:
     """Decay and attn_mask as one mask, and the queries that it leaves nothing to attend to.
 
@@ -187,9 +194,11 @@ def _check_bias(q: Tensor, bias: Decay | None) -> None:
     batch_size, num_heads, num_tokens, _ = q.shape
     if bias.grid.num_tokens != num_tokens:
         raise ValueError(
-            f"the grid of the bias must have the L tokens of q: got {bias.grid} with {bias.grid.num_tokens} tokens, "
-            f"and L = {num_tokens}. Build the bias for the grid of this call."
+            f"the grid of the bias must have the L tokens of q: got {_readable(bias.grid)} with {bias.grid.num_tokens} "
+            f"tokens, and L = {num_tokens}. Build the bias for the grid of this call."
         )
+    if isinstance(bias.grid, Positions):
+        _check_positions(bias.grid, batch_size, q.device)
     if isinstance(bias, AxialDecay):
         height, width = bias.grid.size
         _check_tokens("bias.rows", bias.rows, (batch_size * height, num_heads, width), q.device)
@@ -209,5 +218,14 @@ def _check_tokens(name: str, bias: PairwiseDecay, shape: tuple[int, int, int], d
             raise ValueError(f"{name} must be on the device of q: got {token.device} and {device}. Move one.")
 
 
+def _check_positions(positions: Positions, batch_size: int, device: torch.device) -> None:
+    if len(positions.h) not in (1, batch_size):
+        raise ValueError(f"Positions must be those of B = {batch_size} images, or of 1: got {len(positions.h)}.")
+    if positions.h.device != device:
+        raise ValueError(f"Positions must be on the device of q, {device}: got {positions.h.device}. Move one.")
+
+
 def _readable(value: object) -> str:
+    if isinstance(value, Positions):
+        return "Positions"
     return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_decay.decay import GaussianDecay, ManhattanDecay, PathDecay
-from spatial_decay.ops.inputs import Inputs
+from spatial_decay.grid import Grid
+from spatial_decay.ops.inputs import Inputs, reasons_of_positions
 from spatial_decay.ops.math import avoid_reasons_on_small_inputs
 from spatial_decay.precision import at_least_float32
 
@@ -64,6 +65,7 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
     if not isinstance(inputs.bias, _KINDS):
         what = "no decay" if inputs.bias is None else type(inputs.bias).__name__
         reasons.append(f"{what} (needs a {', '.join(kind.__name__ for kind in _KINDS)})")
+    reasons += reasons_of_positions(inputs.bias)
     if inputs.dropout_p:
         reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
     if inputs.attn_mask is not None and inputs.attn_mask.requires_grad:
@@ -89,8 +91,9 @@ def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in float32 at least inside, in the dtype of q outside."""
     bias = inputs.bias
     assert isinstance(bias, _KINDS)
+    assert isinstance(bias.grid, Grid)
     if isinstance(bias, GaussianDecay):
-        kind, tokens = "gaussian", _gaussian_tokens(bias)
+        kind, tokens = "gaussian", _gaussian_tokens(bias, bias.grid)
     else:
         kind = "manhattan" if isinstance(bias, ManhattanDecay) else "causal" if bias.causal else "path"
         tokens = at_least_float32(bias.tokens[0])
@@ -98,12 +101,12 @@ def attention(inputs: Inputs) -> Tensor:
     return _forward(*inputs.sequences(), tokens, inputs.attn_mask, grid, kind, inputs.scale)
 
 
-def _gaussian_tokens(bias: GaussianDecay) -> Tensor:
+def _gaussian_tokens(bias: GaussianDecay, grid: Grid) -> Tensor:
     """a, u and v of each query side by side, (B, N, L, 1 + H + W); zero for prefix tokens."""
-    num_prefix = bias.grid.num_prefix_tokens
+    num_prefix = grid.num_prefix_tokens
     tokens = tuple(at_least_float32(token)[..., num_prefix:] for token in bias.tokens)
-    position = bias.grid.positions(device=tokens[0].device, dtype=tokens[0].dtype)
-    side_by_side = torch.cat([tokens[0][..., None], *bias.exponents(tokens, position)], -1)
+    position = grid.positions(device=tokens[0].device, dtype=tokens[0].dtype)
+    side_by_side = torch.cat([tokens[0][..., None], *bias.exponents(tokens, position, grid)], -1)
     return F.pad(side_by_side, (0, 0, num_prefix, 0))
 
 

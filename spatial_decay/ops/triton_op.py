@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spatial_decay.decay import GaussianDecay, ManhattanDecay, PairwiseDecay, PathDecay
 from spatial_decay.grid import Grid
-from spatial_decay.ops.inputs import Inputs
+from spatial_decay.ops.inputs import Inputs, reasons_of_positions
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
@@ -76,7 +76,8 @@ def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
         reasons.append(f"{type(bias).__name__} (needs None or a {', '.join(kind.__name__ for kind in _KINDS)})")
     if isinstance(bias, PathDecay) and bias.causal:
         reasons.append("a causal PathDecay (needs causal=False)")
-    if isinstance(bias, GaussianDecay) and max(bias.grid.size) - 1 > bias.max_distance:
+    reasons += reasons_of_positions(bias)
+    if isinstance(bias, GaussianDecay) and isinstance(bias.grid, Grid) and max(bias.grid.size) - 1 > bias.max_distance:
         reasons.append(f"a grid wider than max_distance={bias.max_distance} (needs one within it)")
     if mask is not None and mask.requires_grad:
         reasons.append("attn_mask requires grad (needs one without)")
@@ -100,7 +101,8 @@ def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in the dtype and shape of q."""
     q, k, v = (x if x.ndim == 5 else x[:, None] for x in (inputs.q, inputs.k, inputs.v))  # (B, O, N, L, d)
     kind, tokens = _lowered(inputs.bias, q)
-    grid = inputs.bias.grid if inputs.bias is not None else Grid(1, inputs.length)
+    grid = Grid(1, inputs.length) if inputs.bias is None else inputs.bias.grid
+    assert isinstance(grid, Grid)
     arguments = (q, k, v, tokens, inputs.attn_mask, [*grid.size, grid.num_prefix_tokens], kind, inputs.scale)
     is_short = inputs.length <= _longest_short(inputs.head_dim) and not grid.num_prefix_tokens and kind != "gaussian"
     out = _short_forward(*arguments) if is_short else _forward(*arguments)[0]

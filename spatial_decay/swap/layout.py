@@ -1,0 +1,162 @@
+"""Where the tokens of a call lie: what a model's patch embedding gave for these images, told to its attention.
+
+Attention modules of other libraries are called with tokens alone, and L does not tell H x W. So hooks on the patch
+embedding (and on patch dropout) note the layout of each call as it passes, and the attention of the same call asks.
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spatial_decay.grid import Grid
+from spatial_decay.positions import Positions
+
+__all__ = ["TokenLayout"]
+
+_KEY = "spatial_decay.call"
+
+
+class _Call:
+    """One forward pass through a patch embedding. It lives as long as the autograd graph of that pass."""
+
+    def __init__(self, layout: Grid | Positions) -> None:
+        self.layout = layout
+
+    def keep_with(self, x: Tensor) -> None:
+        if x.grad_fn is not None:
+            metadata: Any = x.grad_fn.metadata  # a dict; torch's annotations say a function
+            metadata[_KEY] = self
+
+
+class _Thread(threading.local):
+    call: _Call | None = None
+
+
+class TokenLayout:
+    """The layout of the tokens in the call that is in progress, one of these for each patch embedding.
+
+    A forward pass reads what its own thread noted last. Gradient checkpointing computes parts of a pass again, within
+    the backward pass, when another image may have come through since: then it is the layout of a pass whose graph is
+    alive and that has as many tokens; where two of these disagree, that is an error.
+
+    Args:
+        num_prefix_tokens: P, class and register tokens that the model puts first.
+    """
+
+    def __init__(self, num_prefix_tokens: int) -> None:
+        self.__setstate__(num_prefix_tokens)
+
+    def __getstate__(self) -> int:
+        return self.num_prefix_tokens  # copies of a model have passes of their own
+
+    def __setstate__(self, num_prefix_tokens: int) -> None:
+        self.num_prefix_tokens = num_prefix_tokens
+        self._thread = _Thread()
+        self._alive: weakref.WeakSet[_Call] = weakref.WeakSet()
+
+    def note_map(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of a convolution that makes patches, (B, D, H, W)."""
+        self._begin(Grid(output.shape[-2], output.shape[-1], self.num_prefix_tokens), output)
+
+    def note_naflex(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Any]
+    ) -> None:
+        """Forward hook of timm's NaFlexEmbeds: coordinates came in, or a grid size comes out."""
+        given = dict(zip(("patches", "patch_coord", "patch_valid"), args, strict=False)) | kwargs
+        tokens, grid_size = output
+        if given.get("patch_coord") is None:
+            height, width = grid_size
+            layout: Grid | Positions = Grid(height, width, self.num_prefix_tokens)
+        else:
+            layout = Positions.of_coordinates(
+                given["patch_coord"], given.get("patch_valid"), num_prefix_tokens=self.num_prefix_tokens
+            )
+        self._begin(layout, tokens)
+
+    def note_kept(self, _module: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        """Forward hook of timm's PatchDropoutWithIndices."""
+        tokens, indices = output
+        whole = self._current().layout
+        if indices is None:
+            return
+        if isinstance(whole, Grid):
+            self._begin(Positions.of_subset(indices, whole), tokens)
+            return
+        prefix = torch.arange(self.num_prefix_tokens, device=indices.device).expand(len(indices), -1)
+        rows = torch.cat([prefix, indices + self.num_prefix_tokens], 1)
+        known = whole.has_position
+        h, w = (x.expand(len(rows), -1).gather(1, rows) for x in (whole.h, whole.w))
+        known = None if known is None else known.expand(len(rows), -1).gather(1, rows)
+        self._begin(Positions(h, w, known), tokens)
+
+    def note_kept_and_leave_tokens(
+        self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
+    ) -> Tensor:
+        """The same where the model expects the tokens alone."""
+        self.note_kept(module, args, output)
+        return output[0]
+
+    def of(self, x: Tensor) -> Grid | Positions:
+        """The layout of tokens (B, L, D) that an attention of this call is given.
+
+        Raises:
+            RuntimeError: no image has come through; L is not what came through; or, within a backward pass, two
+                passes of so many tokens disagree.
+        """
+        if _is_in_backward():
+            return self._of_recomputed(x)
+        layout = self._current().layout
+        if layout.num_tokens != x.shape[1]:
+            raise RuntimeError(
+                f"the tokens must be those of the last patch embedding: it gave {_readable(layout)}, and attention got "
+                f"L = {x.shape[1]} tokens. Pass swap_attention the model's num_prefix_tokens, or the name of the right "
+                "patch embedding as patch_embed; attention over other tokens has to be left out, see layers."
+            )
+        return layout
+
+    def keep_with(self, x: Tensor) -> None:
+        """Remember this call for as long as the graph of x lives."""
+        if not torch.compiler.is_compiling() and not _is_in_backward():
+            self._current().keep_with(x)
+
+    def _begin(self, layout: Grid | Positions, tokens: Tensor) -> None:
+        self._thread.call = call = _Call(layout)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._alive.add(call)
+            call.keep_with(tokens)
+
+    def _current(self) -> _Call:
+        if self._thread.call is None:
+            raise RuntimeError(
+                "no image has come through the patch embedding in this thread, so attention with decay does not know "
+                "where its tokens lie. Call the model rather than its blocks, or pass swap_attention the name of the "
+                "patch embedding that runs before them as patch_embed."
+            )
+        return self._thread.call
+
+    def _of_recomputed(self, x: Tensor) -> Grid | Positions:
+        found: list[Grid | Positions] = []
+        for call in self._alive:
+            if call.layout.num_tokens == x.shape[1] and call.layout not in found:
+                found.append(call.layout)
+        if len(found) != 1:
+            raise RuntimeError(
+                "gradient checkpointing computes attention again, and must find one forward pass with a live graph and "
+                f"L = {x.shape[1]} tokens: found {len(found)}"
+                + (f" that differ, {', '.join(map(_readable, found))}" if found else "")
+                + ". Run backward before the next forward pass, and checkpoint with use_reentrant=False."
+            )
+        return found[0]
+
+
+def _is_in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _readable(layout: Grid | Positions) -> str:
+    if isinstance(layout, Positions):
+        return f"Positions of {layout.num_tokens} tokens"
+    return f"{layout.height} x {layout.width} patches behind {layout.num_prefix_tokens} prefix tokens"

@@ -1,0 +1,89 @@
+"""A swapped model of transformers or diffusers in a folder: as its own library saves it, with the gates beside it."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spatial_decay.checkpoint import load_checkpoint
+from spatial_decay.swap.decayed import AddedDecay, Decayed
+from spatial_decay.swap.swap import put_back, swap_attention, take_out
+
+__all__ = ["load_swapped", "save_swapped"]
+
+_OPTIONS, _WEIGHTS = "spatial_decay.json", "spatial_decay.safetensors"
+
+
+def save_swapped(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Save a model that swap_attention has changed, for load_swapped.
+
+    The folder is what the model's own save_pretrained writes, which its library still reads, then without the decay;
+    the options of the swap and the gates, LPE and output gates lie beside it. For other models save the state_dict: the
+    names of their own weights have not changed.
+
+    Args:
+        model: With a method save_pretrained.
+        folder: Made where there is none.
+
+    Raises:
+        ValueError: the model is not swapped, or has no save_pretrained.
+        ImportError: without the safetensors package.
+    """
+    added = _added(model)
+    if not added or not hasattr(model, "save_pretrained"):
+        raise ValueError(
+            "the model must have been changed by swap_attention and have a save_pretrained: got "
+            f"{type(model).__name__} with {len(added)} decays. Save the state_dict of other models."
+        )
+    safetensors = _safetensors()
+    taken = take_out(model)
+    try:
+        model.save_pretrained(folder)
+    finally:
+        put_back(model, taken)
+    weights = {name: value.detach().cpu().contiguous() for name, value in _container(added).state_dict().items()}
+    safetensors.save_file(weights, Path(folder, f"{_WEIGHTS}.part"))
+    Path(folder, f"{_OPTIONS}.part").write_text(json.dumps(next(iter(added.values())).options, indent=2))
+    for name in (_WEIGHTS, _OPTIONS):
+        os.replace(Path(folder, f"{name}.part"), Path(folder, name))
+
+
+def load_swapped(model_class: Any, folder: str | os.PathLike[str], **options: Any) -> Any:
+    """The model that save_swapped has saved, swapped again.
+
+    Args:
+        model_class: Its class, for instance transformers.ViTModel.
+        folder: Of save_swapped.
+        options: For model_class.from_pretrained.
+
+    Raises:
+        FileNotFoundError: the folder is not one of save_swapped.
+        ValueError: the gates do not fit the model.
+        ImportError: without the safetensors package.
+    """
+    if not Path(folder, _OPTIONS).is_file():
+        raise FileNotFoundError(f"{folder} must be a folder of save_swapped: it has no {_OPTIONS}.")
+    _safetensors()
+    model = model_class.from_pretrained(folder, **options)
+    swap_attention(model, **json.loads(Path(folder, _OPTIONS).read_text()))
+    load_checkpoint(_container(_added(model)), Path(folder, _WEIGHTS))
+    return model
+
+
+def _added(model: nn.Module) -> dict[str, AddedDecay]:
+    return {name: module.spatial_decay for name, module in model.named_modules() if isinstance(module, Decayed)}
+
+
+def _container(added: dict[str, AddedDecay]) -> nn.Module:
+    """All that was added as one module; the names of modules may not contain dots."""
+    return nn.ModuleDict({name.replace(".", "/"): module for name, module in added.items()})
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ImportError("saved gates need the safetensors package: pip install spatial-decay[hf].") from error

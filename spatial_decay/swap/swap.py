@@ -1,0 +1,304 @@
+"""Spatial decay for the ViT or DiT that someone already has: its attention modules, changed in place, and back."""
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from spatial_decay.grid import GridSize
+from spatial_decay.layers import SpatialDecayMask
+from spatial_decay.ops.choice import check_backend
+from spatial_decay.swap.decayed import AddedDecay, Decayed, decayed_class, original_class
+from spatial_decay.swap.hosts import Host, PatchEmbed, class_names, host_of, looks_like_attention, patch_embeds_of
+from spatial_decay.swap.layout import TokenLayout
+
+__all__ = ["SwapReport", "put_back", "restore_attention", "swap_attention", "take_out"]
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What swap_attention did.
+
+    Args:
+        decay: Kind of decay.
+        replaced: Names of the attention modules that have it now, in the order of the model.
+        left: Names of the other attention modules, and why each was left as it was.
+    """
+
+    decay: str
+    replaced: tuple[str, ...]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"decay {self.decay!r} in {len(self.replaced)} attention modules: {', '.join(self.replaced)}"]
+        return "\n".join(lines + [f"left as it was: {name}, because {reason}" for name, reason in self.left.items()])
+
+
+def swap_attention(
+    model: nn.Module,
+    decay: str = "full",
+    *,
+    gate_bias_init: float = 6.0,
+    alpha: float = 0.1,
+    initial_value: float = 2.0,
+    heads_range: float = 4.0,
+    initial_grid_size: GridSize = (14, 14),
+    lpe_kernel_size: int = 0,
+    gate_rank: int = 0,
+    layers: Sequence[int] | None = None,
+    num_prefix_tokens: int | None = None,
+    patch_embed: str | None = None,
+    backend: str = "auto",
+) -> SwapReport:
+    """Put spatial decay into the attention of a model, in place; it starts from the behaviour that it has.
+
+    softmax(Q K^T / sqrt(d) + M_decay) V in place of softmax(Q K^T / sqrt(d)) V          (Mao et al. 2025, Eq. 10, 13)
+
+    For timm (VisionTransformer, Eva, rope-ViT, DINOv3, NaFlexVit), transformers (ViT, DeiT, DINOv2, DINOv3), diffusers
+    (DiTTransformer2DModel, PixArt's self-attention) and other models that are made of their attention modules, such as
+    facebookresearch/DiT. Each module keeps its weights and their names, its class as a base class, and its own forward,
+    in which F.scaled_dot_product_attention gets the decay; new is its submodule `spatial_decay`. The grid of a call is
+    read from what the patch embedding gives for its images, of any size.
+
+    Args:
+        model: Changed in place. Under torch.compile, swap first.
+        decay: Kind of decay, see SpatialDecayMask.
+        gate_bias_init: First value of the gates' trained bias: 6 starts with nearly no decay, 0 with a strong one.
+        alpha: Kind `full` only, see SpatialDecayMask.
+        initial_value: Fixed kinds only, see SpatialDecayMask.
+        heads_range: Fixed kinds only, see SpatialDecayMask.
+        initial_grid_size: Kind `gaussian` only, see GaussianGate.
+        lpe_kernel_size: Add an LPE, see SpatialDecayAttention; it starts at random.
+        gate_rank: Add an output gate, see SpatialDecayAttention; it starts near one.
+        layers: Which of the attention modules that can take a decay, by number in the order of the model, negative
+            from the end. None: all.
+        num_prefix_tokens: P, class and register tokens, first in the sequence. None: what the model says, or none.
+        patch_embed: Name of the module whose output (B, D, H, W) has the grid, where it is not found by itself.
+        backend: As in decay_attention.
+
+    Returns:
+        What was replaced, and what was left and why; print it.
+
+    Raises:
+        ValueError: nothing could be replaced; an option that cannot be; the model has been swapped already. The model
+            is as it was.
+
+    Example:
+        >>> model = timm.create_model("vit_small_patch16_224", num_classes=10)
+        >>> report = swap_attention(model, "full")
+        >>> len(report.replaced)
+        12
+    """
+    check_backend(backend)
+    if any(isinstance(module, Decayed) for module in model.modules()):
+        raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")
+    able, left = _sorted_out(model, patch_embed)
+    chosen = _chosen(list(able), layers)
+    left |= {name: "it is not in layers" for name in able if name not in chosen}
+    if not chosen:
+        raise ValueError(
+            "the model must have an attention module that can take a decay: found none"
+            + "".join(f"\n  {name}: {reason}" for name, reason in left.items())
+            + "\nFor attention of your own, add SpatialDecayMask or decay_attention to its code."
+        )
+    options: dict[str, Any] = {
+        "decay": decay,
+        "gate_bias_init": gate_bias_init,
+        "alpha": alpha,
+        "initial_value": initial_value,
+        "heads_range": heads_range,
+        "initial_grid_size": list(initial_grid_size),
+        "lpe_kernel_size": lpe_kernel_size,
+        "gate_rank": gate_rank,
+        "layers": None if layers is None else list(layers),
+        "num_prefix_tokens": num_prefix_tokens,
+        "patch_embed": patch_embed,
+        "backend": backend,
+    }
+    modules, layouts, added = dict(model.named_modules()), dict[str, TokenLayout](), dict[str, AddedDecay]()
+    for name in chosen:
+        host, embed = able[name]
+        prefix = _num_prefix_tokens(model, name, host, num_prefix_tokens)
+        layout = layouts.setdefault(embed.name, TokenLayout(prefix))
+        if layout.num_prefix_tokens != prefix:
+            raise ValueError(
+                f"attention behind one patch embedding must agree on its prefix tokens: got {prefix} in {name} and "
+                f"{layout.num_prefix_tokens} before it. Pass num_prefix_tokens."
+            )
+        attn = modules[name]
+        mask = SpatialDecayMask(
+            host.num_channels(attn) if decay == "gaussian" else host.dim(attn),
+            host.num_heads(attn),
+            kind=decay,
+            alpha=alpha,
+            num_prefix_tokens=prefix,
+            gate_bias=True,
+            gate_bias_init=gate_bias_init,
+            initial_value=initial_value,
+            heads_range=heads_range,
+            initial_grid_size=initial_grid_size,
+        )
+        if gate_rank and host.num_channels(attn) != host.dim(attn):
+            raise ValueError(
+                f"gate_rank needs attention as wide as its tokens: got {host.num_channels(attn)} and {host.dim(attn)} "
+                f"in {name}. Leave the output gate out."
+            )
+        added[name] = AddedDecay(
+            mask,
+            layout,
+            parameters_of_forward=_parameters_of_forward(attn),
+            mask_name=host.mask_name,
+            num_channels=host.num_channels(attn),
+            lpe_kernel_size=lpe_kernel_size,
+            gate_rank=gate_rank,
+            backend=backend,
+            options=options,
+        )
+    # Nothing has been changed so far, and nothing from here on can fail.
+    for name, new in added.items():
+        weight = next(modules[name].parameters())
+        new.to(device=weight.device, dtype=weight.dtype).train(modules[name].training)
+    put_back(model, added)
+    for embed in {able[name][1].name: able[name][1] for name in chosen}.values():
+        _install_hooks(model, embed, layouts[embed.name])
+    return SwapReport(decay, tuple(chosen), left)
+
+
+def restore_attention(model: nn.Module) -> tuple[str, ...]:
+    """Undo swap_attention: the model as it was, without the gates.
+
+    Returns:
+        Names of the attention modules that had a decay.
+
+    Raises:
+        ValueError: there was none.
+    """
+    taken = take_out(model)
+    if not taken:
+        raise ValueError("the model must have been changed by swap_attention: it has no attention with decay.")
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), TokenLayout):
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+                if hook.__name__ == "note_kept_and_leave_tokens":
+                    module.__class__ = _sibling(module, "PatchDropout")
+    return tuple(taken)
+
+
+def take_out(model: nn.Module) -> dict[str, AddedDecay]:
+    """The decays of a model, by the names of their modules, which have none then; its hooks stay."""
+    decayed: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Decayed)}
+    taken = {name: module.spatial_decay for name, module in decayed.items()}
+    for module in decayed.values():
+        del module.spatial_decay
+        module.__class__ = original_class(module)
+    return taken
+
+
+def put_back(model: nn.Module, taken: dict[str, AddedDecay]) -> None:
+    """The inverse of take_out."""
+    for name, added in taken.items():
+        module = model.get_submodule(name)
+        module.spatial_decay = added
+        module.__class__ = decayed_class(type(module))
+
+
+def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tuple[Host, PatchEmbed]], dict[str, str]]:
+    """Attention modules that can take a decay, with the patch embedding before each; and why the others cannot."""
+    able, left, embeds = dict[str, tuple[Host, PatchEmbed]](), dict[str, str](), _patch_embeds(model, patch_embed)
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        host = host_of(module)
+        if host is None:
+            is_part = any(name.startswith(f"{outer}.") for outer in inside)
+            if looks_like_attention(module) and not is_part:
+                left[name] = f"{type(module).__name__} is not known to attend over all tokens of one grid"
+            continue
+        inside.append(name)
+        nearest = _nearest(name, embeds)
+        if "forward" in vars(module):
+            left[name] = "its forward has been replaced on this very module (by hooks of accelerate?)"
+        elif host.mask_name not in _parameters_of_forward(module):
+            left[name] = f"its forward takes no {host.mask_name}; a newer version of its library does"
+        elif reason := host.reason_against(module):
+            left[name] = reason
+        elif len(nearest) != 1:
+            left[name] = f"of {len(nearest)} patch embeddings none is nearest: name it as patch_embed"
+        else:
+            able[name] = host, nearest[0]
+    # What merely contains attention modules is none itself.
+    left = {name: why for name, why in left.items() if not any(other.startswith(f"{name}.") for other in able)}
+    return able, left
+
+
+def _parameters_of_forward(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _patch_embeds(model: nn.Module, name: str | None) -> list[PatchEmbed]:
+    if name is None:
+        return patch_embeds_of(model)
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise ValueError(f"patch_embed must be the name of a module of the model: got {name!r}.")
+    return [PatchEmbed(name, modules[name], "note_map")]
+
+
+def _nearest(name: str, embeds: list[PatchEmbed]) -> list[PatchEmbed]:
+    """The patch embeddings in the smallest part of the model that has the named module and one of them."""
+    while embeds:
+        name = name.rpartition(".")[0]
+        inside = [embed for embed in embeds if not name or f"{embed.name}.".startswith(f"{name}.")]
+        if inside or not name:
+            return inside
+    return []
+
+
+def _chosen(able: list[str], layers: Sequence[int] | None) -> list[str]:
+    if layers is None:
+        return able
+    if any(not -len(able) <= i < len(able) for i in layers):
+        raise ValueError(
+            f"layers must be numbers of the model's {len(able)} attention modules, 0 to {len(able) - 1} or negative: "
+            f"got {list(layers)}."
+        )
+    numbers = {i % len(able) for i in layers}
+    return [name for i, name in enumerate(able) if i in numbers]
+
+
+def _num_prefix_tokens(model: nn.Module, name: str, host: Host, given: int | None) -> int:
+    known = host.num_prefix_tokens(model.get_submodule(name)) if given is None else given
+    while known is None:
+        name = name.rpartition(".")[0]
+        known = getattr(model.get_submodule(name), "num_prefix_tokens", None if name else 0)
+    return known
+
+
+def _install_hooks(model: nn.Module, embed: PatchEmbed, layout: TokenLayout) -> None:
+    embed.module.register_forward_hook(getattr(layout, embed.hook), with_kwargs=embed.with_kwargs)
+    root = embed.name
+    while True:  # the smallest part of the model that has the patch embedding and patch dropout
+        root, _, _ = root.rpartition(".")
+        dropouts = [module for module in model.get_submodule(root).modules() if _is_patch_dropout(module)]
+        if dropouts or not root:
+            break
+    for module in dropouts:
+        if type(module).__name__ == "PatchDropout":
+            # The same random numbers in the same order, but it says which patches it kept.
+            module.__class__ = _sibling(module, "PatchDropoutWithIndices")
+            module.register_forward_hook(layout.note_kept_and_leave_tokens)
+        else:
+            module.register_forward_hook(layout.note_kept)
+
+
+def _is_patch_dropout(module: nn.Module) -> bool:
+    return class_names(module)[0].startswith("timm.layers.patch_dropout.PatchDropout")
+
+
+def _sibling(module: nn.Module, name: str) -> Any:
+    """The class of this name beside the module's own."""
+    return getattr(importlib.import_module(type(module).__module__), name)

@@ -1,0 +1,173 @@
+"""Tokens that fill no grid: against loops over the tokens that are there, and against whole grids."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import spatial_decay as sd
+from spatial_decay.decay import dense
+from spatial_decay.grid import Grid
+from spatial_decay.ops import BACKENDS, decay_attention
+from spatial_decay.positions import Positions
+from tests import references
+from tests.cases import PAIRWISE, case_id, make_gates, reference_of_head, relative_error
+
+SIZE = (4, 5)
+SUBSETS = [[17, 3, 8, 0, 12, 19, 4], [2, 11, 10, 1, 16, 9, 18]]  # of 20 patches, in no order
+
+
+tensor = partial(torch.tensor, dtype=torch.float64)
+
+
+def placed(num_prefix=2, num_suffix=1):
+    """Two images' subsets between tokens that lie nowhere, whose coordinates are nonsense."""
+    indices = torch.tensor(SUBSETS)
+    coordinates = torch.stack([indices // SIZE[1], indices % SIZE[1]], -1).double()
+    positions = Positions.of_coordinates(coordinates, num_prefix_tokens=num_prefix, num_suffix_tokens=num_suffix)
+    known = positions.has_position
+    return Positions(*(axis.masked_fill(~known, float("nan")) for axis in (positions.h, positions.w)), known)
+
+
+def expected_mask(case, gates, positions):
+    """The equations on the tokens that lie somewhere, in raster order, put back where each came from."""
+    batch_size, num_heads = len(positions.h), 2
+    expected = torch.zeros(batch_size, num_heads, positions.num_tokens, positions.num_tokens, dtype=torch.float64)
+    for b in range(batch_size):
+        tokens = positions.has_position[b].nonzero()[:, 0].tolist()
+        tokens.sort(key=lambda i, b=b: (positions.h[b, i].item(), positions.w[b, i].item()))
+        for n in range(num_heads):
+            if case.kind in ("full", "fixed", "gaussian"):  # a pair's number does not depend on who else is there
+                whole = [torch.zeros(2, num_heads, SIZE[0] * SIZE[1], dtype=torch.float64) for _ in gates]
+                raster = [int(positions.h[b, i] * SIZE[1] + positions.w[b, i]) for i in tokens]
+                for gate, of_whole in zip(gates, whole, strict=True):
+                    of_whole[b, n, raster] = gate[b, n, tokens]
+                mask = tensor(reference_of_head(case, whole, b, n, num_heads, Grid(*SIZE)))
+                mask = mask[raster][:, raster]
+            else:
+                line = [gate[:, :, tokens] for gate in gates]
+                mask = tensor(reference_of_head(case, line, b, n, num_heads, Grid(1, len(tokens))))
+            for a, i in enumerate(tokens):
+                for c, j in enumerate(tokens):
+                    expected[b, n, i, j] = mask[a, c]
+    return expected
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+def test_dense_is_the_equation_over_the_tokens_that_are_there(case):
+    positions = placed()
+    gates = [gate.requires_grad_() for gate in make_gates(case, 2, 2, positions.num_tokens)]
+    mask = dense(case.build(gates, 2, positions))
+    torch.testing.assert_close(
+        mask.expand(2, -1, -1, -1), expected_mask(case, gates, positions), rtol=1e-12, atol=1e-12
+    )
+    if gates:
+        mask[mask.isfinite()].sum().backward()
+        assert all(gate.grad.isfinite().all() for gate in gates)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+def test_backends_agree_or_say_why_not(case, backend):
+    positions = placed()
+    dtype = torch.float32 if backend == "flex" else torch.float64
+    gates = make_gates(case, 2, 2, positions.num_tokens, dtype=dtype)
+    q, k, v = torch.randn(3, 2, 2, positions.num_tokens, 8, dtype=dtype)
+    bias = case.build(gates, 2, positions)
+    if backend in ("tiled", "triton"):
+        with pytest.raises(NotImplementedError, match=r"Positions of their own \(needs those of a Grid\)"):
+            decay_attention(q, k, v, bias, backend=backend)
+        return
+    mask = expected_mask(case, [gate.double() for gate in gates], positions)
+    with torch.no_grad():
+        out = decay_attention(q, k, v, bias, backend=backend)
+    for b in range(2):
+        for n in range(2):
+            head = [x[b, n].double().tolist() for x in (q, k, v)]
+            expected = tensor(references.attention(*head, mask[b, n].tolist(), 8**-0.5))
+            assert relative_error(out[b, n], expected) < (1e-5 if backend == "flex" else 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["full", "fixed", "1d", "bidirectional", "none"])
+def test_a_shuffled_grid_gives_the_shuffled_output(kind):
+    layer = sd.SpatialDecayAttention(16, 2, decay=kind, num_prefix_tokens=1, lpe_kernel_size=0).double()
+    x = torch.randn(2, 21, 16, dtype=torch.float64)
+    order = torch.stack([torch.randperm(20) for _ in range(2)])
+    positions = Positions.of_subset(order, Grid(*SIZE, num_prefix_tokens=1))
+    rows = torch.cat([torch.zeros(2, 1, dtype=torch.long), order + 1], 1)[..., None].expand(-1, -1, 16)
+    out = layer(x.gather(1, rows), positions=positions)
+    assert relative_error(out, layer(x, SIZE).gather(1, rows)) < 1e-12
+
+
+@pytest.mark.parametrize(("num_prefix", "num_suffix"), [(3, 0), (0, 3)], ids=["text first, Flux", "text last, SD3"])
+def test_text_beside_an_image_has_no_decay(num_prefix, num_suffix):
+    mask = sd.SpatialDecayMask(16, 2)
+    image, text = torch.randn(2, 20, 16), torch.randn(2, 3, 16)
+    h, w = Grid(*SIZE).positions(device=image.device, dtype=torch.float32)
+    positions = Positions.of_coordinates(
+        torch.stack([h, w], -1)[None], num_prefix_tokens=num_prefix, num_suffix_tokens=num_suffix
+    )
+    got = mask(torch.cat([text, image] if num_prefix else [image, text], 1), positions=positions)
+    among_patches = mask(image, SIZE)
+    patches = slice(num_prefix, num_prefix + 20)
+    torch.testing.assert_close(got[:, :, patches, patches], among_patches)
+    got = got.clone()
+    got[:, :, patches, patches] = 0
+    assert not got.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=case_id)
+def test_packed_images_of_several_sizes_are_each_alone(dtype):
+    """NaFlex: images of 4 x 5 and 2 x 3 patches, the second padded; coordinates of padding are out of fp16's range."""
+    layer = sd.SpatialDecayAttention(16, 2, rope="none", lpe_kernel_size=0).to(dtype)
+    x = torch.randn(2, 20, 16, dtype=dtype)
+    coordinates = torch.full((2, 20, 2), 70_000)
+    valid = torch.zeros(2, 20, dtype=torch.bool)
+    for b, (height, width) in enumerate([SIZE, (2, 3)]):
+        number = torch.arange(height * width)
+        coordinates[b, : height * width] = torch.stack([number // width, number % width], -1)
+        valid[b, : height * width] = True
+    positions = Positions.of_coordinates(coordinates, valid)
+    out = layer(x, attn_mask=valid[:, None, None, :], positions=positions)
+    assert out.isfinite().all()
+    for b, size in enumerate([SIZE, (2, 3)]):
+        alone = layer(x[b : b + 1, : size[0] * size[1]], size)
+        assert relative_error(out[b, : size[0] * size[1]], alone[0]) < (1e-6 if dtype == torch.float32 else 2e-3)
+
+
+def test_a_block_takes_positions_and_compiles_whole():
+    block = sd.SDTBlock(16, 2, pos_kernel_size=0, mlp_kernel_size=0, lpe_kernel_size=0, num_prefix_tokens=1)
+    x = torch.randn(2, 8, 16)
+    positions = Positions.of_subset(torch.tensor(SUBSETS), Grid(*SIZE, num_prefix_tokens=1))
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, positions=positions), block(x, positions=positions))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Positions(torch.zeros(2, 3), torch.zeros(2, 4)), r"h and w must both be \(B, L\)"),
+        (lambda: Positions(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3)), "has_position must be bool"),
+        (lambda: Positions.of_coordinates(torch.zeros(2, 3)), r"coordinates must be \(B, K, 2\)"),
+        (lambda: sd.SpatialDecayMask(16, 2)(torch.zeros(1, 6, 16), (2, 3), placed()), "without a grid_size"),
+        (lambda: sd.SpatialDecayMask(16, 2)(torch.zeros(1, 6, 16), positions=placed()), "of all L tokens"),
+        (
+            lambda: sd.SpatialDecayMask(16, 2, kind="decomposed")(torch.zeros(2, 10, 16), positions=placed()),
+            "whole grid",
+        ),
+        (lambda: sd.SpatialDecayMask(16, 2, kind="gaussian")(torch.zeros(2, 10, 16), positions=placed()), "whole grid"),
+        (lambda: sd.SpatialDecayAttention(16, 2)(torch.zeros(2, 10, 16), positions=placed()), "lpe_kernel_size=0"),
+        (
+            lambda: sd.SpatialDecayAttention(16, 2, rope="flat")(torch.zeros(2, 10, 16), positions=placed()),
+            "rope='flat'",
+        ),
+        (lambda: sd.AxialDecay.constant(torch.zeros(2), placed()), "whole rows and columns"),
+        (
+            lambda: decay_attention(*torch.randn(3, 3, 1, 10, 8), sd.ManhattanDecay(torch.zeros(1, 1, 10), placed())),
+            "those of B = 3 images, or of 1: got 2",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
