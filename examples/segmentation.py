@@ -57,11 +57,11 @@ SMALL: ViTOptions = {
 }
 
 VARIANTS: dict[str, ViTOptions] = {
-    "ViT": {"decay": "none", "pool": "token"},
-    "ViT + Gaussian": {"decay": "gaussian", "pool": "token"},
-    "ViT + PRR": {"decay": "none", "pool": "prr"},
-    "LocAtViT (both)": {"decay": "gaussian", "pool": "prr"},
-    "SDT (full)": {"decay": "full", "pool": "token"},
+    "ViT": {"decay": "none", "global_pool": "token"},
+    "ViT + Gaussian": {"decay": "gaussian", "global_pool": "token"},
+    "ViT + PRR": {"decay": "none", "global_pool": "prr"},
+    "LocAtViT (both)": {"decay": "gaussian", "global_pool": "prr"},
+    "SDT (full)": {"decay": "full", "global_pool": "token"},
 }
 """What differs; the recipe is the same for all, and was settled on the plain ViT."""
 

@@ -21,7 +21,7 @@ FLOORS = [
     "checkpoint",
     "swap",
 ]
-ABOVE = ["viz"]  # may import all of it, and nobody imports it
+ABOVE = ["integrations", "viz"]  # may import all of it, and nobody imports it
 
 
 def floor_of(path: Path) -> str:
@@ -59,7 +59,7 @@ def test_every_floor_is_known():
 
 
 def test_the_package_itself_exports_without_the_extras():
-    assert "viz" not in imports_of(PACKAGE / "__init__.py")
+    assert not set(ABOVE) & set(imports_of(PACKAGE / "__init__.py"))
 
 
 def run(code: str) -> str:
@@ -101,6 +101,15 @@ def test_import_works_where_the_extras_are_missing_and_prints_nothing():
     # numpy is torch's own option: block it after torch has looked for it.
     out = run(f"import sys, torch; {blocked}import spatial_decay as sd; sd.SDTBlock(8, 2)(torch.zeros(1, 2, 2, 8))")
     assert not out
+
+
+def test_integrations_say_which_extra_they_need():
+    code = (
+        "import sys; sys.modules['timm'] = None\n"
+        "try:\n    import spatial_decay.integrations.timm\n"
+        "except ImportError as error: print(error)"
+    )
+    assert run(code).endswith("pip install spatial-decay[timm]\n")
 
 
 def test_import_reads_no_environment_variable():

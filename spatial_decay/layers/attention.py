@@ -113,8 +113,8 @@ class SpatialDecayAttention(nn.Module):
         self.head_dim = dim // num_heads
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm: nn.Module = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.rope = RotaryEmbedding(self.head_dim, rope)
         self.decay = SpatialDecayMask(
             dim,

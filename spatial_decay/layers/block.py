@@ -55,12 +55,12 @@ class SDTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.pos = DepthwiseConv(dim, pos_kernel_size) if pos_kernel_size else None
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1: nn.Module = nn.LayerNorm(dim, eps=1e-6)
         self.attn = SpatialDecayAttention(
             dim, num_heads, decay=decay, num_prefix_tokens=num_prefix_tokens, heads_range=heads_range, **options
         )
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2: nn.Module = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), kernel_size=mlp_kernel_size)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path = DropPath(drop_path)

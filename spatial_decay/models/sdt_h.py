@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, SDTBlock
+from spatial_decay.models.backbone import Backbone, block_numbers
 from spatial_decay.models.common import check_images, checkpoint_block, init_linear
 
 __all__ = ["SDTH", "SDTHOptions", "sdt_h_base", "sdt_h_small", "sdt_h_tiny"]
@@ -24,12 +25,14 @@ class SDTHOptions(AttentionOptions, total=False):
     decays: Sequence[str]
     heads_ranges: Sequence[float]
     init_values: Sequence[float | None]
+    global_pool: str
+    drop_rate: float
     drop_path_rate: float
     projection_dim: int
     stem_stride: int
 
 
-class SDTH(nn.Module):
+class SDTH(Backbone):
     """The hierarchical Spatial Decay Transformer.
 
     A convolutional stem, stages of SDTBlocks with a 3x3 stride-2 convolution between them, and a head: a 1x1 projection
@@ -46,17 +49,22 @@ class SDTH(nn.Module):
         decays: Kind of decay of each stage, see SpatialDecayMask.
         heads_ranges: heads_range of each stage, for the fixed kinds.
         init_values: First value of LayerScale of each stage; None leaves it out.
+        global_pool: "avg", the mean over the map, or "", none: the head gives a map, and num_classes must be 0.
+        drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
-        projection_dim: Width of the head's projection.
+        projection_dim: Width of the head's projection; 0 leaves it out, and the head pools the last stage's map.
         stem_stride: 4, or 2 or 1 for small images.
         options: Keywords of SpatialDecayAttention, for all blocks.
 
     Attributes:
         config: The arguments, JSON values: SDTH(**model.config) has the same structure.
+        feature_info: For each stage the name of its module, its channels (num_chs) and its stride (reduction).
 
     Raises:
         ValueError, TypeError: an option that cannot be; the message says what must hold.
     """
+
+    pools: ClassVar[tuple[str, ...]] = ("avg", "")
 
     def __init__(
         self,
@@ -70,12 +78,14 @@ class SDTH(nn.Module):
         decays: Sequence[str] = ("decomposed", "decomposed", "full", "full"),
         heads_ranges: Sequence[float] = (4, 4, 6, 6),
         init_values: Sequence[float | None] = (None, None, None, None),
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         projection_dim: int = 1024,
         stem_stride: int = 4,
         **options: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(in_chans, drop_rate=drop_rate)
         stages: dict[str, Sequence[Any]] = {
             "embed_dims": embed_dims,
             "depths": depths,
@@ -95,16 +105,19 @@ class SDTH(nn.Module):
             "num_classes": num_classes,
             "in_chans": in_chans,
             **{name: list(values) for name, values in stages.items()},
+            "global_pool": global_pool,
+            "drop_rate": drop_rate,
             "drop_path_rate": drop_path_rate,
             "projection_dim": projection_dim,
             "stem_stride": stem_stride,
             **options,
         }
-        self.num_classes, self.in_chans = num_classes, in_chans
         self.embed_dims = tuple(embed_dims)
-        self.num_features, self.head_hidden_size = embed_dims[-1], projection_dim
-        self.total_stride = stem_stride * 2 ** (len(depths) - 1)
-        self.grad_checkpointing = False
+        self.num_features, self.head_hidden_size = embed_dims[-1], projection_dim or embed_dims[-1]
+        self.feature_info = [
+            {"module": f"stages.{i}", "num_chs": dim, "reduction": stem_stride * 2**i}
+            for i, dim in enumerate(embed_dims)
+        ]
 
         self.stem = ConvStem(in_chans, embed_dims[0], stride=stem_stride)
         drop_paths = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
@@ -123,9 +136,9 @@ class SDTH(nn.Module):
             )
             for i in range(len(depths))
         )
-        self.head_proj = nn.Linear(self.num_features, projection_dim)
-        self.head_norm = nn.BatchNorm2d(projection_dim)
-        self.head = nn.Linear(projection_dim, num_classes) if num_classes else nn.Identity()
+        self.head_proj = nn.Linear(self.num_features, projection_dim) if projection_dim else None
+        self.head_norm = nn.BatchNorm2d(projection_dim) if projection_dim else None
+        self._set_classifier(num_classes, global_pool)
         self.apply(init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,29 +156,46 @@ class SDTH(nn.Module):
 
     def forward_head(self, x: Tensor, *, pre_logits: bool = False) -> Tensor:
         """The last stage's map (B, num_features, H, W) -> logits; pre_logits: pooled features (B, projection_dim)."""
-        x = self.head_proj(x.permute(0, 2, 3, 1))  # (B, H, W, projection_dim)
-        x = F.silu(self.head_norm(x.permute(0, 3, 1, 2))).mean((2, 3))  # (B, projection_dim)
+        if self.head_proj is not None and self.head_norm is not None:
+            x = self.head_proj(x.permute(0, 2, 3, 1))  # (B, H, W, projection_dim)
+            x = F.silu(self.head_norm(x.permute(0, 3, 1, 2)))
+        x = x.mean((2, 3)) if self.global_pool else x  # (B, projection_dim), or a map
+        x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
-        self, x: Tensor, indices: Sequence[int] | None = None, *, stop_early: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
         """Feature maps of the stages, for detection and segmentation.
 
         Args:
             x: Images (B, in_chans, H, W), floating point.
-            indices: Which stages, 0 to 3 (or -1, -2, ...); None: all.
+            indices: Which stages, 0 to 3 (or -1, -2, ...); a number: the last so many; None: all.
+            norm: Must be False: there is no norm behind a stage.
             stop_early: Do not compute stages behind the last one of indices.
+            output_fmt: "NCHW", or "NHWC".
+            intermediates_only: Return the maps alone, and not the last one computed.
 
         Returns:
-            The last map that was computed, and the maps of indices in the order of the stages, all (B, D, H', W').
-            Stage 0 has stride 4, each further one twice the stride before it.
+            (last, maps): the last map that was computed, and the maps of indices in the order of the stages, all
+            (B, D, H', W'); intermediates_only: the maps alone. Stage 0 has stride 4, each further one twice the stride
+            before it.
 
         Raises:
-            TypeError, ValueError: as in forward; ValueError for a stage that is not there.
+            TypeError, ValueError: as in forward; ValueError for a stage that is not there, a norm or another format.
         """
-        num_stages = len(self.stages)
-        wanted = range(num_stages) if indices is None else _stage_numbers(indices, num_stages)
+        if norm:
+            raise ValueError("norm must be False: got True, and no norm stands behind a stage. Add one to your head.")
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC': got {output_fmt!r}.")
+        wanted = block_numbers(indices, len(self.stages), "stages")
         self._check_images(x)
         x = self.stem(x)  # (B, H, W, D)
         maps: list[Tensor] = []
@@ -174,27 +204,64 @@ class SDTH(nn.Module):
                 break
             x = stage(x, checkpoint_blocks=self.grad_checkpointing and self.training)
             if i in wanted:
-                maps.append(x.permute(0, 3, 1, 2))
-        return x.permute(0, 3, 1, 2), maps
+                maps.append(x)
+        maps = maps if output_fmt == "NHWC" else [features.permute(0, 3, 1, 2) for features in maps]
+        return maps if intermediates_only else (x.permute(0, 3, 1, 2), maps)
 
-    def get_classifier(self) -> nn.Module:
-        """The last layer: nn.Linear, or nn.Identity where num_classes is 0."""
-        return self.head
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] | None = 1,
+        prune_norm: bool = False,  # noqa: ARG002
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Take off, for good, what the maps of forward_intermediates(indices=indices) do not need.
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new classifier, freshly initialised, on the device and in the dtype of the model; 0 leaves it out."""
-        like = self.head_proj.weight
-        self.num_classes = self.config["num_classes"] = num_classes
-        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-        self.head.to(device=like.device, dtype=like.dtype).apply(init_linear)
+        Args:
+            indices: As in forward_intermediates.
+            prune_norm: Changes nothing, there is no norm behind the stages.
+            prune_head: Take off the head too; forward then gives the last map that is left. It must go with the last
+                stage, whose map it reads.
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only the blocks' inputs and compute their insides again in the backward pass."""
-        self.grad_checkpointing = enable
+        Returns:
+            The numbers of the stages that indices names.
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimiser should not decay: biases, norms and LayerScale."""
-        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+        Raises:
+            ValueError: a stage that is not there; a head without the last stage.
+        """
+        wanted = block_numbers(indices, len(self.stages), "stages")
+        count = max(wanted) + 1
+        if not prune_head and count < len(self.stages):
+            raise ValueError(
+                f"the head reads the last stage, {len(self.stages) - 1}: got indices={indices} and prune_head=False. "
+                "Pass prune_head=True, or name the last stage."
+            )
+        self.stages = self.stages[:count]
+        self.embed_dims, self.feature_info = self.embed_dims[:count], self.feature_info[:count]
+        self.config |= {name: self.config[name][:count] for name in _PER_STAGE}
+        self.num_features = self.embed_dims[-1]
+        if prune_head:
+            self.head_proj = self.head_norm = None
+            self.head_hidden_size, self.config["projection_dim"] = self.num_features, 0
+            self.reset_classifier(0, "")
+        return wanted
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names by depth, as timm's layer-wise learning rates read them.
+
+        Args:
+            coarse: One group a stage instead of one a block.
+        """
+        blocks = [
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.downsample", (0,)),  # with the stage's first block
+            (r"^head_(?:proj|norm)", (99999,)),  # with the group before
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    @property
+    def total_stride(self) -> int:
+        """Pixels of the image a step of the last map."""
+        return self.feature_info[-1]["reduction"]
 
     def _check_images(self, x: Tensor) -> None:
         check_images(x, self.in_chans, self.stem.proj[0].weight)
@@ -222,6 +289,9 @@ class _Stage(nn.Module):
         return x
 
 
+_PER_STAGE = ("embed_dims", "depths", "num_heads", "mlp_ratios", "decays", "heads_ranges", "init_values")
+
+
 def _check_stages(stages: dict[str, Sequence[Any]]) -> None:
     for name, values in stages.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
@@ -233,12 +303,6 @@ def _check_stages(stages: dict[str, Sequence[Any]]) -> None:
             + ", ".join(f"{length} {name}" for name, length in lengths.items())
             + ". Pass lists of the same length."
         )
-
-
-def _stage_numbers(indices: Sequence[int], num_stages: int) -> list[int]:
-    if not indices or any(not -num_stages <= i < num_stages for i in indices):
-        raise ValueError(f"indices must name stages from 0 to {num_stages - 1} (or negative): got {list(indices)}.")
-    return [i % num_stages for i in indices]
 
 
 _TINY: SDTHOptions = {

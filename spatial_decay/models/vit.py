@@ -1,21 +1,19 @@
 """A plain ViT with any kind of decay, and LocAtViT (Hajimiri et al. 2026), which is one with Gaussians and PRR."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from spatial_decay.grid import Grid
+from spatial_decay.grid import Grid, tokens_to_map
 from spatial_decay.layers import AttentionOptions, PatchRepresentationRefinement, SDTBlock
+from spatial_decay.models.backbone import Backbone, block_numbers
 from spatial_decay.models.common import check_images, checkpoint_block, init_linear
 
-__all__ = ["POOLS", "ViT", "ViTOptions", "locatvit_base", "locatvit_small", "locatvit_tiny"]
-
-POOLS = ("token", "mean", "prr")
-"""What the classifier reads: the class token, the mean of the patches, or the class token (without one: the mean)
-after Patch Representation Refinement."""
+__all__ = ["ViT", "ViTOptions", "locatvit_base", "locatvit_small", "locatvit_tiny"]
 
 
 class ViTOptions(AttentionOptions, total=False):
@@ -31,12 +29,13 @@ class ViTOptions(AttentionOptions, total=False):
     heads_range: float
     class_token: bool
     num_registers: int
-    pool: str
+    global_pool: str
     init_values: float | None
+    drop_rate: float
     drop_path_rate: float
 
 
-class ViT(nn.Module):
+class ViT(Backbone):
     """A Vision Transformer as timm and DeiT have it, with a decay in its attention.
 
     Patches, a class token, registers, learned positions, SDTBlocks without convolutions, a norm and a classifier.
@@ -55,13 +54,17 @@ class ViT(nn.Module):
         heads_range: Fixed kinds only, see SpatialDecayMask.
         class_token: Have one, first in the sequence.
         num_registers: Register tokens, behind it.
-        pool: "token", "mean" or "prr" (refinement, then the class token; without one, the mean).
+        global_pool: What the classifier reads: "token", the class token; "avg", the mean of the patches; "prr", after
+            Patch Representation Refinement the class token, without one the mean; "", all tokens, and num_classes must
+            be 0.
         init_values: First value of LayerScale; None leaves it out.
+        drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
         options: Keywords of SpatialDecayAttention. Here rotary embedding, LPE and output gate are off unless asked for.
 
     Attributes:
         config: The arguments, JSON values: ViT(**model.config) has the same structure.
+        feature_info: For each block the name of its module, its channels (num_chs) and the patch size (reduction).
 
     Raises:
         ValueError, TypeError: an option that cannot be; the message says what must hold.
@@ -71,6 +74,8 @@ class ViT(nn.Module):
         >>> model(torch.randn(2, 3, 64, 96)).shape
         torch.Size([2, 10])
     """
+
+    pools: ClassVar[tuple[str, ...]] = ("token", "avg", "prr", "")
 
     def __init__(
         self,
@@ -87,16 +92,13 @@ class ViT(nn.Module):
         heads_range: float = 4.0,
         class_token: bool = True,
         num_registers: int = 0,
-        pool: str = "token",
+        global_pool: str = "token",
         init_values: float | None = None,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         **options: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__()
-        if pool not in POOLS:
-            raise ValueError(f"pool must be one of {', '.join(POOLS)}: got {pool!r}.")
-        if pool == "token" and not class_token:
-            raise ValueError("pool='token' needs class_token=True: got False. Use pool='mean' or 'prr'.")
+        super().__init__(in_chans, drop_rate=drop_rate)
         if patch_size < 1 or img_size < patch_size or img_size % patch_size:
             raise ValueError(
                 f"img_size must be a multiple of patch_size: got img_size={img_size}, patch_size={patch_size}."
@@ -119,16 +121,17 @@ class ViT(nn.Module):
             "heads_range": heads_range,
             "class_token": class_token,
             "num_registers": num_registers,
-            "pool": pool,
+            "global_pool": global_pool,
             "init_values": init_values,
+            "drop_rate": drop_rate,
             "drop_path_rate": drop_path_rate,
             **options,
         }
-        self.num_classes, self.in_chans, self.patch_size, self.pool = num_classes, in_chans, patch_size, pool
-        self.num_features = self.embed_dim = dim
+        self.patch_size = patch_size
+        self.num_features = self.head_hidden_size = self.embed_dim = dim
+        self.feature_info = [{"module": f"blocks.{i}", "num_chs": dim, "reduction": patch_size} for i in range(depth)]
         self.num_prefix_tokens = int(class_token) + num_registers
         self.grid_size = (img_size // patch_size, img_size // patch_size)
-        self.grad_checkpointing = False
 
         self.patch_embed = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
@@ -152,9 +155,9 @@ class ViT(nn.Module):
             )
             for i in range(depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.prr = PatchRepresentationRefinement(num_heads) if pool == "prr" else None
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.norm: nn.Module = nn.LayerNorm(dim, eps=1e-6)
+        self.prr = PatchRepresentationRefinement(num_heads)  # no parameters
+        self._set_classifier(num_classes, global_pool)
         self.apply(init_linear)
         self._init_tokens()
 
@@ -176,36 +179,113 @@ class ViT(nn.Module):
 
     def forward_head(self, tokens: Tensor, *, pre_logits: bool = False) -> Tensor:
         """Tokens of forward_features -> logits; pre_logits: pooled features (B, D)."""
-        tokens = tokens if self.prr is None else self.prr(tokens)
-        reads_token = self.pool != "mean" and self.cls_token is not None
-        pooled = tokens[:, 0] if reads_token else tokens[:, self.num_prefix_tokens :].mean(1)
-        return pooled if pre_logits else self.head(pooled)
+        x = self.prr(tokens) if self.global_pool == "prr" else tokens
+        if self.global_pool == "token" or (self.global_pool == "prr" and self.cls_token is not None):
+            x = x[:, 0]
+        elif self.global_pool:
+            x = x[:, self.num_prefix_tokens :].mean(1)
+        x = self.head_drop(x)  # (B, D), or all tokens
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Patch features behind blocks, for detection and segmentation.
+
+        Args:
+            x: Images (B, in_chans, H, W), floating point.
+            indices: Which blocks, 0 to depth - 1 (or -1, -2, ...); a number: the last so many; None: all.
+            return_prefix_tokens: Return each as (features, prefix tokens (B, P, D)).
+            norm: Put them through the last norm.
+            stop_early: Do not compute blocks behind the last one of indices.
+            output_fmt: "NCHW", maps (B, D, H / patch, W / patch), or "NLC", patch tokens (B, L, D).
+            intermediates_only: Return the features alone, and not the last tokens computed.
+
+        Returns:
+            (last, features): the last tokens that were computed (B, P + L, D) behind the last norm, prefix first, and
+            the features of indices in the order of the blocks; intermediates_only: the features alone.
+
+        Raises:
+            TypeError, ValueError: as in forward; ValueError for a block that is not there, another format, or prefix
+                tokens where there are none.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC': got {output_fmt!r}.")
+        if return_prefix_tokens and not self.num_prefix_tokens:
+            raise ValueError("return_prefix_tokens needs prefix tokens: this model has none. Pass False.")
+        wanted = block_numbers(indices, len(self.blocks), "blocks")
+        tokens, grid = self._embed(x)
+        taken: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if stop_early and i > max(wanted):
+                break
+            tokens = self._run(block, tokens, grid)
+            if i in wanted:
+                taken.append(self.norm(tokens) if norm else tokens)
+        prefixes, patches = zip(*(t.split((grid.num_prefix_tokens, grid.num_patches), 1) for t in taken), strict=True)
+        if output_fmt == "NCHW":
+            patches = tuple(tokens_to_map(t, grid) for t in taken)
+        features = list(zip(patches, prefixes, strict=True)) if return_prefix_tokens else list(patches)
+        return features if intermediates_only else (self.norm(tokens), features)
 
     def forward_maps(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> patch features (B, D, H / patch, W / patch), refined where pool is "prr"."""
+        """Images (B, in_chans, H, W) -> patch features (B, D, H / patch, W / patch), refined if pooling is "prr"."""
         tokens = self.forward_features(x)
-        tokens = tokens if self.prr is None else self.prr(tokens)
+        tokens = self.prr(tokens) if self.global_pool == "prr" else tokens
         height = x.shape[2] // self.patch_size
         return tokens[:, self.num_prefix_tokens :].unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
-    def get_classifier(self) -> nn.Module:
-        """The last layer: nn.Linear, or nn.Identity where num_classes is 0."""
-        return self.head
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Take off, for good, what the features of forward_intermediates(indices=indices) do not need.
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new classifier, freshly initialised, on the device and in the dtype of the model; 0 leaves it out."""
-        self.num_classes = self.config["num_classes"] = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head.to(device=self.pos_embed.device, dtype=self.pos_embed.dtype).apply(init_linear)
+        Args:
+            indices: As in forward_intermediates.
+            prune_norm: Take off the last norm too; nothing in config says so.
+            prune_head: Take off the classifier and the pooling too; forward then gives all tokens.
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only the blocks' inputs and compute their insides again in the backward pass."""
-        self.grad_checkpointing = enable
+        Returns:
+            The numbers of the blocks that indices names.
+
+        Raises:
+            ValueError: a block that is not there.
+        """
+        wanted = block_numbers(indices, len(self.blocks), "blocks")
+        count = max(wanted) + 1
+        self.blocks, self.feature_info, self.config["depth"] = self.blocks[:count], self.feature_info[:count], count
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002
+        """Patterns of parameter names by depth, as timm's layer-wise learning rates read them.
+
+        Args:
+            coarse: Changes nothing: a plain model has one level, its blocks.
+        """
+        stem = r"^(?:cls_token|reg_token|pos_embed|patch_embed)"
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}  # with the last block
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimiser should not decay: biases, norms, tokens and positions."""
         tokens = {"cls_token", "reg_token", "pos_embed"}
-        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1 or name in tokens}
+        return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name in tokens}
+
+    def _check_pool(self, num_classes: int, global_pool: str) -> None:
+        super()._check_pool(num_classes, global_pool)
+        if global_pool == "token" and self.cls_token is None:
+            raise ValueError("global_pool='token' needs class_token=True: got False. Use global_pool='avg' or 'prr'.")
 
     def _init_tokens(self) -> None:
         for token in (self.cls_token, self.reg_token):
@@ -241,7 +321,7 @@ class ViT(nn.Module):
         return block(tokens, grid.size)
 
 
-_LOCATVIT: ViTOptions = {"decay": "gaussian", "pool": "prr"}
+_LOCATVIT: ViTOptions = {"decay": "gaussian", "global_pool": "prr"}
 
 
 def locatvit_tiny(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[ViTOptions]) -> ViT:

@@ -11,7 +11,7 @@ from spatial_decay.layers import DECAY_KINDS
 def make(decay="full", **options):
     options = {"img_size": 32, "patch_size": 8, "dim": 16, "depth": 2, "num_heads": 2} | options
     if decay in ("decomposed", "fixed_decomposed"):
-        options |= {"class_token": False, "pool": "mean"}
+        options |= {"class_token": False, "global_pool": "avg"}
     return sd.ViT(5, decay=decay, **options)
 
 
@@ -55,7 +55,7 @@ def test_positions_are_interpolated():
 @pytest.mark.parametrize("class_token", [True, False])
 def test_pooling(class_token):
     x = torch.randn(2, 3, 32, 32)
-    model = make("none", pool="prr", class_token=class_token).eval()
+    model = make("none", global_pool="prr", class_token=class_token).eval()
     tokens = model.forward_features(x)
     heads = tokens.unflatten(-1, (2, 8)).transpose(1, 2)
     refined = (torch.softmax(heads @ heads.mT / 8**0.5, -1) @ heads).transpose(1, 2).flatten(2)
@@ -64,7 +64,7 @@ def test_pooling(class_token):
     maps = model.forward_maps(x)
     torch.testing.assert_close(maps.flatten(2).mT, refined[:, int(class_token) :])
     assert maps.shape == (2, 16, 4, 4)
-    assert make("none", pool="mean").forward_maps(torch.randn(1, 3, 16, 40)).shape == (1, 16, 2, 5)
+    assert make("none", global_pool="avg").forward_maps(torch.randn(1, 3, 16, 40)).shape == (1, 16, 2, 5)
 
 
 def test_refinement_refuses_maps():
@@ -73,7 +73,7 @@ def test_refinement_refuses_maps():
 
 
 def test_checkpointing_is_the_same():
-    model = make("gaussian", pool="prr").double()
+    model = make("gaussian", global_pool="prr").double()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     parameters = list(model.parameters())
     expected = torch.autograd.grad(model(x).square().sum(), parameters)
@@ -104,8 +104,8 @@ def test_a_new_classifier():
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"pool": "max"}, ValueError, "pool must be one of token, mean, prr: got 'max'"),
-        ({"class_token": False}, ValueError, "pool='token' needs class_token=True"),
+        ({"global_pool": "max"}, ValueError, "global_pool must be one of 'token', 'avg', 'prr', '': got 'max'"),
+        ({"class_token": False}, ValueError, "global_pool='token' needs class_token=True"),
         ({"img_size": 30}, ValueError, "img_size must be a multiple of patch_size: got img_size=30, patch_size=8"),
         ({"decays": ["full"]}, TypeError, "ViT has no keyword decays"),
     ],

@@ -1,0 +1,342 @@
+"""timm's doors: our backbones by timm.create_model, and our attention and block for its VisionTransformer.
+
+Importing this module registers the backbones. It needs the extra: pip install spatial-decay[timm].
+"""
+
+import copyreg
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spatial_decay import models
+from spatial_decay.grid import GridSize
+from spatial_decay.layers import SDTBlock, SpatialDecayAttention
+
+try:
+    from timm.data import (
+        IMAGENET_DEFAULT_MEAN,
+        IMAGENET_DEFAULT_STD,
+        IMAGENET_INCEPTION_MEAN,
+        IMAGENET_INCEPTION_STD,
+    )
+    from timm.layers import GELU, Attention, Mlp
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+except ImportError as error:
+    raise ImportError(
+        "spatial_decay.integrations.timm needs timm 1.0.23 or newer. Install it: pip install spatial-decay[timm]"
+    ) from error
+
+__all__ = ["TimmAttention", "TimmBlock", "attention_layer", "block_layer"]  # register_model adds the models' names
+
+
+class TimmAttention(SpatialDecayAttention):
+    """SpatialDecayAttention as timm's VisionTransformer builds and calls it; attention_layer makes it with options.
+
+    timm's Block passes no grid size, so the patch tokens must be a square. Its weights have the names of timm's
+    attention: qkv, proj, q_norm, k_norm.
+
+    Args:
+        dim: D.
+        num_heads: N; D must be a multiple of it.
+        num_prefix_tokens: P, the class token and the registers of the model.
+        qk_norm: norm_layer of q and k over d, before the rotary embedding.
+        scale_norm: Must be False: there is no norm before the output projection.
+        proj_bias: Bias of the output projection.
+        norm_layer: Of qk_norm; None is nn.LayerNorm.
+        device: Where the weights are.
+        dtype: Of the weights.
+        options: Further keywords of SpatialDecayAttention; timm passes qkv_bias, attn_drop and proj_drop.
+
+    Raises:
+        TypeError, ValueError: an option that cannot be; the message says what must hold.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_prefix_tokens: int = 1,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        _refuse("TimmAttention", {"scale_norm=True (needs False)": scale_norm})
+        super().__init__(dim, num_heads, num_prefix_tokens=num_prefix_tokens, qk_norm=qk_norm, **options)
+        if qk_norm and norm_layer is not None:
+            self.q_norm, self.k_norm = norm_layer(self.head_dim), norm_layer(self.head_dim)
+        if not proj_bias:
+            self.proj = nn.Linear(dim, dim, bias=False)
+        self.to(device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Tokens (B, L, D) -> (B, L, D), as SpatialDecayAttention.forward.
+
+        Raises:
+            ValueError: is_causal; or no grid_size, and L - P is no square.
+        """
+        _check_call(x, grid_size, self.num_prefix_tokens, is_causal=is_causal)
+        return super().forward(x, grid_size, attn_mask)
+
+
+class TimmBlock(SDTBlock):
+    """SDTBlock as timm's VisionTransformer builds and calls it; block_layer makes it with options.
+
+    timm passes no grid size, so the patch tokens must be a square.
+
+    Args:
+        dim: D.
+        num_heads: N; D must be a multiple of it.
+        num_prefix_tokens: P, the class token and the registers of the model.
+        qk_norm: norm_layer of q and k over d, before the rotary embedding.
+        init_values: First value of LayerScale on the two branches; None or 0 leaves it out, as in timm.
+        norm_layer: Of the tokens before attention and MLP, and of qk_norm.
+        act_layer: Must be GELU, which is what the MLP has.
+        mlp_layer: Must be timm's Mlp, its default: the block has an MLP of its own.
+        attn_layer: Must be timm's Attention, its default: the block has an attention of its own.
+        scale_attn_norm, scale_mlp_norm: Must be False: there is no norm before the last projection of a branch.
+        proj_bias: Must be True.
+        proj_drop: Must be 0: the MLP has no dropout.
+        depth: Which block this is; nothing depends on it.
+        device: Where the weights are.
+        dtype: Of the weights.
+        options: Further keywords of SDTBlock; timm passes mlp_ratio, qkv_bias, attn_drop and drop_path.
+
+    Raises:
+        TypeError, ValueError: an option that cannot be; the message says what must hold.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_prefix_tokens: int = 1,
+        qk_norm: bool = False,
+        init_values: float | None = None,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        mlp_layer: Callable[..., nn.Module] = Mlp,
+        attn_layer: Callable[..., nn.Module] | str = Attention,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        depth: int = 0,  # noqa: ARG002
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        _refuse(
+            "TimmBlock",
+            {
+                f"act_layer={act_layer} (needs GELU)": act_layer not in (nn.GELU, GELU),
+                f"mlp_layer={mlp_layer} (needs timm's Mlp)": mlp_layer is not Mlp,
+                f"attn_layer={attn_layer} (block_layer(decay=...) chooses the attention)": attn_layer
+                not in (Attention, "", "attn"),
+                "scale_attn_norm=True (needs False)": scale_attn_norm,
+                "scale_mlp_norm=True (needs False)": scale_mlp_norm,
+                "proj_bias=False (needs True)": not proj_bias,
+                f"proj_drop={proj_drop} (needs 0)": proj_drop != 0,
+            },
+        )
+        super().__init__(
+            dim,
+            num_heads,
+            num_prefix_tokens=num_prefix_tokens,
+            qk_norm=qk_norm,
+            init_values=init_values or None,
+            **options,
+        )
+        if norm_layer is not None:
+            self.norm1, self.norm2 = norm_layer(dim), norm_layer(dim)
+        if qk_norm and norm_layer is not None:
+            self.attn.q_norm, self.attn.k_norm = norm_layer(self.attn.head_dim), norm_layer(self.attn.head_dim)
+        self.to(device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Tokens (B, L, D) -> (B, L, D), as SDTBlock.forward.
+
+        Raises:
+            ValueError: is_causal; or no grid_size, and L - P is no square.
+        """
+        _check_call(x, grid_size, self.attn.num_prefix_tokens, is_causal=is_causal)
+        return super().forward(x, grid_size, attn_mask)
+
+
+def attention_layer(decay: str = "full", *, num_prefix_tokens: int = 1, **options: Any) -> type[TimmAttention]:
+    """A class for the attn_layer= of timm's vision transformers.
+
+    Args:
+        decay: Kind of decay, see SpatialDecayMask.
+        num_prefix_tokens: P, the class token and the registers of the model.
+        options: Further keywords of SpatialDecayAttention, except those that timm passes itself.
+
+    Returns:
+        A subclass of TimmAttention.
+
+    Raises:
+        TypeError: an option that timm passes itself.
+
+    Example:
+        >>> import timm
+        >>> attention = attention_layer("full", gate_rank=8)
+        >>> model = timm.create_model("vit_tiny_patch16_224", attn_layer=attention, depth=2, num_classes=10)
+        >>> model(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 10])
+    """
+    return _bound(TimmAttention, {"decay": decay, "num_prefix_tokens": num_prefix_tokens, **options})
+
+
+def block_layer(decay: str = "full", *, num_prefix_tokens: int = 1, **options: Any) -> type[TimmBlock]:
+    """A class for the block_fn= of timm's vision transformers.
+
+    Args:
+        decay: Kind of decay, see SpatialDecayMask.
+        num_prefix_tokens: P, the class token and the registers of the model.
+        options: Further keywords of SDTBlock, except those that timm passes itself.
+
+    Returns:
+        A subclass of TimmBlock.
+
+    Raises:
+        TypeError: an option that timm passes itself.
+
+    Example:
+        >>> import timm
+        >>> block = block_layer("full", pos_kernel_size=0)
+        >>> model = timm.create_model("vit_tiny_patch16_224", block_fn=block, depth=2, num_classes=10)
+        >>> model(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 10])
+    """
+    return _bound(TimmBlock, {"decay": decay, "num_prefix_tokens": num_prefix_tokens, **options})
+
+
+_PASSED = {
+    *("dim", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm", "scale_norm", "scale_attn_norm", "scale_mlp_norm"),
+    *("proj_bias", "proj_drop", "attn_drop", "init_values", "drop_path", "norm_layer", "act_layer", "mlp_layer"),
+    *("attn_layer", "depth", "device", "dtype"),
+}
+"""What timm's VisionTransformer passes to its blocks and attentions."""
+
+
+class _Bound(type):
+    """A class with options, for libraries that take a class and no function. Models that hold it can be pickled."""
+
+    options: dict[str, Any]
+
+
+def _bound(base: type[Any], options: dict[str, Any]) -> Any:
+    """Base with options, which timm cannot pass."""
+    if passed := _PASSED & set(options):
+        raise TypeError(
+            f"timm passes {', '.join(sorted(passed))} itself: give it to timm.create_model, under timm's name "
+            "(attn_drop is attn_drop_rate there), and leave it out here."
+        )
+
+    def init(self: Any, *arguments: Any, **keywords: Any) -> None:
+        base.__init__(self, *arguments, **options, **keywords)
+
+    return _Bound(base.__name__, (base,), {"__init__": init, "__doc__": base.__doc__, "options": options})
+
+
+copyreg.pickle(_Bound, lambda bound: (_bound, (bound.__base__, bound.options)))  # by what it was made of
+
+
+def _refuse(name: str, reasons: dict[str, bool]) -> None:
+    if wrong := [f"\n  - {reason}" for reason, is_wrong in reasons.items() if is_wrong]:
+        raise ValueError(f"{name} cannot do what timm asks for:{''.join(wrong)}\nBuild the model without it.")
+
+
+def _check_call(x: Tensor, grid_size: GridSize | None, num_prefix_tokens: int, *, is_causal: bool) -> None:
+    if is_causal:
+        raise ValueError("is_causal must be False: got True. Tokens of an image have no order; pass attn_mask.")
+    num_patches = x.shape[1] - num_prefix_tokens
+    if x.ndim == 3 and grid_size is None and int(max(num_patches, 0) ** 0.5) ** 2 != num_patches:
+        raise ValueError(
+            f"timm passes no grid size, so the patch tokens must be a square: got L = {x.shape[1]}, "
+            f"num_prefix_tokens = {num_prefix_tokens}, L - num_prefix_tokens = {num_patches}. Set num_prefix_tokens to "
+            "the class token and registers of the model; for images that are not square, put the attention into a "
+            "finished model with spatial_decay.swap_attention."
+        )
+
+
+def _create(build: Callable[..., nn.Module], keywords: dict[str, Any]) -> nn.Module:
+    """A model by timm's builder, which loads weights, and wraps it where features_only is asked for."""
+    if keywords.get("feature_cls", "getter") != "getter":
+        raise ValueError(
+            f"feature_cls must be 'getter': got {keywords['feature_cls']!r}, and blocks here are called with more than "
+            "one tensor. Leave it out."
+        )
+    if "img_size" in keywords:
+        keywords["img_size"] = _side(keywords["img_size"], build)
+    # As in timm: of a plain model the last 3 blocks, of a hierarchical one all stages.
+    features = {"out_indices": 3 if build in _PLAIN else None, "feature_cls": "getter"}
+    return build_model_with_cfg(build, build.__name__, feature_cfg=features, **keywords)
+
+
+def _side(img_size: Any, build: Callable[..., nn.Module]) -> int:
+    if build not in _PLAIN:
+        raise TypeError(f"{build.__name__} has no keyword img_size: it takes images of any size. Leave it out.")
+    sides = set(img_size) if isinstance(img_size, (tuple, list)) else {img_size}
+    if len(sides) != 1:
+        raise ValueError(
+            f"img_size must be one number, the side of the images that positions are learned on: got {img_size}. "
+            "Leave it out: positions are interpolated to images of any size."
+        )
+    return sides.pop()
+
+
+_HIERARCHICAL = (
+    *(models.sdt_h_tiny, models.sdt_h_small, models.sdt_h_base),
+    *(models.rmt_tiny, models.rmt_small, models.rmt_base, models.rmt_large),
+)
+_PLAIN = (models.locatvit_tiny, models.locatvit_small, models.locatvit_base)
+
+_IMAGES = {"num_classes": 1000, "input_size": (3, 224, 224), "interpolation": "bicubic", "classifier": "head"}
+# How RMT's authors prepare images (256 / 224 of the size, then the centre); SDT-H has no weights that say otherwise.
+_RMT = {"crop_pct": 0.875, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+# LocAtViT's authors use timm's settings for plain ViTs.
+_LOCATVIT = {"crop_pct": 0.9, "mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{
+            build.__name__: _IMAGES | _RMT | {"pool_size": (7, 7), "first_conv": "stem.proj.0"}
+            for build in _HIERARCHICAL
+        },
+        **{build.__name__: _IMAGES | _LOCATVIT | {"first_conv": "patch_embed"} for build in _PLAIN},
+    }
+)
+"""Where register_model looks for a model's settings; no weights of ours are published."""
+
+
+def _register(build: Callable[..., nn.Module]) -> None:
+    def create(pretrained: bool = False, **keywords: Any) -> nn.Module:
+        return _create(build, {"pretrained": pretrained, **keywords})
+
+    create.__name__ = create.__qualname__ = build.__name__
+    create.__doc__ = build.__doc__
+    globals()[build.__name__] = register_model(create)
+
+
+for _build in (*_HIERARCHICAL, *_PLAIN):
+    _register(_build)
