@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spatial_decay import models
 from spatial_decay.grid import GridSize
 from spatial_decay.layers import SDTBlock, SpatialDecayAttention
+from spatial_decay.positions import Positions
 
 try:
     from timm.data import (
@@ -80,6 +81,8 @@ class TimmAttention(SpatialDecayAttention):
         x: Tensor,
         grid_size: GridSize | None = None,
         attn_mask: Tensor | None = None,
+        positions: Positions | None = None,
+        *,
         is_causal: bool = False,
     ) -> Tensor:
         """Tokens (B, L, D) -> (B, L, D), as SpatialDecayAttention.forward.
@@ -87,8 +90,8 @@ class TimmAttention(SpatialDecayAttention):
         Raises:
             ValueError: is_causal; or no grid_size, and L - P is no square.
         """
-        _check_call(x, grid_size, self.num_prefix_tokens, is_causal=is_causal)
-        return super().forward(x, grid_size, attn_mask)
+        _check_call(x, grid_size or positions, self.num_prefix_tokens, is_causal=is_causal)
+        return super().forward(x, grid_size, attn_mask, positions)
 
 
 class TimmBlock(SDTBlock):
@@ -171,6 +174,8 @@ class TimmBlock(SDTBlock):
         x: Tensor,
         grid_size: GridSize | None = None,
         attn_mask: Tensor | None = None,
+        positions: Positions | None = None,
+        *,
         is_causal: bool = False,
     ) -> Tensor:
         """Tokens (B, L, D) -> (B, L, D), as SDTBlock.forward.
@@ -178,8 +183,8 @@ class TimmBlock(SDTBlock):
         Raises:
             ValueError: is_causal; or no grid_size, and L - P is no square.
         """
-        _check_call(x, grid_size, self.attn.num_prefix_tokens, is_causal=is_causal)
-        return super().forward(x, grid_size, attn_mask)
+        _check_call(x, grid_size or positions, self.attn.num_prefix_tokens, is_causal=is_causal)
+        return super().forward(x, grid_size, attn_mask, positions)
 
 
 def attention_layer(decay: str = "full", *, num_prefix_tokens: int = 1, **options: Any) -> type[TimmAttention]:
@@ -266,11 +271,11 @@ def _refuse(name: str, reasons: dict[str, bool]) -> None:
         raise ValueError(f"{name} cannot do what timm asks for:{''.join(wrong)}\nBuild the model without it.")
 
 
-def _check_call(x: Tensor, grid_size: GridSize | None, num_prefix_tokens: int, *, is_causal: bool) -> None:
+def _check_call(x: Tensor, where: GridSize | Positions | None, num_prefix_tokens: int, *, is_causal: bool) -> None:
     if is_causal:
         raise ValueError("is_causal must be False: got True. Tokens of an image have no order; pass attn_mask.")
     num_patches = x.shape[1] - num_prefix_tokens
-    if x.ndim == 3 and grid_size is None and int(max(num_patches, 0) ** 0.5) ** 2 != num_patches:
+    if x.ndim == 3 and where is None and int(max(num_patches, 0) ** 0.5) ** 2 != num_patches:
         raise ValueError(
             f"timm passes no grid size, so the patch tokens must be a square: got L = {x.shape[1]}, "
             f"num_prefix_tokens = {num_prefix_tokens}, L - num_prefix_tokens = {num_patches}. Set num_prefix_tokens to "

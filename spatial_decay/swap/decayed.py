@@ -120,6 +120,11 @@ class _Mask:
         mask.num_calls += 1
         return mask.added.attend(mask.tokens, attn_mask=mask.attn_mask, **bound)
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(_HOW_TO_FUSE.format(f"its mask was asked for its {name}"))
+
     # What diffusers' Attention asks of a mask on its way: (B * N, 1, L), to be seen as (B, N, 1, L).
 
     @property

@@ -1,0 +1,163 @@
+"""One table of other people's models. A new one adds a row here and inherits every check."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import timm
+import torch
+import transformers
+from timm.layers import Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch import nn
+
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+HF = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+@dataclass(frozen=True)
+class HostModel:
+    """A model, how it is called, and what swap_attention should find in it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    run: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    num_prefix_tokens: int
+    channels: int = 3
+    patch_size: int = 16
+    sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96))  # the first is what it is built for
+    left: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return self.name
+
+    def make(self) -> nn.Module:
+        """With lively weights: layer scales, biases and tokens begin at 0 or near it."""
+        torch.manual_seed(0)
+        model = self.build().eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.1 * torch.randn_like(weight))
+        return model
+
+    def images(self, size: tuple[int, int], batch_size: int = 2) -> torch.Tensor:
+        torch.manual_seed(1)
+        return torch.randn(batch_size, self.channels, *size)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+
+class OwnDiT(nn.Module):
+    """As facebookresearch/DiT: its own blocks around timm's PatchEmbed, Attention and Mlp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_embedder = PatchEmbed(None, 2, 4, 48, strict_img_size=False)
+        self.blocks = nn.ModuleList(OwnDiTBlock() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.x_embedder(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class OwnDiTBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(48), nn.LayerNorm(48)
+        self.attn, self.mlp = Attention(48, num_heads=3, qkv_bias=True), Mlp(48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def _timm(name: str, num_prefix_tokens: int, **options: Any) -> HostModel:
+    sizes = options.pop("sizes", ((64, 64), (64, 96)))
+    options = SMALL | {"num_classes": 10} | options
+    return HostModel(
+        f"timm {name}",
+        lambda: timm.create_model(name, **options),
+        lambda model, x: model(x),
+        num_prefix_tokens,
+        patch_size=options.get("patch_size", 16),
+        sizes=sizes,
+    )
+
+
+def _transformers(name: str, num_prefix_tokens: int, model: str, config: str, **options: Any) -> HostModel:
+    run = options.pop("run", {})
+    return HostModel(
+        f"transformers {name}",
+        lambda: getattr(transformers, model)(getattr(transformers, config)(**HF | options)),
+        lambda host, x: host(x, **run).last_hidden_state,
+        num_prefix_tokens,
+    )
+
+
+def _dit(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    steps = torch.arange(len(x))
+    return model(x, timestep=steps, class_labels=steps).sample
+
+
+def _pixart(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    text = torch.linspace(-1, 1, len(x) * 5 * 24).view(len(x), 5, 24)
+    given = {"resolution": None, "aspect_ratio": None}
+    return model(x, encoder_hidden_states=text, timestep=torch.arange(len(x)), added_cond_kwargs=given).sample
+
+
+_LATENTS: dict[str, Any] = {"channels": 4, "patch_size": 2, "sizes": ((8, 8), (8, 12))}
+_DIFFUSERS: dict[str, Any] = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+}
+_RESIZED = {"interpolate_pos_encoding": True}
+
+HOSTS = [
+    _timm("vit_tiny_patch16_224", 1, img_size=64, dynamic_img_size=True),
+    _timm("deit_tiny_distilled_patch16_224", 2, img_size=64, sizes=((64, 64),)),
+    _timm("vit_small_patch14_reg4_dinov2", 5, img_size=64, patch_size=16, dynamic_img_size=True),
+    _timm("eva02_tiny_patch14_224", 1, img_size=64, patch_size=16, dynamic_img_size=True),
+    _timm("vit_small_patch16_rope_224", 1, img_size=64, dynamic_img_size=True),
+    _timm("vit_small_patch16_dinov3", 5, img_size=64, dynamic_img_size=True),
+    _timm("naflexvit_base_patch16_gap", 4, reg_tokens=4),
+    _transformers("ViT", 1, "ViTModel", "ViTConfig", run=_RESIZED),
+    _transformers("DeiT", 2, "DeiTModel", "DeiTConfig", run=_RESIZED),
+    _transformers("DINOv2", 1, "Dinov2Model", "Dinov2Config", mlp_ratio=2),
+    _transformers(
+        "DINOv2 with registers", 5, "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=4
+    ),
+    _transformers("DINOv3", 5, "DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4),
+    HostModel(
+        "diffusers DiT",
+        lambda: diffusers.DiTTransformer2DModel(num_embeds_ada_norm=10, **_DIFFUSERS),
+        _dit,
+        0,
+        **_LATENTS | {"sizes": ((8, 8), (12, 12))},  # it folds its output into a square
+    ),
+    HostModel(
+        "diffusers PixArt",
+        lambda: diffusers.PixArtTransformer2DModel(
+            cross_attention_dim=48, caption_channels=24, out_channels=8, use_additional_conditions=False, **_DIFFUSERS
+        ),
+        _pixart,
+        0,
+        left=("transformer_blocks.0.attn2", "transformer_blocks.1.attn2"),
+        **_LATENTS,
+    ),
+    HostModel("a DiT of timm's layers", OwnDiT, lambda model, x: model(x), 0, **_LATENTS),
+]

@@ -1,0 +1,213 @@
+"""swap_attention in other people's models: nothing without decay, the equation's mask with it, training, copies."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import spatial_decay as sd
+from tests import references
+from tests.cases import relative_error
+from tests.swap.hosts import HOSTS
+
+EVERY_HOST = pytest.mark.parametrize("host", HOSTS, ids=str)
+SOME = ["timm vit_tiny_patch16_224", "timm eva02_tiny_patch14_224", "transformers DINOv3", "diffusers DiT"]
+SOME_HOSTS = pytest.mark.parametrize("host", [host for host in HOSTS if host.name in SOME], ids=str)
+
+
+class InFloat64(TorchFunctionMode):
+    """Attention written out in float64, with these masks added; it knows nothing of swap_attention."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = (x.double() for x in (*args, *(kwargs or {}).values())[:3])
+        scale = (kwargs or {}).get("scale") or q.shape[-1] ** -0.5
+        return (torch.softmax(scale * q @ k.mT + self.mask, -1) @ v).to(torch.float32)
+
+
+def inputs_of(module: nn.Module, run) -> tuple[tuple, dict]:
+    """What a module is called with while run() runs."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    run()
+    handle.remove()
+    (call,) = seen
+    return call
+
+
+def first(output):
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+@EVERY_HOST
+def test_no_decay_changes_nothing_and_restoring_leaves_nothing(host):
+    model = host.make()
+    names, class_of = set(model.state_dict()), {name: type(module) for name, module in model.named_modules()}
+    with torch.no_grad():
+        before = [host.run(model, host.images(size)) for size in host.sizes]
+        report = sd.swap_attention(model, "none")
+        swapped = [host.run(model, host.images(size)) for size in host.sizes]
+        assert len(report.replaced) == 2
+        assert tuple(report.left) == host.left
+        assert set(model.state_dict()) == names
+        assert sd.restore_attention(model) == report.replaced
+        restored = [host.run(model, host.images(size)) for size in host.sizes]
+    for a, b, c in zip(before, swapped, restored, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert {name: type(module) for name, module in model.named_modules()} == class_of
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@EVERY_HOST
+def test_decay_is_the_equation_at_each_size(host):
+    model = host.make()
+    original = copy.deepcopy(model)
+    report = sd.swap_attention(model, "full", gate_bias_init=0.0)
+    name = report.replaced[-1]
+    for size in host.sizes:
+        with torch.no_grad():
+            args, kwargs = inputs_of(model.get_submodule(name), lambda size=size: host.run(model, host.images(size)))
+            got = first(model.get_submodule(name)(*args, **kwargs))
+        x = args[0] if args else kwargs["hidden_states"]
+        gate = model.get_submodule(name).spatial_decay.mask.gate
+        height, width = host.grid(size)
+        masks = []
+        for image in x[:, host.num_prefix_tokens :]:
+            of_heads = []
+            for weight, bias in zip(gate.weight.tolist(), gate.bias.tolist(), strict=True):
+                logits = [sum(a * b for a, b in zip(token, weight, strict=True)) + bias for token in image.tolist()]
+                mask = references.full([references.log_sigmoid(z) for z in logits], height, width)
+                of_heads.append(references.with_prefix(mask, host.num_prefix_tokens))
+            masks.append(of_heads)
+        with torch.no_grad(), InFloat64(torch.tensor(masks, dtype=torch.float64)):
+            expected = first(original.get_submodule(name)(*args, **kwargs))
+        assert relative_error(got, expected) < 2e-6
+        with torch.no_grad():
+            assert relative_error(first(original.get_submodule(name)(*args, **kwargs)), expected) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["full", "1d", "bidirectional"])
+@EVERY_HOST
+def test_it_starts_from_the_behaviour_that_the_model_has(host, kind):
+    model = host.make()
+    with torch.no_grad():
+        before = host.run(model, host.images(host.sizes[-1]))
+        sd.swap_attention(model, kind)
+        after = host.run(model, host.images(host.sizes[-1]))
+    change = ((after - before).norm() / before.norm()).item()
+    assert 0 < change < 0.01
+
+
+def gradients(host, model, size):
+    model.zero_grad()
+    torch.manual_seed(2)
+    host.run(model, host.images(size)).square().sum().backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def set_checkpointing(model):
+    for name in ("set_grad_checkpointing", "activation_checkpointing_enable", "enable_gradient_checkpointing"):
+        if hasattr(model, name):
+            getattr(model, name)()
+            return
+    pytest.fail(f"{type(model).__name__} offers no gradient checkpointing that this test knows")
+
+
+@EVERY_HOST
+def test_gates_get_gradients_also_with_checkpointing(host):
+    model = host.make().train()
+    report = sd.swap_attention(model, "full", gate_bias_init=0.0, lpe_kernel_size=3, gate_rank=4)
+    plain = gradients(host, model, host.sizes[-1])
+    new = [name for name in plain if ".spatial_decay." in name]
+    assert len(new) == len(report.replaced) * 6  # gate and its bias, LPE and its bias, output gate's two
+    # Those of the last module reach no class token, which is all that some models read of it.
+    assert all(plain[name].any() for name in new if name.startswith(f"{report.replaced[0]}."))
+    if host.name == "a DiT of timm's layers":
+        return  # it has no checkpointing
+    set_checkpointing(model)
+    again = gradients(host, model, host.sizes[-1])
+    assert set(again) == set(plain)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_HOST
+def test_autocast(host):
+    model = host.make()
+    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    full = host.run(model, host.images(host.sizes[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = host.run(model, host.images(host.sizes[0]))
+    assert half.isfinite().all()
+    assert relative_error(half.detach(), full.detach()) < 0.1
+    half.float().square().sum().backward()
+    assert all(
+        weight.grad is not None and weight.dtype == torch.float32
+        for name, weight in model.named_parameters()
+        if ".spatial_decay." in name
+    )
+
+
+@SOME_HOSTS
+def test_copies_and_pickles_are_models_of_their_own(host):
+    model = host.make()
+    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        expected = host.run(model, host.images(host.sizes[-1]))
+        for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+            host.run(model, host.images(host.sizes[0]))  # another size through the original
+            assert torch.equal(host.run(other, host.images(host.sizes[-1])), expected)
+            sd.restore_attention(other)
+            host.run(other, host.images(host.sizes[-1]))
+        assert torch.equal(host.run(model, host.images(host.sizes[-1])), expected)
+
+
+@SOME_HOSTS
+def test_compiles_whole_at_each_size_and_with_checkpointing(host):
+    torch._dynamo.reset()
+    model = host.make()
+    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for size in host.sizes:
+        with torch.no_grad():
+            got, expected = host.run(compiled, host.images(size)), host.run(model, host.images(size))
+        assert relative_error(got, expected) < 1e-5
+    model.train()
+    set_checkpointing(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    plain = gradients(host, model, host.sizes[0])
+    plain = {name: gradient.clone() for name, gradient in plain.items()}
+    for name, gradient in gradients(host, compiled, host.sizes[0]).items():
+        torch.testing.assert_close(gradient, plain[name.removeprefix("_orig_mod.")], rtol=1e-4, atol=1e-5)
+
+
+@SOME_HOSTS
+def test_exports(host):
+    model = host.make()
+    sd.swap_attention(model, "full", gate_bias_init=0.0)
+
+    class Run(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return host.run(self.model, x)
+
+    x = host.images(host.sizes[0])
+    exported = torch.export.export(Run(), (x,)).module()
+    with torch.no_grad():
+        assert relative_error(exported(x), host.run(model, x)) < 1e-5

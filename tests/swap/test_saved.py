@@ -1,0 +1,74 @@
+"""Swapped models of transformers and diffusers through a folder, and of the others through their state_dict."""
+
+import json
+import logging
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+import spatial_decay as sd
+from tests.swap.hosts import HOSTS
+
+BY_NAME = {host.name: host for host in HOSTS}
+CLASSES = {"transformers ViT": transformers.ViTModel, "diffusers DiT": diffusers.DiTTransformer2DModel}
+
+
+def swapped(host, **options):
+    model = host.make()
+    sd.swap_attention(model, "full", **{"gate_bias_init": 0.5, "lpe_kernel_size": 3, "layers": [-1]} | options)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".spatial_decay." in name:
+                weight.add_(torch.randn_like(weight))
+    return model
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_folder_gives_the_same_model_back(name, tmp_path, caplog):
+    host = BY_NAME[name]
+    model = swapped(host)
+    images = host.images(host.sizes[-1])
+    with torch.no_grad():
+        expected = host.run(model, images)
+        sd.save_swapped(model, tmp_path)
+        assert torch.equal(host.run(model, images), expected)  # saving has not changed it
+        with caplog.at_level(logging.WARNING):
+            again = sd.load_swapped(CLASSES[name], tmp_path).eval()
+        assert torch.equal(host.run(again, images), expected)
+        plain = CLASSES[name].from_pretrained(tmp_path).eval()  # which its library reads without us
+        sd.restore_attention(model)
+        assert torch.equal(host.run(plain, images), host.run(model, images))
+    assert not any("spatial_decay" in record.getMessage() for record in caplog.records)  # no names left over
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_state_dict_fits_any_model_that_is_swapped_the_same(tmp_path):
+    host = BY_NAME["timm vit_tiny_patch16_224"]
+    model = swapped(host)
+    torch.save(model.state_dict(), tmp_path / "vit.pt")
+    again = host.make()
+    sd.swap_attention(again, "full", lpe_kernel_size=3, layers=[-1])
+    sd.load_checkpoint(again, tmp_path / "vit.pt")
+    with torch.no_grad():
+        assert torch.equal(host.run(again, host.images((64, 96))), host.run(model, host.images((64, 96))))
+    with pytest.raises(ValueError, match="must have been changed by swap_attention and have a save_pretrained"):
+        sd.save_swapped(model, tmp_path)
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    host = BY_NAME["transformers ViT"]
+    with pytest.raises(FileNotFoundError, match=r"it has no spatial_decay\.json"):
+        sd.load_swapped(transformers.ViTModel, tmp_path)
+    with pytest.raises(ValueError, match="ViTModel with 0 decays"):
+        sd.save_swapped(host.make(), tmp_path)
+    sd.save_swapped(swapped(host), tmp_path)
+    options = json.loads((tmp_path / "spatial_decay.json").read_text())
+    (tmp_path / "spatial_decay.json").write_text(json.dumps(options | {"lpe_kernel_size": 5}))
+    with pytest.raises(ValueError, match=r"the model has \(48, 1, 5, 5\), the checkpoint \(48, 1, 3, 3\)"):
+        sd.load_swapped(transformers.ViTModel, tmp_path)
+    weights = (tmp_path / "spatial_decay.safetensors").read_bytes()
+    (tmp_path / "spatial_decay.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="not a checkpoint that can be read safely"):
+        sd.load_swapped(transformers.ViTModel, tmp_path)
