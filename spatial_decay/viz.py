@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spatial_decay.grid import Grid, GridSize, as_tokens, tokens_to_map
 from spatial_decay.layers import ContextAwareGate, SpatialDecayAttention
+from spatial_decay.positions import Positions
 from spatial_decay.precision import at_least_float32
 
 __all__ = ["LayerRecord", "plot_decay_maps", "plot_training_curve", "record"]
@@ -129,7 +130,14 @@ def record(model: nn.Module, images: Tensor) -> list[LayerRecord]:
 def _keep(records: list[LayerRecord], name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The hook: keep the arguments of layer.forward."""
 
-    def keep(x: Tensor, grid_size: GridSize | None = None, attn_mask: Tensor | None = None) -> None:
+    def keep(
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        attn_mask: Tensor | None = None,
+        positions: Positions | None = None,
+    ) -> None:
+        if positions is not None:
+            raise ValueError(f"pictures need tokens that fill a grid: got Positions in {name}.")
         tokens, grid = as_tokens(x, dim=layer.dim, grid_size=grid_size, num_prefix_tokens=layer.num_prefix_tokens)
         # A copy: the model may go on to change its features in place.
         records.append(LayerRecord(name, layer, tokens.clone(), grid, attn_mask))

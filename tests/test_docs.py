@@ -4,6 +4,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_of_a_page_run_one_after_the_other(page):
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     namespace = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), namespace)
+    for _, block in blocks:
+        exec(compile(textwrap.dedent(block), str(page), "exec"), namespace)
 
 
 MODULES = [module.name for module in pkgutil.walk_packages(spatial_decay.__path__, "spatial_decay.")]

@@ -87,6 +87,7 @@ def swap_attention(
             is as it was.
 
     Example:
+        >>> import timm
         >>> model = timm.create_model("vit_small_patch16_224", num_classes=10)
         >>> report = swap_attention(model, "full")
         >>> len(report.replaced)
