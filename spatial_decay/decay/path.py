@@ -67,5 +67,5 @@ def _cumulative(gate: Tensor, grid: Grid, *, inclusive: bool) -> Tensor:
     """The sum of |g_k| over k < i, or k <= i; zero at prefix tokens, whose gates belong to no path."""
     cost = at_least_float32(gate).abs()[..., grid.num_prefix_tokens :]
     if not inclusive:
-        cost = F.pad(cost[..., :-1], (1, 0))
+        cost = F.pad(cost, (1, 0))[..., :-1]
     return F.pad(cost.cumsum(-1), (grid.num_prefix_tokens, 0))
