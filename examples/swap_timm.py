@@ -30,7 +30,6 @@ MODEL = {
     "depth": 4,
     "num_heads": 3,
     "num_classes": 10,
-    "global_pool": "avg",
 }
 
 

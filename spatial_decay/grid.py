@@ -71,8 +71,8 @@ class Grid:
 
     def positions(self, *, device: torch.device, dtype: torch.dtype) -> Position:
         """Row and column of each patch token: two tensors (H*W,) in raster order."""
-        index = torch.arange(self.num_patches, device=device)
-        return (index // self.width).to(dtype), (index % self.width).to(dtype)
+        h, w = (torch.arange(size, device=device, dtype=dtype) for size in self.size)
+        return h[:, None].expand(self.size).flatten(), w.expand(self.size).flatten()
 
 
 def manhattan_distance(p: Position, q: Position) -> Tensor:
@@ -161,7 +161,7 @@ def _grid_of_tokens(num_tokens: int, grid_size: GridSize | None, num_prefix_toke
 
 def _checked_size(grid_size: Any) -> tuple[int, int]:
     is_pair = isinstance(grid_size, (tuple, list)) and len(grid_size) == 2
-    if not is_pair or not all(isinstance(size, int) and size >= 1 for size in grid_size):
+    if not is_pair or not all(isinstance(size, (int, torch.SymInt)) and size >= 1 for size in grid_size):
         got = type(grid_size).__name__ if isinstance(grid_size, Tensor) else repr(grid_size)
         raise ValueError(f"grid_size must be two positive integers (H, W): got {got}. attn_mask comes after it.")
     return grid_size[0], grid_size[1]

@@ -78,7 +78,10 @@ def run(code: str) -> str:
     return done.stdout
 
 
-HEAVY = ["triton", "matplotlib", "timm", "transformers", "diffusers", "sklearn", "torchvision", "sympy.core"]
+HEAVY = [
+    *("triton", "matplotlib", "timm", "transformers", "diffusers", "huggingface_hub", "safetensors", "onnx"),
+    *("sklearn", "torchvision", "sympy.core"),
+]
 
 
 def test_import_pulls_in_nothing_heavy():

@@ -73,7 +73,7 @@ def _cumulative(gate: Tensor, grid: Grid | Positions, *, inclusive: bool) -> Ten
     if isinstance(grid, Positions):
         return _cumulative_in_order(cost, grid, inclusive=inclusive)
     if not inclusive:
-        cost = F.pad(cost[..., :-1], (1, 0))
+        cost = F.pad(cost, (1, 0))[..., :-1]
     return F.pad(cost.cumsum(-1), (grid.num_prefix_tokens, 0))
 
 

@@ -1,6 +1,7 @@
 """LocAtViT's Gaussian: from each query, how wide and how high the window around it is."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,11 @@ class GaussianGate(nn.Module):
         longest = max(self.initial_grid_size)
         coefficient = longest**2
         shift = math.log(coefficient - 1) if coefficient > 2 else 0.0
-        ratio = min(grid.size) / min(self.initial_grid_size)
-        ratio = ratio if grid.size != self.initial_grid_size else 1.0
+        # Not min(): it would ask which one is less.
+        ratio: Any = torch.sym_min(*grid.size) / min(self.initial_grid_size)
         with autocast_disabled(q.device):
             amplitude = F.softplus(_linear(self.log_alpha, q))[..., 0]  # (B, N, L)
-            variance = coefficient * ratio * torch.sigmoid(_linear(self.log_var, q) - shift) + self._eps()
+            variance = torch.sigmoid(_linear(self.log_var, q) - shift) * (coefficient * ratio) + self._eps()
         return GaussianDecay(
             amplitude, variance[..., 0], variance[..., 1], grid, max_distance=min(longest - 1, math.sqrt(2 * 6550))
         )

@@ -265,7 +265,7 @@ class SDTH(Backbone):
 
     def _check_images(self, x: Tensor) -> None:
         check_images(x, self.in_chans, self.stem.proj[0].weight)
-        if min(x.shape[2:]) < self.total_stride:
+        if x.shape[2] < self.total_stride or x.shape[3] < self.total_stride:
             raise ValueError(
                 f"images must be at least {self.total_stride} x {self.total_stride}, the total stride: got "
                 f"{x.shape[2]} x {x.shape[3]}. Resize them, or build the model with a smaller stem_stride."

@@ -248,7 +248,7 @@ class SDTP(nn.Module):
     def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Latents -> patches with positions, (B, L, D), and their grid."""
         check_images(x, self.in_channels, self.patch_embed.weight, what="latents")
-        if min(x.shape[2:]) < self.patch_size or x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
+        if any(size < self.patch_size or size % self.patch_size for size in x.shape[2:]):
             raise ValueError(
                 f"height and width of latents must be multiples of patch_size = {self.patch_size}: got {x.shape[2]} x "
                 f"{x.shape[3]}. Resize or pad them."

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from spatial_decay.grid import Grid, tokens_to_map
+from spatial_decay.grid import Grid, GridSize, tokens_to_map
 from spatial_decay.layers import AttentionOptions, PatchRepresentationRefinement, SDTBlock
 from spatial_decay.models.backbone import Backbone, block_numbers
 from spatial_decay.models.common import check_images, checkpoint_block, init_linear
 
 __all__ = ["ViT", "ViTOptions", "locatvit_base", "locatvit_small", "locatvit_tiny"]
+
+_CAN_ASK_FREELY = torch.__version__ >= "2.9"  # torch 2.6 cannot trace the question
 
 
 class ViTOptions(AttentionOptions, total=False):
@@ -296,19 +298,20 @@ class ViT(Backbone):
     def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Patches with positions behind class token and registers, (B, P + L, D), and their grid."""
         check_images(x, self.in_chans, self.patch_embed.weight)
-        if min(x.shape[2:]) < self.patch_size or x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
+        if any(size < self.patch_size or size % self.patch_size for size in x.shape[2:]):
             raise ValueError(
                 f"height and width of images must be multiples of patch_size = {self.patch_size}: got {x.shape[2]} x "
                 f"{x.shape[3]}. Resize or pad them."
             )
         maps = self.patch_embed(x)
         grid = Grid(maps.shape[2], maps.shape[3], self.num_prefix_tokens)
-        prefix = [t.expand(len(x), -1, -1).to(maps.dtype) for t in (self.cls_token, self.reg_token) if t is not None]
+        first = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1).to(maps.dtype) for token in first]
         return torch.cat([*prefix, maps.flatten(2).transpose(1, 2)], 1) + self._positions(grid), grid
 
     def _positions(self, grid: Grid) -> Tensor:
         """Of a grid, (1, P + L, D)."""
-        if grid.size == self.grid_size:
+        if _is_known_equal(grid.size, self.grid_size):
             return self.pos_embed
         prefix, patches = self.pos_embed.split((self.num_prefix_tokens, self.grid_size[0] * self.grid_size[1]), 1)
         maps = patches.transpose(1, 2).unflatten(2, self.grid_size)
@@ -319,6 +322,15 @@ class ViT(Backbone):
         if self.grad_checkpointing and self.training:
             return checkpoint_block(block, tokens, grid.size)
         return block(tokens, grid.size)
+
+
+def _is_known_equal(a: GridSize, b: GridSize) -> bool:
+    """False too where a compiler traces sizes that vary: to ask would tie the program to the answer."""
+    if not torch.compiler.is_compiling() or not _CAN_ASK_FREELY:
+        return tuple(a) == tuple(b)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # it pulls in sympy, 0.3 s
+
+    return all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
 _LOCATVIT: ViTOptions = {"decay": "gaussian", "global_pool": "prr"}

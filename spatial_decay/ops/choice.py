@@ -38,7 +38,8 @@ def choose(inputs: Inputs, backend: str) -> str:
     """The name of the backend that runs these inputs; a named one can run them or says all its reasons."""
     if backend == "auto":
         for name, candidate in BACKENDS.items():
-            if not candidate.unsupported_reasons(inputs) and not candidate.avoid_reasons(inputs):
+            # What is avoided is not asked for more: to a compiler, a question about a size that varies is a condition.
+            if not candidate.avoid_reasons(inputs) and not candidate.unsupported_reasons(inputs):
                 return name
     reasons = BACKENDS[backend].unsupported_reasons(inputs)
     if reasons:

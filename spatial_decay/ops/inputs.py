@@ -1,5 +1,6 @@
 """What a backend is given: the checked tensors of one attention, over all tokens or along an axis of the grid."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +71,24 @@ class Inputs:
         return getattr(torch.compiler, "is_exporting", bool)()
 
     @property
+    def is_exporting_to_onnx(self) -> bool:
+        """Whether torch.onnx.export traces."""
+        return self.is_exporting and _is_in_onnx_export()
+
+    @property
     def is_inside_torch_func(self) -> bool:
         """Whether q is under a transform: torch.func.grad, vmap and so on."""
         return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(self.q)
+
+
+def _is_in_onnx_export() -> bool:
+    onnx = sys.modules.get("torch.onnx")  # it is large, and loaded by then
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler. Tracing through, torch takes
+# is_in_onnx_export() as False, and torch.onnx.export, which tries both ways, would never tell why the first one failed.
+_is_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def checked_inputs(

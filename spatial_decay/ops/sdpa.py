@@ -37,9 +37,14 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
 def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10) with M in memory, (B, N, L, L) in the dtype of q."""
     q, k, v = inputs.sequences()
-    mask, is_empty = total_mask(inputs, dtype=q.dtype, row_multiple=row_multiple(q.device))
+    # An exported program is for all sizes; whether one needs padding would be a condition on it.
+    multiple = 1 if inputs.is_exporting else row_multiple(q.device)
+    mask, is_empty = total_mask(inputs, dtype=q.dtype, row_multiple=multiple)
     with _kernels_for_masks(q) if mask is not None else nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=inputs.dropout_p, scale=inputs.scale)
+    if inputs.is_exporting:
+        # Each kernel has its own strides: torch.onnx.export traces twice, and would not find those of the first time.
+        out = out.clone(memory_format=torch.contiguous_format)
     return out if is_empty is None else out.masked_fill(is_empty, 0.0)
 
 

@@ -70,6 +70,8 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
         reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
     if inputs.attn_mask is not None and inputs.attn_mask.requires_grad:
         reasons.append("attn_mask requires grad (needs one without)")
+    if inputs.is_exporting_to_onnx:
+        reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
     if inputs.is_inside_torch_func:
         reasons.append("inside a torch.func transform (needs none)")
     return reasons

@@ -81,6 +81,8 @@ def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
         reasons.append(f"a grid wider than max_distance={bias.max_distance} (needs one within it)")
     if mask is not None and mask.requires_grad:
         reasons.append("attn_mask requires grad (needs one without)")
+    if inputs.is_exporting_to_onnx:
+        reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
     if mask is not None and mask.shape[2] > 1:
         reasons.append("attn_mask differs from query to query (needs one over keys, (B, 1, 1, L))")
     if inputs.is_inside_torch_func:

@@ -1,0 +1,233 @@
+"""Folders and repositories of Hugging Face's Hub: save_pretrained, from_pretrained and push_to_hub for the backbones.
+
+A folder holds config.json (the class and the arguments that rebuild it), model.safetensors and a README.md. The extra
+`hf` brings what this needs: pip install spatial-decay[hf].
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+import spatial_decay
+from spatial_decay import models
+from spatial_decay.checkpoint import load_checkpoint
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+    from safetensors.torch import save_model
+except ImportError as error:
+    raise ImportError(
+        "spatial_decay.integrations.hub needs huggingface_hub and safetensors: pip install spatial-decay[hf]."
+    ) from error
+
+__all__ = ["SDTH", "SDTP", "ViT", "from_pretrained", "save_pretrained"]
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+
+class _Pretrained(PyTorchModelHubMixin, library_name="spatial-decay"):
+    """The mixin, with a config that holds the class, and with weights that fit or are not loaded at all."""
+
+    config: dict[str, Any]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
+        """Write config.json, model.safetensors and, where there is none, README.md.
+
+        Args:
+            save_directory: Folder; made where it is missing.
+            options: Of huggingface_hub's save_pretrained: push_to_hub, repo_id, model_card_kwargs and so on. Its
+                config is not one of them: the model has its own.
+
+        Returns:
+            With push_to_hub, the address of the commit.
+
+        Raises:
+            ValueError: the weights are not those of the model's config, so that nobody could load them.
+        """
+        _check_config(self)
+        return super().save_pretrained(Path(save_directory), **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        map_location: str | torch.device = "cpu",
+        strict: bool = True,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """Rebuild a model from its config and load its weights, in float32; in evaluation mode, as from any mixin.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or the name of a repository on the Hub.
+            map_location: Device of the model.
+            strict: Model and weights must have the same names and shapes. False loads what fits.
+            force_download: Of huggingface_hub, here and below: download again.
+            token: For private repositories.
+            cache_dir: Where downloads are kept.
+            local_files_only: Download nothing.
+            revision: Branch, tag or commit.
+            overrides: In place of the config's values, for instance backend or num_classes (with strict=False).
+
+        Raises:
+            FileNotFoundError: a folder without config.json or model.safetensors.
+            ValueError: a config.json that cannot be read or is another class's; a value in it that cannot be; weights
+                that cannot be read or do not fit. Nothing is half-loaded: there is no model then.
+        """
+        download = {
+            "force_download": force_download,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "revision": revision,
+        }
+        source = pretrained_model_name_or_path
+        path = _file(source, _CONFIG, download)
+        name, config = _read_config(path)
+        if name != cls.__name__:
+            raise ValueError(
+                f"{path} must be of an {cls.__name__}: got one of an {name}. Use {name}.from_pretrained, or "
+                "hub.from_pretrained, which takes the class that the config names."
+            )
+        try:
+            model = cls(**(config | overrides))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} and the overrides ({', '.join(overrides) or 'none'}) must hold arguments of {name}: {error}"
+            ) from error
+        load_checkpoint(_module(model), _file(source, _WEIGHTS, download), strict=strict)
+        _module(model).to(map_location).eval()
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Called by the mixin, which leaves a config.json that it finds as it is."""
+        config = {"class": type(self).__name__, "config": self.config, "spatial_decay": spatial_decay.__version__}
+        (save_directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_model(_module(self), str(save_directory / _WEIGHTS))
+
+
+class SDTH(_Pretrained, models.SDTH, pipeline_tag="image-classification", tags=["arxiv:2508.09525"]):
+    """spatial_decay.SDTH with save_pretrained, from_pretrained and push_to_hub."""
+
+
+class SDTP(_Pretrained, models.SDTP, tags=["arxiv:2508.09525"]):
+    """spatial_decay.SDTP with save_pretrained, from_pretrained and push_to_hub."""
+
+
+class ViT(_Pretrained, models.ViT, pipeline_tag="image-classification"):
+    """spatial_decay.ViT with save_pretrained, from_pretrained and push_to_hub."""
+
+
+_CLASSES: dict[str, type[SDTH] | type[SDTP] | type[ViT]] = {"SDTH": SDTH, "SDTP": SDTP, "ViT": ViT}
+
+
+def save_pretrained(
+    model: models.SDTH | models.SDTP | models.ViT, save_directory: str | os.PathLike[str], **options: Any
+) -> str | None:
+    """Save any backbone, the plain ones of sd.sdt_h_tiny() and the like too.
+
+    Args:
+        model: An SDTH, SDTP or ViT, spatial_decay's or this module's.
+        save_directory: Folder; made where it is missing.
+        options: As in SDTH.save_pretrained, for instance push_to_hub=True, repo_id="you/name".
+
+    Returns:
+        With push_to_hub, the address of the commit.
+
+    Raises:
+        TypeError: another class of model.
+        ValueError: the weights are not those of the model's config.
+
+    Example:
+        >>> import tempfile
+        >>> from spatial_decay.integrations import hub
+        >>> folder = tempfile.mkdtemp()
+        >>> hub.save_pretrained(ViT(10, img_size=32, dim=48, depth=2, num_heads=3, decay="full"), folder)
+        >>> model = hub.from_pretrained(folder)
+        >>> type(model).__name__, model.config["decay"]
+        ('ViT', 'full')
+    """
+    if isinstance(model, _Pretrained):
+        return model.save_pretrained(save_directory, **options)
+    name = type(model).__name__
+    if name not in _CLASSES or type(model) is not getattr(models, name):
+        raise TypeError(
+            f"model must be one of {', '.join(_CLASSES)}: got {type(model).__module__}.{name}. Pass the backbone "
+            "itself, without what torch.compile or DistributedDataParallel put around it."
+        )
+    _check_config(model)
+    with torch.device("meta"):
+        same = _CLASSES[name](**model.config)
+    same.load_state_dict(model.state_dict(), assign=True)  # the tensors themselves, not copies
+    return same.save_pretrained(save_directory, **options)
+
+
+def from_pretrained(source: str | os.PathLike[str], **options: Any) -> SDTH | SDTP | ViT:
+    """The model of a folder or of a repository on the Hub, of the class that its config names.
+
+    Args:
+        source: A folder, or the name of a repository.
+        options: As in SDTH.from_pretrained.
+
+    Raises:
+        FileNotFoundError, ValueError: as in SDTH.from_pretrained.
+    """
+    keys = ("force_download", "token", "cache_dir", "local_files_only", "revision")
+    name, _ = _read_config(_file(source, _CONFIG, {key: options[key] for key in keys if key in options}))
+    return _CLASSES[name].from_pretrained(source, **options)
+
+
+def _file(source: str | os.PathLike[str], name: str, download: dict[str, Any]) -> Path:
+    """Where a file of a folder lies, or of a repository once it is downloaded."""
+    if not os.path.isdir(source):
+        return Path(hf_hub_download(os.fspath(source), name, **download))
+    path = Path(source) / name
+    if not path.is_file():
+        found = ", ".join(sorted(os.listdir(source))) or "nothing"
+        raise FileNotFoundError(f"{source} must hold {_CONFIG} and {_WEIGHTS}: {name} is missing, it holds {found}.")
+    return path
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The name of the class and its arguments."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of decoding, of JSON
+        raise ValueError(f"{path} must be JSON: {error}. Save the model again.") from error
+    name, config = (found.get("class"), found.get("config")) if isinstance(found, dict) else (None, None)
+    if not isinstance(name, str) or name not in _CLASSES or not isinstance(config, dict):
+        raise ValueError(
+            f'{path} must hold "class" (one of {", ".join(_CLASSES)}) and "config" (its arguments): got class {name!r} '
+            f"and config {type(config).__name__}. Models of other libraries load with those libraries."
+        )
+    return name, config
+
+
+def _check_config(model: Any) -> None:
+    """Raise where the config would not rebuild this model."""
+    with torch.device("meta"):
+        rebuilt = type(model)(**model.config)
+    wanted, got = ({name: tuple(x.shape) for name, x in m.state_dict().items()} for m in (rebuilt, model))
+    if wanted != got:
+        names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+        raise ValueError(
+            "the weights must be those of the model's config, or nobody can load them: different are "
+            + ", ".join(f"{name} (config {wanted.get(name)}, model {got.get(name)})" for name in names[:5])
+            + f"{' and others' * (len(names) > 5)}. Use reset_classifier for another head; else build the model anew."
+        )
+
+
+def _module(model: Any) -> nn.Module:
+    """The mixin does not know that it is mixed into one."""
+    assert isinstance(model, nn.Module)
+    return model

@@ -1,0 +1,226 @@
+"""Folders for Hugging Face's Hub: they rebuild the model exactly, or say why not and build none."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import spatial_decay as sd
+
+pytest.importorskip("huggingface_hub")
+pytest.importorskip("safetensors")
+
+from spatial_decay.integrations import hub
+
+TWO_STAGES = {
+    "embed_dims": [16, 32],
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "mlp_ratios": [2, 2],
+    "decays": ["decomposed", "full"],
+    "heads_ranges": [4, 6],
+    "init_values": [None, 1e-6],
+    "projection_dim": 24,
+}
+VIT = {"img_size": 32, "dim": 24, "depth": 1, "num_heads": 2, "decay": "gaussian", "pool": "prr", "num_registers": 1}
+LATENTS = (torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 7]))
+CASES = {
+    "SDTH": (lambda classes: classes.SDTH(5, **TWO_STAGES), (torch.randn(2, 3, 24, 32),)),
+    "SDTP": (lambda classes: classes.SDTP(8, 2, 4, 10, dim=24, depth=1, num_heads=2, gate_rank=4), LATENTS),
+    "ViT": (lambda classes: classes.ViT(5, initial_grid_size=(3, 4), **VIT), (torch.randn(2, 3, 32, 48),)),
+}
+
+
+def build(name, classes=sd):
+    """With weights that are all different from those of a new model."""
+    model = CASES[name][0](classes).eval()
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(0.1 * torch.rand_like(tensor))
+    return model
+
+
+def assert_same(model, other, *inputs):
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        expected = model(*inputs)
+        assert expected.abs().max() > 1e-3
+        assert torch.equal(other(*inputs), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_rebuilds_the_model(name, tmp_path):
+    model = build(name, hub)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    other = getattr(hub, name).from_pretrained(tmp_path)
+    assert type(other) is getattr(hub, name)
+    assert isinstance(other, getattr(sd, name))
+    assert not other.training
+    assert json.dumps(other.config) == json.dumps(model.config)
+    assert_same(model, other, *CASES[name][1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plain_model_is_saved_too_and_stays_as_it_is(name, tmp_path):
+    model = build(name).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    hub.save_pretrained(model, str(tmp_path / "new" / "folder"))
+    assert type(model) is getattr(sd, name)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    other = hub.from_pretrained(tmp_path / "new" / "folder")
+    assert type(other) is getattr(hub, name)
+    assert_same(model.eval(), other, *CASES[name][1])
+
+
+def test_the_config_holds_class_and_arguments(tmp_path):
+    hub.save_pretrained(build("ViT"), tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert found == {"class": "ViT", "config": sd.ViT(5, initial_grid_size=[3, 4], **VIT).config} | {
+        "spatial_decay": sd.__version__
+    }
+
+
+def test_the_builders_models(tmp_path):
+    """A published size goes there and back as itself, with one line each."""
+    model = sd.sdt_h_tiny(num_classes=3, depths=[1, 1, 1, 1])
+    hub.save_pretrained(model, tmp_path)
+    assert_same(model.eval(), hub.SDTH.from_pretrained(tmp_path), torch.randn(1, 3, 64, 64))
+
+
+def test_a_new_classifier_is_in_the_config(tmp_path):
+    model = build("ViT", hub)
+    model.reset_classifier(7)
+    model.save_pretrained(tmp_path)
+    assert hub.from_pretrained(tmp_path).head.out_features == 7
+
+
+def test_overrides_and_what_fits(tmp_path):
+    model = build("ViT")
+    hub.save_pretrained(model, tmp_path)
+    assert hub.from_pretrained(tmp_path, backend="math").blocks[0].attn.backend == "math"
+    with pytest.raises(ValueError, match=r"head.weight: the model has \(9, 24\), the checkpoint \(5, 24\)"):
+        hub.from_pretrained(tmp_path, num_classes=9)
+    other = hub.from_pretrained(tmp_path, num_classes=9, strict=False)
+    assert torch.equal(other.norm.weight, model.norm.weight)
+    with pytest.raises(ValueError, match=r"overrides \(colour\) must hold arguments of ViT: .* no keyword colour"):
+        hub.from_pretrained(tmp_path, colour="red")
+
+
+def test_a_model_that_its_config_does_not_rebuild_is_not_saved(tmp_path):
+    hub.save_pretrained(build("ViT"), tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    for classes in (sd, hub):
+        model = build("ViT", classes)
+        model.head = torch.nn.Linear(24, 6)
+        with pytest.raises(ValueError, match=r"head.bias \(config \(5,\), model \(6,\)\).*reset_classifier"):
+            hub.save_pretrained(model, tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_only_backbones_are_saved(tmp_path):
+    with pytest.raises(TypeError, match=r"one of SDTH, SDTP, ViT: got torch.nn.modules.linear.Linear"):
+        hub.save_pretrained(torch.nn.Linear(2, 2), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def edit_config(change):
+    def edit(folder):
+        path = folder / "config.json"
+        found = json.loads(path.read_text())
+        path.write_text(json.dumps(change(found)))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        from safetensors.torch import load_file, save_file
+
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return edit
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "says"),
+    [
+        (
+            lambda f: (f / "config.json").unlink(),
+            FileNotFoundError,
+            "config.json is missing, it holds README.md, model",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors is missing"),
+        (lambda f: (f / "config.json").write_text('{"class": "ViT", '), ValueError, "config.json must be JSON"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ValueError, "config.json must be JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), ValueError, 'must hold "class"'),
+        (edit_config(lambda c: {"model_type": "vit"}), ValueError, "got class None and config NoneType"),
+        (edit_config(lambda c: c | {"class": "Swin"}), ValueError, "one of SDTH, SDTP, ViT.* got class 'Swin'"),
+        (edit_config(lambda c: c | {"class": ["ViT"]}), ValueError, "got class"),
+        (edit_config(lambda c: c | {"config": c["config"] | {"shape": 3}}), ValueError, "no keyword shape"),
+        (edit_config(lambda c: c | {"config": c["config"] | {"decay": "half"}}), ValueError, "kind of decay must be"),
+        (edit_config(lambda c: c | {"config": c["config"] | {"dim": "24"}}), ValueError, "must hold arguments of ViT"),
+        (
+            edit_config(lambda c: c | {"config": c["config"] | {"dim": 32}}),
+            ValueError,
+            r"(?s)norm.weight: the model has \(32,\), the checkpoint \(24,\).*Build the model that the weights",
+        ),
+        (
+            edit_config(lambda c: c | {"config": c["config"] | {"depth": 2}}),
+            ValueError,
+            "missing from the checkpoint: blocks.1.",
+        ),
+        (
+            edit_weights(lambda w: {k: v for k, v in w.items() if k != "norm.bias"}),
+            ValueError,
+            "missing from the checkpoint: norm.bias",
+        ),
+        (edit_weights(lambda w: w | {"ghost": torch.ones(1)}), ValueError, "not in the model: ghost"),
+        (truncate, ValueError, "not a checkpoint that can be read safely"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"weights"), ValueError, "not a checkpoint that can be read"),
+    ],
+)
+def test_damaged_folders(damage, error, says, tmp_path):
+    hub.save_pretrained(build("ViT"), tmp_path)
+    damage(tmp_path)
+    for load in (hub.from_pretrained, hub.ViT.from_pretrained):
+        with pytest.raises(error, match=says):
+            load(tmp_path)
+
+
+def test_another_class(tmp_path):
+    hub.save_pretrained(build("ViT"), tmp_path)
+    with pytest.raises(ValueError, match=r"must be of an SDTH: got one of an ViT. Use ViT.from_pretrained"):
+        hub.SDTH.from_pretrained(tmp_path)
+
+
+def test_a_repository_is_downloaded_by_name(tmp_path, monkeypatch):
+    """What is not a folder goes to the Hub's client, with its options."""
+    hub.save_pretrained(build("ViT"), tmp_path)
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options.get("revision")))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    model = hub.from_pretrained("someone/model", revision="v1")
+    assert type(model) is hub.ViT
+    assert set(asked) == {("someone/model", name, "v1") for name in ("config.json", "model.safetensors")}
+
+
+@pytest.mark.parametrize("missing", ["huggingface_hub", "safetensors.torch"])
+def test_without_the_extra_it_says_what_to_install(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "spatial_decay.integrations.hub")
+    monkeypatch.delattr(sys.modules["spatial_decay.integrations"], "hub", raising=False)
+    with pytest.raises(ImportError, match=r"pip install spatial-decay\[hf\]"):
+        import spatial_decay.integrations.hub  # noqa: F401
