@@ -87,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **MODEL)
     nn.init.normal_(model.pos_embed, std=0.3)  # as large as the embedding of one pixel
     train(model, model.parameters(), train_data, epochs=options.epochs, rate=2e-3, name="the ViT")
-    print("the ViT            test loss {:.4f}, accuracy {:.2f} %".format(*evaluate(model, test_data)))
+    print("the ViT            test loss {:.6f}, accuracy {:.2f} %".format(*evaluate(model, test_data)))
 
     print(sd.swap_attention(model, options.decay))
-    print("swapped            test loss {:.4f}, accuracy {:.2f} %".format(*evaluate(model, test_data)))
+    print("swapped            test loss {:.6f}, accuracy {:.2f} %".format(*evaluate(model, test_data)))
 
     gates = []
     for name, weight in model.named_parameters():
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained, total = (sum(weight.numel() for weight in some) for some in (gates, model.parameters()))
     print(f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")
     train(model, gates, train_data, epochs=options.epochs, rate=2e-2, name="its gates")
-    print("gates trained      test loss {:.4f}, accuracy {:.2f} %".format(*evaluate(model, test_data)))
+    print("gates trained      test loss {:.6f}, accuracy {:.2f} %".format(*evaluate(model, test_data)))
 
 
 if __name__ == "__main__":

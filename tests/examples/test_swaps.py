@@ -1,0 +1,42 @@
+"""The two examples of swap_attention, run as written but for fewer epochs."""
+
+import re
+
+import pytest
+import torch
+
+from examples import swap_diffusers_dit, swap_timm
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # two wait for each other where another program has the second core
+    yield
+    torch.set_num_threads(before)
+
+
+def losses(text):
+    return {
+        line[:19].strip(): float(re.search(r"loss (\d+\.\d+)", line)[1]) for line in text.splitlines() if "loss" in line
+    }
+
+
+def test_gates_of_a_timm_vit(capsys):
+    swap_timm.main(["--epochs", "1"])
+    text = capsys.readouterr().out
+    loss = losses(text)
+    assert abs(loss["swapped"] - loss["the ViT"]) < 0.01 * loss["the ViT"]
+    assert loss["gates trained"] != loss["swapped"]
+    assert "decay 'full' in 4 attention modules" in text
+    assert "training 588 of 117,526 parameters (0.50 %)" in text  # 4 layers x 3 heads x (48 weights + 1 bias)
+
+
+def test_gates_of_a_diffusers_dit_through_a_folder(capsys):
+    swap_diffusers_dit.main(["--epochs", "1"])
+    text = capsys.readouterr().out
+    loss = losses(text)
+    assert abs(loss["swapped"] - loss["the DiT"]) < 0.01 * loss["the DiT"]
+    assert loss["gates trained"] != loss["swapped"]
+    assert loss["saved and loaded"] == loss["gates trained"]
+    assert "left as it was" not in text
