@@ -100,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")
     train(model, gates, train_data, epochs=options.epochs, rate=2e-2, name="its gates")
     print("gates trained      test loss {:.6f}, accuracy {:.2f} %".format(*evaluate(model, test_data)))
+    biases = torch.cat([weight for weight in gates if weight.ndim == 1])
+    print(f"the gates' biases began at 6, and lie between {biases.min():.3f} and {biases.max():.3f} now")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,7 +196,7 @@ def test_compiles_whole_at_each_size_and_with_checkpointing(host):
 
 
 @SOME_HOSTS
-def test_exports(host):
+def test_exports_and_runs_in_onnxruntime(host, tmp_path):
     model = host.make()
     sd.swap_attention(model, "full", gate_bias_init=0.0)
 
@@ -208,6 +209,15 @@ def test_exports(host):
             return host.run(self.model, x)
 
     x = host.images(host.sizes[0])
+    if host.name == "timm vit_tiny_patch16_224":
+        file = str(tmp_path / "vit.onnx")
+        torch.onnx.export(
+            model, (x,), file, dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False
+        )
+        session, more = onnxruntime.InferenceSession(file), host.images(host.sizes[0], batch_size=5)
+        (got,) = session.run(None, {session.get_inputs()[0].name: more.numpy()})
+        with torch.no_grad():
+            assert relative_error(torch.from_numpy(got), host.run(model, more)) < 1e-4
     exported = torch.export.export(Run(), (x,)).module()
     with torch.no_grad():
         assert relative_error(exported(x), host.run(model, x)) < 1e-5
