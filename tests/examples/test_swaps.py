@@ -29,8 +29,7 @@ def test_gates_of_a_timm_vit(capsys):
     assert abs(loss["swapped"] - loss["the ViT"]) < 0.01 * loss["the ViT"]
     assert abs(loss["gates trained"] - loss["swapped"]) < 0.01  # in one epoch the ViT has learned next to nothing
     low, high = map(float, re.search(r"between (\S+) and (\S+) now", text).groups())
-    assert low < high
-    assert low != 6.0
+    assert low < high  # those of the last block stay at 6: the class token, which has no position, is all that is read
     assert "decay 'full' in 4 attention modules" in text
     assert "training 588 of 117,526 parameters (0.50 %)" in text  # 4 layers x 3 heads x (48 weights + 1 bias)
 
