@@ -109,7 +109,8 @@ class TimmBlock(SDTBlock):
         act_layer: Must be GELU, which is what the MLP has.
         mlp_layer: Must be timm's Mlp, its default: the block has an MLP of its own.
         attn_layer: Must be timm's Attention, its default: the block has an attention of its own.
-        scale_attn_norm, scale_mlp_norm: Must be False: there is no norm before the last projection of a branch.
+        scale_attn_norm: Must be False: there is no norm before the last projection of a branch.
+        scale_mlp_norm: Must be False, for the same reason.
         proj_bias: Must be True.
         proj_drop: Must be 0: the MLP has no dropout.
         depth: Which block this is; nothing depends on it.
