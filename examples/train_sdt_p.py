@@ -1,0 +1,389 @@
+"""Train SDT-P on latents of ImageNet by the paper's recipe: AdamW, 1e-4, batch 256, EMA 0.9999, 400,000 steps.
+
+    python examples/train_sdt_p.py --latents latents/ --out runs/small                    # one process
+    torchrun --nproc-per-node 8 examples/train_sdt_p.py --latents latents/ --out runs/xl --model sdt_p_xlarge \\
+        --parallel fsdp --grad-checkpointing --compile --resume                           # FSDP2 instead of DDP
+
+The folder of latents holds shards of any size, all latents of one shape (C, H, W):
+
+    NAME.npy          latents (n, C, H, W), floating point; with NAME.labels.npy, labels (n,), whole numbers
+    NAME.safetensors  tensors `latents` and `labels`, the same
+
+Latents are trained on as they are: multiply those of Stable Diffusion's VAE by 0.18215 when you write them. Files are
+mapped into memory, never read whole; shapes and all labels are checked before anything is trained or written.
+
+--resume goes on from the newest complete checkpoint in --out, on any number of processes, DDP or FSDP2; without one it
+starts from the beginning, so that a job which is started again may always pass it. Other settings are an error.
+
+Which latents, noise, timesteps and dropped labels a step sees depends on the seed, the step and the place in the
+global batch alone. So the losses are the same on one process and on many, under DDP and FSDP2 (to rounding), and on a
+CPU a run that was killed and resumed on as many processes repeats the unbroken one bit for bit.
+
+Differs from DiT, whose recipe this is: the model predicts the noise alone (learn_sigma=False), by the plain mean
+squared error. DiT also learns variances, by a variational bound whose gradient stops at the predicted noise: leaving
+them out leaves the noise's own objective as it is, and a sampler must take a fixed variance.
+
+Needs the extra [demo]. Run so far on CPU with gloo only: the paths for CUDA and NCCL have not been run.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from latent_folder import LatentFolder
+from spatial_decay import SDTP, sdt_p_base, sdt_p_large, sdt_p_small, sdt_p_xlarge
+from spatial_decay.layers import DECAY_KINDS
+
+MODELS = {build.__name__: build for build in (sdt_p_small, sdt_p_base, sdt_p_large, sdt_p_xlarge)}
+NUM_TIMESTEPS = 1000
+NUM_KEPT = 2  # checkpoints
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Latents and noise (B, C, H, W), timesteps and labels (B,)."""
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_samples: int) -> Any:
+    """A permutation of the samples."""
+    return np.random.default_rng([0, seed, epoch]).permutation(num_samples)
+
+
+def load_batch(latents: LatentFolder, arguments: argparse.Namespace, positions: range, step: int) -> Batch:
+    """These positions of the global batch of a step, the same whichever process asks for them."""
+    samples = []
+    for position in positions:
+        epoch, place = divmod(step * arguments.batch_size + position, len(latents))
+        index = int(epoch_order(arguments.seed, epoch, len(latents))[place])
+        random = np.random.default_rng([1, arguments.seed, step, position])
+        timestep = int(random.integers(NUM_TIMESTEPS))
+        is_dropped = random.random() < arguments.class_dropout_prob
+        label = arguments.num_classes if is_dropped else int(latents.labels[index])
+        noise = torch.from_numpy(random.standard_normal(latents.shape, dtype=np.float32))
+        samples.append((latents[index], noise, torch.tensor(timestep), torch.tensor(label)))
+    x, noises, timesteps, labels = (torch.stack(part) for part in zip(*samples, strict=True))
+    return x, noises, timesteps, labels
+
+
+def load_ahead(load: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch]]:
+    """Each step with its batch; the next one is loaded while the model is busy."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(load, step) for step in steps[:1]]
+        for i, step in enumerate(steps, start=1):
+            batch = ahead.pop().result()
+            ahead = [pool.submit(load, later) for later in steps[i : i + 1]]
+            yield step, batch
+
+
+def build_model(arguments: argparse.Namespace, latent_shape: Sequence[int]) -> SDTP:
+    """The same weights on every process."""
+    channels, height, width = latent_shape
+    if height % arguments.patch_size or width % arguments.patch_size:
+        raise ValueError(
+            f"height and width of latents must be multiples of --patch-size {arguments.patch_size}: got {height} x "
+            f"{width}. Pass another, or write other latents."
+        )
+    torch.manual_seed(arguments.seed)
+    size = {name: getattr(arguments, name) for name in ("dim", "depth", "num_heads")}
+    model = MODELS[arguments.model](
+        height,
+        arguments.patch_size,
+        channels,
+        arguments.num_classes,
+        decay=arguments.decay,
+        class_dropout_prob=arguments.class_dropout_prob,
+        learn_sigma=False,
+        **{name: value for name, value in size.items() if value is not None},
+    )
+    model.class_dropout_prob = 0.0  # load_batch drops labels, the same on any number of processes
+    return model
+
+
+def parallelize(model: SDTP, arguments: argparse.Namespace, device: torch.device) -> nn.Module:
+    """What to call in the model's place: it has the same parameters (DDP), or is the model, now sharded (FSDP2)."""
+    if arguments.parallel == "ddp":
+        return DistributedDataParallel(model.to(device), device_ids=[device] if device.type == "cuda" else None)
+    policy = MixedPrecisionPolicy()
+    if arguments.precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # The model's output is a view, which nothing here changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def start_processes() -> torch.device:
+    """Join the processes that torchrun started, or be the only one; the device of this one."""
+    alone: dict[str, Any] = {}
+    if "RANK" not in os.environ:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", **alone)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device, **alone)
+    return device
+
+
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Weights of ema <- decay * themselves + (1 - decay) * the model's; each process those of its own shards."""
+    old, new = (
+        [p.to_local() if isinstance(p, DTensor) else p for p in map(Tensor.detach, module.parameters())]
+        for module in (ema, model)
+    )
+    get_ema_multi_avg_fn(decay)(old, new, 0)
+
+
+def training_state(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """By the names of SDTP, whatever wraps it."""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments, "ema": get_model_state_dict(ema)}
+
+
+def load_training_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """From however many processes wrote it."""
+    state = training_state(model, ema, optimizer)
+    try:
+        state_dict_loader.load(state, checkpoint_id=path)
+    except CheckpointException as error:
+        raise RuntimeError(
+            f"{path} is damaged, nothing was trained or changed: {error}\nDelete it to resume from the one before."
+        ) from error
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_model_state_dict(ema, state["ema"])
+
+
+def complete_checkpoints(out: Path) -> list[Path]:
+    """Those of a run, oldest first."""
+    return sorted(path for path in (out / "checkpoints").glob("step-*") if not path.suffix)
+
+
+def save_checkpoint(out: Path, step: int, state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """It gets its name when all of it is written: what has that name is complete."""
+    path = out / "checkpoints" / f"step-{step:08d}"
+    incomplete = path.with_suffix(".incomplete")
+    state_dict_saver.save(state, checkpoint_id=incomplete)
+    if dist.get_rank() == 0:
+        shutil.copyfile(out / "losses.csv", incomplete / "losses.csv")
+        (incomplete / "settings.json").write_text(json.dumps({"step": step, **settings}, indent=1), encoding="utf-8")
+        incomplete.rename(path)
+        for old in complete_checkpoints(out)[:-NUM_KEPT]:
+            shutil.rmtree(old.rename(old.with_suffix(".incomplete")))
+    dist.barrier()
+
+
+def newest_checkpoint(arguments: argparse.Namespace, settings: dict[str, Any]) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step; None, 0 to start from the beginning."""
+    newest = [next(reversed(complete_checkpoints(arguments.out)), None)]
+    dist.broadcast_object_list(newest)  # as the first process sees them: file systems of clusters lag
+    if (path := newest[0]) is None:
+        return None, 0
+    if not arguments.resume:
+        raise ValueError(f"--out must be new: got a run with {path}. Pass --resume to go on, or another --out.")
+    saved = json.loads((path / "settings.json").read_text(encoding="utf-8"))
+    step = int(saved.pop("step"))
+    if step > arguments.steps:
+        raise ValueError(f"--steps must be >= {step}, which {path} has behind it: got {arguments.steps}. Pass more.")
+    names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
+    if names:
+        changed = "; ".join(f"{name}: {saved.get(name)!r} there, {settings.get(name)!r} here" for name in names)
+        raise ValueError(
+            f"a run must be resumed with its own settings: {path} has others: {changed}. Pass those, or another --out."
+        )
+    return path, step
+
+
+def prepare_output(out: Path, resumed: Path | None) -> None:
+    """Leave nothing behind of what came after the checkpoint."""
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for path in (out / "checkpoints").glob("step-*.incomplete"):
+        shutil.rmtree(path)
+    if resumed:
+        shutil.copyfile(resumed / "losses.csv", out / "losses.csv")
+    else:
+        (out / "losses.csv").write_text("step,loss\n", encoding="utf-8")
+
+
+def save_ema(path: Path, ema: SDTP) -> None:
+    """Whole, for spatial_decay.load_checkpoint, with the arguments of SDTP as "config" in the metadata."""
+    state = get_model_state_dict(ema, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        incomplete = path.with_suffix(".incomplete")
+        weights = {name: weight.contiguous() for name, weight in state.items() if isinstance(weight, Tensor)}
+        save_file(weights, incomplete, metadata={"config": json.dumps(ema.config)})
+        incomplete.replace(path)
+    dist.barrier()
+
+
+def train(arguments: argparse.Namespace, latents: LatentFolder, model: SDTP, device: torch.device) -> None:
+    """Steps, losses.csv and checkpoints until --steps, then ema.safetensors."""
+    rank, world, out, every = dist.get_rank(), dist.get_world_size(), arguments.out, arguments.log_every
+    same = ("precision", "batch_size", "lr", "weight_decay", "ema_decay", "log_every", "seed")
+    settings = {name: getattr(arguments, name) for name in same} | model.config
+    settings |= {
+        "latents": [len(latents), *latents.shape],
+        "labels_crc32": zlib.crc32(latents.labels.numpy().tobytes()),
+    }
+    resumed, start = newest_checkpoint(arguments, settings)
+
+    ema = copy.deepcopy(model).requires_grad_(requires_grad=False)
+    parallelize(ema, arguments, device) if arguments.parallel == "fsdp" else ema.to(device)
+    model.set_grad_checkpointing(arguments.grad_checkpointing)
+    if arguments.compile:
+        for block in model.blocks:  # the forward alone: FSDP2's hooks stay outside
+            block.forward = torch.compile(block.forward)
+    parallel = parallelize(model, arguments, device).train()
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=arguments.lr, weight_decay=arguments.weight_decay)
+    if resumed:
+        load_training_state(resumed, parallel, ema, optimizer)
+    if rank == 0:
+        prepare_output(out, resumed)
+        print(f"resumed from {resumed}" if resumed else "starting from the beginning", flush=True)
+
+    share = arguments.batch_size // world
+    load = functools.partial(load_batch, latents, arguments, range(rank * share, (rank + 1) * share))
+    scheduler = DDPMScheduler(NUM_TIMESTEPS, beta_schedule="linear")
+    is_autocast = arguments.precision == "bf16" and arguments.parallel == "ddp"  # FSDP2 has its policy
+    total, began = torch.zeros((), device=device), time.perf_counter()
+    for step, batch in load_ahead(load, range(start, arguments.steps)):
+        x, noise, timesteps, labels = (part.to(device) for part in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_autocast):
+            predicted = parallel(scheduler.add_noise(x, noise, timesteps), timesteps, labels)
+        loss = F.mse_loss(predicted.float(), noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, model, arguments.ema_decay)
+        total += loss.detach() / (world * every)
+        done = step + 1
+        if done % every == 0:
+            dist.all_reduce(total)
+            mean = total.item()
+            total.zero_()
+            if not math.isfinite(mean):
+                raise RuntimeError(
+                    f"the loss must be finite: got {mean} between steps {done - every + 1} and {done}. Start again "
+                    "with a smaller --lr or --precision fp32."
+                )
+            if rank == 0:
+                with (out / "losses.csv").open("a", encoding="utf-8") as file:
+                    file.write(f"{done},{mean!r}\n")
+                speed = (done - start) / (time.perf_counter() - began)
+                print(f"step {done} of {arguments.steps}, loss {mean:.4f}, {speed:.2f} steps/s", flush=True)
+        if done % arguments.checkpoint_every == 0 or done == arguments.steps:
+            save_checkpoint(out, done, training_state(parallel, ema, optimizer), settings)
+    save_ema(out / "ema.safetensors", ema)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train SDT-P on a folder of latents.")
+    parser.add_argument("--latents", type=Path, required=True, help="folder of NAME.npy or NAME.safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="folder for losses, checkpoints and EMA weights")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, if any")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="(default: ddp)")
+    parser.add_argument("--model", choices=MODELS, default="sdt_p_small", help="(default: sdt_p_small)")
+    parser.add_argument("--decay", choices=DECAY_KINDS, default="full", help="kind of decay (default: full)")
+    parser.add_argument("--patch-size", type=_count, default=2, help="(default: 2)")
+    parser.add_argument("--num-classes", type=_count, default=1000, help="(default: 1000)")
+    for name in ("dim", "depth", "num-heads"):
+        parser.add_argument(f"--{name}", type=_count, help="instead of the model's own")
+    parser.add_argument("--class-dropout-prob", type=_share, default=0.1, help="labels dropped (default: 0.1)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on CUDA, else fp32)")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="trade time for memory")
+    parser.add_argument("--compile", action="store_true", help="the blocks, with torch.compile")
+    parser.add_argument("--steps", type=_count, default=400_000, help="in all (default: 400000)")
+    parser.add_argument("--batch-size", type=_count, default=256, help="of all processes together (default: 256)")
+    parser.add_argument("--lr", type=_number, default=1e-4, help="(default: 1e-4)")
+    parser.add_argument("--weight-decay", type=_number, default=0.0, help="(default: 0)")
+    parser.add_argument("--ema-decay", type=_share, default=0.9999, help="(default: 0.9999)")
+    parser.add_argument("--checkpoint-every", type=_count, default=10_000, help="steps (default: 10000)")
+    parser.add_argument("--log-every", type=_count, default=100, help="steps, whose mean is logged (default: 100)")
+    parser.add_argument("--seed", type=_count, default=1, help="(default: 1)")
+    arguments = parser.parse_args(argv)
+    arguments.precision = arguments.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    for name in ("steps", "checkpoint_every"):
+        if getattr(arguments, name) % arguments.log_every:
+            parser.error(
+                f"--{name.replace('_', '-')} must be a multiple of --log-every {arguments.log_every}: "
+                f"got {getattr(arguments, name)}"
+            )
+    if arguments.parallel == "fsdp" and not (torch.cuda.is_available() or hasattr(torch.cpu.Stream, "record_event")):
+        parser.error(f"--parallel fsdp needs torch >= 2.7 on a CPU: got {torch.__version__}. Pass --parallel ddp")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.batch_size % world:
+        parser.error(f"--batch-size must be a multiple of the {world} processes: got {arguments.batch_size}")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        parser.error(f"argument --out: must be a folder, or not be there yet: got the file {arguments.out}")
+    return arguments
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1: got {text!r}")
+    return int(text)
+
+
+def _number(text: str, below: float = math.inf) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < below:
+        raise argparse.ArgumentTypeError(f"must be a number, 0 <= number < {below:g}: got {text!r}")
+    return number
+
+
+def _share(text: str) -> float:
+    return _number(text, 1.0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    arguments = parse_arguments(argv)
+    latents = LatentFolder(arguments.latents, arguments.num_classes)
+    model = build_model(arguments, latents.shape)
+    device = start_processes()
+    try:
+        train(arguments, latents, model, device)
+    finally:
+        time.sleep(0.1)  # before torch 2.8 it deadlocks if gloo's threads still hold tensors (pytorch/pytorch#154976)
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
