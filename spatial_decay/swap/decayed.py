@@ -125,6 +125,9 @@ class _Mask:
             raise AttributeError(name)
         raise RuntimeError(_HOW_TO_FUSE.format(f"its mask was asked for its {name}"))
 
+    def __getitem__(self, _: Any) -> Any:
+        raise RuntimeError(_HOW_TO_FUSE.format("its mask was sliced"))
+
     # What diffusers' Attention asks of a mask on its way: (B * N, 1, L), to be seen as (B, N, 1, L).
 
     @property
@@ -139,7 +142,8 @@ class _Mask:
 _HOW_TO_FUSE = (
     "attention with decay must hand its attn_mask to F.scaled_dot_product_attention, once: {}. Use fused attention "
     "(timm: timm.layers.set_fused_attn(True) before building the model; transformers: attn_implementation='sdpa', "
-    "without output_attentions), or leave this module out, see layers of swap_attention."
+    "without output_attentions; diffusers: AttnProcessor2_0 without slicing), or leave this module out, see layers of "
+    "swap_attention."
 )
 
 

@@ -56,19 +56,20 @@ class PatchEmbed:
 
 def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
     """All there are: modules known by name; without any, convolutions whose stride is their kernel."""
-    found, parents = [], dict(model.named_modules())
-    for name, module in parents.items():
-        if any(known.endswith(".NaFlexEmbeds") for known in class_names(module)):
-            return [PatchEmbed(name, module, "note_naflex", with_kwargs=True)]
-        parent = parents.get(name.rpartition(".")[0])
-        is_named = "PatchEmbed" in type(parent).__name__ or name.rpartition(".")[2] in _PATCH_EMBEDS
-        if isinstance(module, nn.Conv2d) and is_named:
+    found, modules = [], dict(model.named_modules())
+    for name, module in modules.items():
+        above, _, leaf = name.rpartition(".")
+        parent = type(modules.get(above)).__name__
+        if type(module).__name__ == "NaFlexEmbeds":
+            found.append(PatchEmbed(name, module, "note_naflex", with_kwargs=True))
+        is_named = ("Embed" in parent and leaf in ("proj", "projection")) or leaf in _PATCH_EMBEDS
+        if isinstance(module, nn.Conv2d) and is_named and parent != "NaFlexEmbeds":
             found.append(PatchEmbed(name, module, "note_map"))
     if found:
         return found
     return [
         PatchEmbed(name, module, "note_map")
-        for name, module in parents.items()
+        for name, module in modules.items()
         if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.kernel_size == module.stride
     ]
 
@@ -119,6 +120,8 @@ def _hf_host(num_prefix_tokens: Callable[[Any], int]) -> Host:
 def _diffusers_reason(attn: Any) -> str:
     if attn.is_cross_attention:
         return "it attends to other tokens than its own (cross-attention)"
+    if attn.group_norm is not None or attn.spatial_norm is not None:
+        return "it attends over a map, not over patch tokens"
     if attn.added_kv_proj_dim is not None:
         return "it attends over image and text together (joint attention)"
     processor = type(attn.processor).__name__

@@ -20,10 +20,18 @@ _KEY = "spatial_decay.call"
 
 
 class _Call:
-    """One forward pass through a patch embedding. It lives as long as the autograd graph of that pass."""
+    """One forward pass through a patch embedding.
 
-    def __init__(self, layout: Grid | Positions) -> None:
-        self.layout = layout
+    It lives as long as the autograd graph of that pass, and while it is its thread's last.
+    """
+
+    def __init__(self, layout: Grid | Positions, *, with_grad: bool) -> None:
+        self.layout, self.with_grad = layout, with_grad
+        self.backward = _backward()
+
+    def is_of_this_backward(self) -> bool:
+        """Whether the patch embedding itself is being computed again, within the backward pass that runs now."""
+        return self.backward == _backward()
 
     def keep_with(self, x: Tensor) -> None:
         if x.grad_fn is not None:
@@ -31,8 +39,15 @@ class _Call:
             metadata[_KEY] = self
 
 
-class _Thread(threading.local):
+class _Slot:
+    """A plain object: where torch.compile breaks the graph it replays writes to one, and not to a threading.local."""
+
     call: _Call | None = None
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.slot = _Slot()
 
 
 class TokenLayout:
@@ -56,6 +71,11 @@ class TokenLayout:
         self.num_prefix_tokens = num_prefix_tokens
         self._thread = _Thread()
         self._alive: weakref.WeakSet[_Call] = weakref.WeakSet()
+        self._reentrant: list[_Call] = []  # no graph keeps these
+
+    def forget(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the part of the model that has both the patch embedding and its attention."""
+        self._thread.slot.call = None
 
     def note_map(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of a convolution that makes patches, (B, D, H, W)."""
@@ -106,7 +126,7 @@ class TokenLayout:
             RuntimeError: no image has come through; L is not what came through; or, within a backward pass, two
                 passes of so many tokens disagree.
         """
-        if _is_in_backward():
+        if _is_in_backward() and (self._thread.slot.call is None or not self._thread.slot.call.is_of_this_backward()):
             return self._of_recomputed(x)
         layout = self._current().layout
         if layout.num_tokens != x.shape[1]:
@@ -118,28 +138,36 @@ class TokenLayout:
         return layout
 
     def keep_with(self, x: Tensor) -> None:
-        """Remember this call for as long as the graph of x lives."""
-        if not torch.compiler.is_compiling() and not _is_in_backward():
-            self._current().keep_with(x)
+        """Remember this call for as long as the graph of x lives, which an attention of this call has given."""
+        if torch.compiler.is_compiling() or _is_in_backward():
+            return
+        call = self._current()
+        if call.with_grad and not torch.is_grad_enabled() and call not in self._reentrant:
+            self._reentrant.append(call)  # use_reentrant=True: the first time there is no graph
+        call.keep_with(x)
 
     def _begin(self, layout: Grid | Positions, tokens: Tensor) -> None:
-        self._thread.call = call = _Call(layout)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        is_eager = not torch.compiler.is_compiling()
+        self._thread.slot.call = call = _Call(layout, with_grad=is_eager and torch.is_grad_enabled())
+        if call.with_grad:
             self._alive.add(call)
             call.keep_with(tokens)
 
     def _current(self) -> _Call:
-        if self._thread.call is None:
+        if self._thread.slot.call is None:
             raise RuntimeError(
-                "no image has come through the patch embedding in this thread, so attention with decay does not know "
-                "where its tokens lie. Call the model rather than its blocks, or pass swap_attention the name of the "
-                "patch embedding that runs before them as patch_embed."
+                "no image has come through the patch embedding in this pass, so attention with decay does not know "
+                "where its tokens lie. Call the model rather than its blocks; pass swap_attention the name of the "
+                "patch embedding that runs before them as patch_embed; swap again where it was replaced since; and "
+                "compile the whole model rather than blocks inside gradient checkpointing."
             )
-        return self._thread.call
+        return self._thread.slot.call
 
     def _of_recomputed(self, x: Tensor) -> Grid | Positions:
         found: list[Grid | Positions] = []
-        for call in self._alive:
+        if self._reentrant:
+            torch.autograd.Variable._execution_engine.queue_callback(self._reentrant.clear)  # after this backward
+        for call in [*self._alive, *self._reentrant]:
             if call.layout.num_tokens == x.shape[1] and call.layout not in found:
                 found.append(call.layout)
         if len(found) != 1:
@@ -152,8 +180,13 @@ class TokenLayout:
         return found[0]
 
 
+def _backward() -> int:
+    """The number of the backward pass that runs in this thread, as torch.utils.checkpoint knows it; -1 outside."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
 def _is_in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return _backward() != -1
 
 
 def _readable(layout: Grid | Positions) -> str:

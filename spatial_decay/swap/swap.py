@@ -41,7 +41,7 @@ def swap_attention(
     model: nn.Module,
     decay: str = "full",
     *,
-    gate_bias_init: float = 6.0,
+    gate_bias_init: float | None = None,
     alpha: float = 0.1,
     initial_value: float = 2.0,
     heads_range: float = 4.0,
@@ -53,7 +53,7 @@ def swap_attention(
     patch_embed: str | None = None,
     backend: str = "auto",
 ) -> SwapReport:
-    """Put spatial decay into the attention of a model, in place; it starts from the behaviour that it has.
+    """Put spatial decay into the attention of a model, in place; with gates it starts from the behaviour that it has.
 
     softmax(Q K^T / sqrt(d) + M_decay) V in place of softmax(Q K^T / sqrt(d)) V          (Mao et al. 2025, Eq. 10, 13)
 
@@ -64,9 +64,11 @@ def swap_attention(
     read from what the patch embedding gives for its images, of any size.
 
     Args:
-        model: Changed in place. Under torch.compile, swap first.
+        model: Changed in place. Swap before torch.compile, before wrapping it for several processes, and before making
+            the optimizer.
         decay: Kind of decay, see SpatialDecayMask.
-        gate_bias_init: First value of the gates' trained bias: 6 starts with nearly no decay, 0 with a strong one.
+        gate_bias_init: First value of the gates' trained bias. None: next to no decay, 6 for `full`, and 9 for the
+            kinds that add up along a path. 0 starts with a strong one. The fixed kinds and `gaussian` have no gates.
         alpha: Kind `full` only, see SpatialDecayMask.
         initial_value: Fixed kinds only, see SpatialDecayMask.
         heads_range: Fixed kinds only, see SpatialDecayMask.
@@ -94,6 +96,7 @@ def swap_attention(
         12
     """
     check_backend(backend)
+    _check_not_wrapped(model)
     if any(isinstance(module, Decayed) for module in model.modules()):
         raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")
     able, left = _sorted_out(model, patch_embed)
@@ -107,7 +110,7 @@ def swap_attention(
         )
     options: dict[str, Any] = {
         "decay": decay,
-        "gate_bias_init": gate_bias_init,
+        "gate_bias_init": (6.0 if decay == "full" else 9.0) if gate_bias_init is None else gate_bias_init,
         "alpha": alpha,
         "initial_value": initial_value,
         "heads_range": heads_range,
@@ -137,7 +140,7 @@ def swap_attention(
             alpha=alpha,
             num_prefix_tokens=prefix,
             gate_bias=True,
-            gate_bias_init=gate_bias_init,
+            gate_bias_init=options["gate_bias_init"],
             initial_value=initial_value,
             heads_range=heads_range,
             initial_grid_size=initial_grid_size,
@@ -160,11 +163,13 @@ def swap_attention(
         )
     # Nothing has been changed so far, and nothing from here on can fail.
     for name, new in added.items():
-        weight = next(modules[name].parameters())
-        new.to(device=weight.device, dtype=weight.dtype).train(modules[name].training)
+        weights = list(modules[name].parameters())
+        floating = [weight.dtype for weight in weights if weight.is_floating_point()]  # others are quantized
+        new.to(device=weights[0].device, dtype=floating[0] if floating else None).train(modules[name].training)
     put_back(model, added)
     for embed in {able[name][1].name: able[name][1] for name in chosen}.values():
-        _install_hooks(model, embed, layouts[embed.name])
+        behind = [name for name in chosen if able[name][1].name == embed.name]
+        _install_hooks(model, embed, behind, layouts[embed.name])
     return SwapReport(decay, tuple(chosen), left)
 
 
@@ -181,6 +186,9 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
     if not taken:
         raise ValueError("the model must have been changed by swap_attention: it has no attention with decay.")
     for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), TokenLayout):
+                del module._forward_pre_hooks[key]
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(getattr(hook, "__self__", None), TokenLayout):
                 del module._forward_hooks[key]
@@ -221,19 +229,41 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
             continue
         inside.append(name)
         nearest = _nearest(name, embeds)
-        if "forward" in vars(module):
+        if "temporal" in name:
+            left[name] = "it attends over time"
+        elif "forward" in vars(module):
             left[name] = "its forward has been replaced on this very module (by hooks of accelerate?)"
         elif host.mask_name not in _parameters_of_forward(module):
             left[name] = f"its forward takes no {host.mask_name}; a newer version of its library does"
-        elif reason := host.reason_against(module):
+        elif reason := _reason_against(host, module):
             left[name] = reason
-        elif len(nearest) != 1:
+        elif not nearest:
+            left[name] = "no patch embedding was found: name as patch_embed the module that gives a map (B, D, H, W)"
+        elif len(nearest) > 1:
             left[name] = f"of {len(nearest)} patch embeddings none is nearest: name it as patch_embed"
         else:
             able[name] = host, nearest[0]
     # What merely contains attention modules is none itself.
     left = {name: why for name, why in left.items() if not any(other.startswith(f"{name}.") for other in able)}
     return able, left
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    for name, module in model.named_modules():
+        if found := wrappers.intersection(cls.__name__ for cls in type(module).__mro__):
+            raise ValueError(
+                "attention must be swapped before the model is wrapped for several processes, which would never "
+                f"synchronise the gates: got a {found.pop()} at {name or 'the root'!r}."
+            )
+
+
+def _reason_against(host: Host, module: nn.Module) -> str:
+    try:
+        host.num_heads(module), host.dim(module), host.num_channels(module)
+        return host.reason_against(module)
+    except AttributeError as error:  # projections that another library has wrapped
+        return f"it is not built as its class is: {error}"
 
 
 def _parameters_of_forward(module: nn.Module) -> list[str]:
@@ -279,15 +309,14 @@ def _num_prefix_tokens(model: nn.Module, name: str, host: Host, given: int | Non
     return known
 
 
-def _install_hooks(model: nn.Module, embed: PatchEmbed, layout: TokenLayout) -> None:
+def _install_hooks(model: nn.Module, embed: PatchEmbed, behind: list[str], layout: TokenLayout) -> None:
     embed.module.register_forward_hook(getattr(layout, embed.hook), with_kwargs=embed.with_kwargs)
-    root = embed.name
-    while True:  # the smallest part of the model that has the patch embedding and patch dropout
-        root, _, _ = root.rpartition(".")
-        dropouts = [module for module in model.get_submodule(root).modules() if _is_patch_dropout(module)]
-        if dropouts or not root:
-            break
-    for module in dropouts:
+    root = embed.name  # of the smallest part of the model that has the patch embedding and the attention behind it
+    while root and not all(name.startswith(f"{root}.") for name in behind):
+        root = root.rpartition(".")[0]
+    part = model.get_submodule(root)
+    part.register_forward_pre_hook(layout.forget)
+    for module in filter(_is_patch_dropout, part.modules()):
         if type(module).__name__ == "PatchDropout":
             # The same random numbers in the same order, but it says which patches it kept.
             module.__class__ = _sibling(module, "PatchDropoutWithIndices")

@@ -23,7 +23,15 @@ TWO_STAGES = {
     "init_values": [None, 1e-6],
     "projection_dim": 24,
 }
-VIT = {"img_size": 32, "dim": 24, "depth": 1, "num_heads": 2, "decay": "gaussian", "global_pool": "prr", "num_registers": 1}
+VIT = {
+    "img_size": 32,
+    "dim": 24,
+    "depth": 1,
+    "num_heads": 2,
+    "decay": "gaussian",
+    "global_pool": "prr",
+    "num_registers": 1,
+}
 LATENTS = (torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 7]))
 CASES = {
     "SDTH": (lambda classes: classes.SDTH(5, **TWO_STAGES), (torch.randn(2, 3, 24, 32),)),

@@ -1,10 +1,12 @@
 """What swap_attention takes, leaves and refuses; patch dropout, packed images, threads, and passes that overlap."""
 
 import threading
+from functools import partial
 
 import pytest
 import timm
 import torch
+import torch.utils.checkpoint
 import transformers
 from torch import nn
 
@@ -189,6 +191,115 @@ def test_checkpointing_between_other_images():
     model(high).sum().backward()
 
 
+def test_whole_models_inside_a_checkpoint():
+    model = vit(patch_drop_rate=0.5).train()
+    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    wide, high = torch.randn(1, 3, 64, 96), torch.randn(1, 3, 96, 64)
+
+    def run(checkpointed):
+        torch.manual_seed(0)
+        call = partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False) if checkpointed else model
+        return torch.cat([call(wide), call(high)])
+
+    plain = {name: weight.grad for name, weight in gradients_of(model, lambda: run(checkpointed=False)).items()}
+    for name, weight in gradients_of(model, lambda: run(checkpointed=True)).items():
+        torch.testing.assert_close(weight.grad, plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_reentrant_checkpoints_behind_a_frozen_patch_embedding():
+    """Then no graph holds on to a forward pass: it is either right or an error, and the next step starts afresh."""
+    model = vit().train()
+    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    for frozen in (*model.patch_embed.parameters(), model.pos_embed, model.cls_token):
+        frozen.requires_grad = False
+    wide, high = torch.randn(1, 3, 64, 96), torch.randn(1, 3, 96, 64)
+
+    def run(images, reentrant):
+        x = model._pos_embed(model.patch_embed(images)).requires_grad_()
+        for block in model.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True) if reentrant else block(x)
+        return x
+
+    for images in (wide, high, wide):
+        plain = {name: weight.grad for name, weight in gradients_of(model, partial(run, images, False)).items()}
+        again = gradients_of(model, partial(run, images, True))
+        assert set(again) == set(plain)
+        for name, weight in again.items():
+            torch.testing.assert_close(weight.grad, plain[name], rtol=1e-5, atol=1e-6)
+    both = run(wide, True).sum() + run(high, True).sum()
+    with pytest.raises(RuntimeError, match="found 2 that differ"):
+        both.backward()
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_compiled_in_parts(dynamic):
+    """Where the graph breaks behind the patch embedding, and where that alone is compiled."""
+    torch._dynamo.reset()
+    model, broken = vit().eval(), vit().eval()
+    broken.norm_pre = Break()
+    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(broken, "full", gate_bias_init=0.0)
+    broken.load_state_dict(model.state_dict())
+    wide, high = torch.randn(2, 3, 64, 96), torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        expected = {wide: model(wide), high: model(high)}
+        broken(high)
+        compiled = torch.compile(broken, backend="eager", dynamic=dynamic)
+        model.patch_embed.compile(backend="eager", dynamic=dynamic)
+        for images in (wide, high, wide):
+            assert relative_error(compiled(images), expected[images]) < 1e-5
+            assert relative_error(model(images), expected[images]) < 1e-5
+
+
+class Break(nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x
+
+
+def test_packed_images_compiled():
+    """timm's own torch.compiler.disable breaks the graph between NaFlex's embedding and its blocks."""
+    torch._dynamo.reset()
+    model = BY_NAME["timm naflexvit_base_patch16_gap"].make()
+    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    first, second = (packed([torch.randn(3, *size)], 24) for size in ((64, 96), (48, 128)))
+    with torch.no_grad():
+        expected = model(first)
+        model(second)
+        assert relative_error(torch.compile(model, backend="eager")(first), expected) < 1e-5
+
+
+class Two(nn.Module):
+    def __init__(self, a, b):
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, wide, high):
+        return torch.cat([self.a(wide), self.b(high)])
+
+
+def test_two_towers_have_a_grid_each():
+    naflex = timm.create_model("naflexvit_base_patch16_gap", num_classes=10, **SMALL)
+    model = Two(naflex, vit(patch_drop_rate=0.5)).eval()
+    wide, high = torch.randn(3, 3, 64, 96), torch.randn(3, 3, 96, 64)
+    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    with torch.no_grad():
+        assert torch.equal(model(wide, high), torch.cat([model.a(wide), model.b(high)]))
+        sd.restore_attention(model)
+        sd.swap_attention(model, "full", gate_bias_init=0.0, layers=[0, 1])
+        assert torch.equal(model(wide, high)[:3], model.a(wide))
+    assert model.train()(wide, high).isfinite().all()
+
+
+def test_a_replaced_patch_embedding_is_no_stale_grid():
+    model = vit().eval()
+    sd.swap_attention(model)
+    model(torch.randn(1, 3, 64, 96))
+    model.set_input_size(img_size=64, patch_size=8)
+    with pytest.raises(RuntimeError, match="swap again where it was replaced"):
+        model(torch.randn(1, 3, 32, 48))
+
+
 def test_calling_a_block_without_the_model_is_an_error():
     model = vit()
     sd.swap_attention(model)
@@ -238,6 +349,10 @@ def with_own_forward():
     return model
 
 
+def wrapped():
+    return type("DistributedDataParallel", (nn.Sequential,), {})(vit())
+
+
 class TwoStems(nn.Module):
     def __init__(self):
         super().__init__()
@@ -254,6 +369,8 @@ class TwoStems(nn.Module):
         (unfused, {}, r"fused_attn is False"),
         (with_own_forward, {}, "its forward has been replaced on this very module"),
         (TwoStems, {}, "of 2 patch embeddings none is nearest: name it as patch_embed"),
+        (wrapped, {}, "before the model is wrapped .* got a DistributedDataParallel at 'the root'"),
+        (lambda: vit().blocks, {}, "no patch embedding was found: name as patch_embed the module"),
         (vit, {"decay": "round"}, "kind of decay must be one of"),
         (vit, {"decay": "decomposed"}, "belong to no row or column"),
         (vit, {"layers": [2]}, "2 attention modules, 0 to 1 or negative: got"),
