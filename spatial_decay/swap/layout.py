@@ -142,8 +142,8 @@ class TokenLayout:
         if torch.compiler.is_compiling() or _is_in_backward():
             return
         call = self._current()
-        if call.with_grad and not torch.is_grad_enabled() and call not in self._reentrant:
-            self._reentrant.append(call)  # use_reentrant=True: the first time there is no graph
+        if call.with_grad and not torch.is_grad_enabled():  # use_reentrant=True: the first time there is no graph
+            self._reentrant = [other for other in self._reentrant if other.layout != call.layout] + [call]
         call.keep_with(x)
 
     def _begin(self, layout: Grid | Positions, tokens: Tensor) -> None:
@@ -152,6 +152,9 @@ class TokenLayout:
         if call.with_grad:
             self._alive.add(call)
             call.keep_with(tokens)
+
+    def _after_backward(self) -> None:
+        self._reentrant = []
 
     def _current(self) -> _Call:
         if self._thread.slot.call is None:
@@ -166,7 +169,7 @@ class TokenLayout:
     def _of_recomputed(self, x: Tensor) -> Grid | Positions:
         found: list[Grid | Positions] = []
         if self._reentrant:
-            torch.autograd.Variable._execution_engine.queue_callback(self._reentrant.clear)  # after this backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         for call in [*self._alive, *self._reentrant]:
             if call.layout.num_tokens == x.shape[1] and call.layout not in found:
                 found.append(call.layout)
