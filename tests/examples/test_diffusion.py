@@ -36,14 +36,6 @@ diffusion.train("full", steps=20, seed=1, output=Path("."))
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # two wait for each other where another program has the second core
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setattr(diffusion, "SMALL", TINY)
     monkeypatch.setattr(diffusion, "BATCH_SIZE", 8)

@@ -6,14 +6,6 @@ import torch
 from examples import digits
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # two wait for each other where another program has the second core
-    yield
-    torch.set_num_threads(before)
-
-
 def fake_training(kind, *, epochs, seed):
     return None, digits.History([1.0], [50.0], [90.0 + 2 * seed + len(kind)])
 

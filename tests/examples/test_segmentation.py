@@ -8,14 +8,6 @@ import torch
 from examples import segmentation
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # two wait for each other where another program has the second core
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def few(monkeypatch):
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))

@@ -2,18 +2,7 @@
 
 import re
 
-import pytest
-import torch
-
 from examples import swap_diffusers_dit, swap_timm
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # two wait for each other where another program has the second core
-    yield
-    torch.set_num_threads(before)
 
 
 def losses(text):
