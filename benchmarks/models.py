@@ -3,7 +3,8 @@
     python -m benchmarks.models               # 224 x 224, batch 8, CPU; results in outputs/benchmarks/models
     python -m benchmarks.models --profile     # and where the time of a training step goes, by operator
 
-With timm installed, vit_tiny_patch16_224 runs alongside, for orientation: another model, with plain attention.
+With timm installed, its vit_tiny_patch16_224 runs too: alongside sdt_h_tiny, for orientation, another model with plain
+attention; and with decay put into it by swap_attention, against itself.
 bfloat16 is under autocast.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, interleaved, reasons
-from spatial_decay import GaussianDecay, locatvit_tiny, rmt_tiny, sdt_h_tiny, sdt_p_small
+from spatial_decay import GaussianDecay, locatvit_tiny, rmt_tiny, sdt_h_tiny, sdt_p_small, swap_attention
 from spatial_decay.decay import PairwiseDecay, dense
 from spatial_decay.ops import BACKENDS
 from spatial_decay.ops.inputs import Inputs
@@ -30,6 +31,7 @@ FLOOR = "decay none"
 SAME_LAYOUT = "plain SDPA in its place"
 AUTHORS = "authors' formulas"
 PEER = "timm vit_tiny_patch16_224"
+SWAPPED = "timm_vit_tiny_swapped"
 PASSES = ("forward", "training step")
 NUM_CLASSES = 1000
 
@@ -85,6 +87,14 @@ def denoise(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return noise, F.mse_loss(noise[:, :4].float(), latents)
 
 
+def swapped_vit_tiny(num_classes: int, *, decay: str = "full", backend: str = "auto", **options: Any) -> nn.Module:
+    """timm's ViT after swap_attention; with decay "none", before."""
+    model: nn.Module = importlib.import_module("timm").create_model(PEER[5:], num_classes=num_classes, **options)
+    if decay != "none":
+        swap_attention(model, decay, backend=backend)
+    return model
+
+
 @dataclass(frozen=True)
 class Model:
     """How to build one, for a backend and without decay; quick: keywords that make it small."""
@@ -105,6 +115,8 @@ MODELS = {
         partial(sdt_p_small, 32, 2, 4), {"decay": "none"}, {"depth": 1}, run=denoise, has_authors_code=False
     ),
 }
+if importlib.util.find_spec("timm"):
+    MODELS[SWAPPED] = Model(swapped_vit_tiny, {"decay": "none"}, {"depth": 1}, any_size=False, has_authors_code=False)
 
 
 def builders(name: str, image_size: int, *, quick: bool) -> dict[str, Callable[[], nn.Module]]:
@@ -235,7 +247,7 @@ ABOUT = f"""`ratio` is to `{FLOOR}` in the same round: median (quartiles). That 
 every stage, and so with attention over all tokens where the first two stages of sdt_h_tiny and rmt_tiny have rows, then
 columns. `{SAME_LAYOUT}` is the model as it is, gates, rows and columns included, with nothing added to the scores.
 `{AUTHORS}`: written after RMT's and LocAtViT's code, all L x L pairs in memory; the layers around them are ours.
-`sdt_p_small` denoises latents of 4 channels and 32 x 32, patch 2.
+`sdt_p_small` denoises latents of 4 channels and 32 x 32, patch 2. `{SWAPPED}`: `{FLOOR}` is timm's model as it is.
 A training step is forward, loss, backward and AdamW; forward is in eval mode without autograd."""
 
 if __name__ == "__main__":
