@@ -12,7 +12,7 @@ from spatial_decay.layers.local_position import DepthwiseConv
 from spatial_decay.layers.output_gate import OutputGate
 from spatial_decay.ops import decay_attention
 from spatial_decay.positions import Positions
-from spatial_decay.swap.layout import TokenLayout
+from spatial_decay.swap.layout import TokenLayout, named
 
 __all__ = ["AddedDecay", "Decayed", "decayed_class", "original_class"]
 
@@ -114,8 +114,7 @@ class _Mask:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             raise RuntimeError(_HOW_TO_FUSE.format(f"its mask went to {getattr(func, '__name__', func)}"))
-        bound = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
-        bound |= kwargs or {}
+        bound = named(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, kwargs or {})
         mask = bound.pop("attn_mask")
         mask.num_calls += 1
         return mask.added.attend(mask.tokens, attn_mask=mask.attn_mask, **bound)
@@ -155,7 +154,7 @@ class Decayed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module itself."""
         added = self.spatial_decay
-        inputs = dict(zip(added.parameters_of_forward, args, strict=False)) | kwargs
+        inputs = named(added.parameters_of_forward, args, kwargs)
         tokens, given = inputs[added.parameters_of_forward[0]], inputs.get(added.mask_name)
         inputs[added.mask_name] = mask = _Mask(added, tokens, self._prepared(given, tokens))
         out = super().forward(**inputs)

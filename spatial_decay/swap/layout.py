@@ -6,6 +6,7 @@ embedding (and on patch dropout) note the layout of each call as it passes, and 
 
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from spatial_decay.grid import Grid
 from spatial_decay.positions import Positions
 
-__all__ = ["TokenLayout"]
+__all__ = ["TokenLayout", "named"]
 
 _KEY = "spatial_decay.call"
 
@@ -85,7 +86,7 @@ class TokenLayout:
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Any]
     ) -> None:
         """Forward hook of timm's NaFlexEmbeds: coordinates came in, or a grid size comes out."""
-        given = dict(zip(("patches", "patch_coord", "patch_valid"), args, strict=False)) | kwargs
+        given = named(("patches", "patch_coord", "patch_valid"), args, kwargs)
         tokens, grid_size = output
         if given.get("patch_coord") is None:
             height, width = grid_size
@@ -181,6 +182,11 @@ class TokenLayout:
                 + ". Run backward before the next forward pass, and checkpoint with use_reentrant=False."
             )
         return found[0]
+
+
+def named(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, written so that the compiler of torch 2.6 can follow."""
+    return {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
 
 
 def _backward() -> int:
