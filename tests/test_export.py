@@ -3,6 +3,7 @@
 ONNX files are run by onnxruntime; docs/export.md says what stays fixed.
 """
 
+import onnxruntime
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -147,7 +148,6 @@ def test_masks_are_not_aligned_in_a_program(monkeypatch):
 
 def run_onnx(program, inputs):
     """What onnxruntime makes of these inputs."""
-    onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     feeds = {slot.name: x.numpy() for slot, x in zip(session.get_inputs(), inputs, strict=True)}
     return torch.from_numpy(session.run(None, feeds)[0])
@@ -155,7 +155,6 @@ def run_onnx(program, inputs):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "vit_full"])  # which is the next test's
 def test_one_onnx_file_for_all_sizes(name, exported):
-    pytest.importorskip("onnxscript")
     model, program = exported(name)
     onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
     for size in [*OTHERS, (1, 4, 4)]:
@@ -165,7 +164,6 @@ def test_one_onnx_file_for_all_sizes(name, exported):
 
 def test_onnx_from_the_model_itself():
     """Long enough for auto to take an operator of its own, were it not that ONNX has none of them."""
-    pytest.importorskip("onnxscript")
     model = with_weights(sd.ViT(5, decay="full", **(VIT | {"img_size": 320})))
     onnx_program = torch.onnx.export(
         model, (torch.randn(2, 3, 320, 320),), dynamic_shapes=dynamic_shapes("vit_full"), dynamo=True, verbose=False
@@ -177,7 +175,6 @@ def test_onnx_from_the_model_itself():
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
 def test_a_named_backend_that_onnx_cannot_hold_says_so(backend):
-    pytest.importorskip("onnxscript")
     model = sd.ViT(5, decay="full", backend=backend, **VIT).eval()
     with pytest.raises(Exception, match="ONNX has no such operator") as caught:
         torch.onnx.export(model, make_inputs("vit_full", *FIRST), dynamo=True, verbose=False)

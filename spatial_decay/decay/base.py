@@ -40,7 +40,7 @@ class PairwiseDecay(ABC):
     def pairwise(self, q_token: Tokens, k_token: Tokens, q_position: Position, k_position: Position) -> Tensor:
         """What is added to the scores, in nats, for tensors of queries and of keys that broadcast together."""
 
-    def profiles(self, tokens: Tokens, position: Position) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+    def profiles(self, tokens: Tokens, position: Position) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002  kinds override it
         """Where M[i, j] is a product of what row and what column of the grid j is in: the two factors of each query.
 
         Args:

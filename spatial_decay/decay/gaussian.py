@@ -40,7 +40,7 @@ class GaussianDecay(PairwiseDecay):
     def pairwise(
         self,
         q_token: Tokens,
-        k_token: Tokens,  # noqa: ARG002
+        k_token: Tokens,  # noqa: ARG002  the query says it all
         q_position: Position,
         k_position: Position,
     ) -> Tensor:

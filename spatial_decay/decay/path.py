@@ -68,23 +68,19 @@ class PathDecay(PairwiseDecay):
 
 
 def _cumulative(gate: Tensor, grid: Grid | Positions, *, inclusive: bool) -> Tensor:
-    """The sum of |g_k| over k < i, or k <= i; zero at prefix tokens, whose gates belong to no path."""
+    """The sum of |g_k| over k < i, or k <= i; zero at prefix tokens, whose gates belong to no path.
+
+    Along the raster scan: tokens with Positions, of which those that lie somewhere count, may come in any order.
+    """
     cost = at_least_float32(gate).abs()[..., grid.num_prefix_tokens :]
     if isinstance(grid, Positions):
-        return _cumulative_in_order(cost, grid, inclusive=inclusive)
-    if not inclusive:
-        cost = F.pad(cost, (1, 0))[..., :-1]
-    return F.pad(cost.cumsum(-1), (grid.num_prefix_tokens, 0))
+        if grid.has_position is not None:
+            cost = cost.masked_fill(~grid.has_position[:, None], 0.0)
+        cost, order = torch.broadcast_tensors(cost, grid.raster_order()[:, None])
+        total = _running_sum(cost.gather(-1, order), inclusive=inclusive)
+        return total.gather(-1, order.argsort(-1))
+    return F.pad(_running_sum(cost, inclusive=inclusive), (grid.num_prefix_tokens, 0))
 
 
-def _cumulative_in_order(cost: Tensor, positions: Positions, *, inclusive: bool) -> Tensor:
-    """The same along the raster scan of the tokens that lie somewhere, which may come in any order."""
-    if positions.has_position is not None:
-        cost = cost.masked_fill(~positions.has_position[:, None], 0.0)
-    order = positions.raster_order()[:, None]  # (B|1, 1, L)
-    batch_size = max(len(cost), len(order))
-    order, cost = order.expand(batch_size, cost.shape[1], -1), cost.expand(batch_size, -1, -1)
-    cost = cost.gather(-1, order)
-    if not inclusive:
-        cost = F.pad(cost[..., :-1], (1, 0))
-    return cost.cumsum(-1).gather(-1, order.argsort(-1))
+def _running_sum(cost: Tensor, *, inclusive: bool) -> Tensor:
+    return (cost if inclusive else F.pad(cost, (1, 0))[..., :-1]).cumsum(-1)

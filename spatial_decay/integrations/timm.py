@@ -138,7 +138,7 @@ class TimmBlock(SDTBlock):
         scale_mlp_norm: bool = False,
         proj_bias: bool = True,
         proj_drop: float = 0.0,
-        depth: int = 0,  # noqa: ARG002
+        depth: int = 0,  # noqa: ARG002  timm passes it
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,

@@ -211,11 +211,7 @@ class SpatialDecayAttention(nn.Module):
         qkv = rearrange(self.qkv(tokens), "b l (three n d) -> b l three n d", three=3, n=self.num_heads)
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         q, k = self.q_norm(q), self.k_norm(k)
-        features = _merge_heads(q) if self.decay.kind == "gaussian" else tokens
-        if isinstance(grid, Positions):
-            bias = self.decay.bias(features, positions=grid)
-        else:
-            bias = self.decay.bias(features, grid.size)
+        bias = self.decay.describe(_merge_heads(q) if self.decay.kind == "gaussian" else tokens, grid)
         return *self.rope(q, k, grid), v, bias
 
 

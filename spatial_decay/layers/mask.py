@@ -121,6 +121,14 @@ class SpatialDecayMask(nn.Module):
         tokens, grid = as_placed_tokens(
             x, positions, dim=self.dim, grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens
         )
+        return self.describe(tokens, grid)
+
+    def describe(self, tokens: Tensor, grid: Grid | Positions) -> Decay | None:
+        """As bias, of tokens (B, L, D) that have been checked and whose layout is known.
+
+        Raises:
+            ValueError: Positions with a kind that needs a whole grid.
+        """
         if isinstance(grid, Positions) and not _KINDS[self.kind].takes_positions:
             raise ValueError(
                 f"kind {self.kind!r} needs a whole grid: got Positions. Use another kind, for instance 'full'."

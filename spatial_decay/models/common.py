@@ -1,10 +1,22 @@
 """What the backbones share."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
+from spatial_decay.layers import AttentionOptions
 from spatial_decay.precision import check_like_weights
 
-__all__ = ["check_images", "checkpoint_block", "init_linear"]
+__all__ = ["check_images", "check_options", "checkpoint_block", "init_linear"]
+
+
+def check_options(model: str, options: Mapping[str, object], own: str = "") -> None:
+    """Raise TypeError where options are no keywords of SpatialDecayAttention; own: what else there is, in words."""
+    if unknown := set(options) - set(AttentionOptions.__annotations__):
+        raise TypeError(
+            f"{model} has no keyword {', '.join(sorted(unknown))}: {own}those for all blocks are "
+            f"{', '.join(AttentionOptions.__annotations__)}."
+        )
 
 
 def checkpoint_block(block: nn.Module, x: Tensor, *arguments: object) -> Tensor:

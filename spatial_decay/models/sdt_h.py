@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, SDTBlock
 from spatial_decay.models.backbone import Backbone, block_numbers
-from spatial_decay.models.common import check_images, checkpoint_block, init_linear
+from spatial_decay.models.common import check_images, check_options, checkpoint_block, init_linear
 
 __all__ = ["SDTH", "SDTHOptions", "sdt_h_base", "sdt_h_small", "sdt_h_tiny"]
 
@@ -96,11 +96,7 @@ class SDTH(Backbone):
             "init_values": init_values,
         }
         _check_stages(stages)
-        if unknown := set(options) - set(AttentionOptions.__annotations__):
-            raise TypeError(
-                f"SDTH has no keyword {', '.join(sorted(unknown))}: its own are the per-stage lists, and those for all "
-                f"blocks are {', '.join(AttentionOptions.__annotations__)}."
-            )
+        check_options("SDTH", options, "its own are the per-stage lists, and ")
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "in_chans": in_chans,
@@ -211,7 +207,7 @@ class SDTH(Backbone):
     def prune_intermediate_layers(
         self,
         indices: int | Sequence[int] | None = 1,
-        prune_norm: bool = False,  # noqa: ARG002
+        prune_norm: bool = False,  # noqa: ARG002  timm passes it
         prune_head: bool = True,
     ) -> list[int]:
         """Take off, for good, what the maps of forward_intermediates(indices=indices) do not need.

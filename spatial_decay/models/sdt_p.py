@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from spatial_decay.grid import Grid, GridSize
 from spatial_decay.layers import AttentionOptions, ConvMlp, SpatialDecayAttention
-from spatial_decay.models.common import check_images, checkpoint_block
+from spatial_decay.models.common import check_images, check_options, checkpoint_block
 
 __all__ = [
     "SDTP",
@@ -142,11 +142,7 @@ class SDTP(nn.Module):
             )
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must satisfy 0 <= class_dropout_prob < 1: got {class_dropout_prob}.")
-        if unknown := set(options) - set(AttentionOptions.__annotations__):
-            raise TypeError(
-                f"SDTP has no keyword {', '.join(sorted(unknown))}: those for all blocks are "
-                f"{', '.join(AttentionOptions.__annotations__)}."
-            )
+        check_options("SDTP", options)
         self.config: dict[str, Any] = {
             "input_size": input_size,
             "patch_size": patch_size,
@@ -306,7 +302,7 @@ class SDTP(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]  # a Conv2d built with one
         for module in (*self.t_embed, self.y_embed):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)

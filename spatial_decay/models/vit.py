@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from spatial_decay.grid import Grid, GridSize, tokens_to_map
 from spatial_decay.layers import AttentionOptions, PatchRepresentationRefinement, SDTBlock
 from spatial_decay.models.backbone import Backbone, block_numbers
-from spatial_decay.models.common import check_images, checkpoint_block, init_linear
+from spatial_decay.models.common import check_images, check_options, checkpoint_block, init_linear
 
 __all__ = ["ViT", "ViTOptions", "locatvit_base", "locatvit_small", "locatvit_tiny"]
 
@@ -105,11 +105,7 @@ class ViT(Backbone):
             raise ValueError(
                 f"img_size must be a multiple of patch_size: got img_size={img_size}, patch_size={patch_size}."
             )
-        if unknown := set(options) - set(AttentionOptions.__annotations__):
-            raise TypeError(
-                f"ViT has no keyword {', '.join(sorted(unknown))}: those for all blocks are "
-                f"{', '.join(AttentionOptions.__annotations__)}."
-            )
+        check_options("ViT", options)
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "in_chans": in_chans,
@@ -270,7 +266,7 @@ class ViT(Backbone):
             self.reset_classifier(0, "")
         return wanted
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002  timm passes it
         """Patterns of parameter names by depth, as timm's layer-wise learning rates read them.
 
         Args:

@@ -88,7 +88,7 @@ def _is_in_onnx_export() -> bool:
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler. Tracing through, torch takes
 # is_in_onnx_export() as False, and torch.onnx.export, which tries both ways, would never tell why the first one failed.
-_is_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function
 
 
 def checked_inputs(

@@ -11,10 +11,9 @@ from spatial_decay.layers import SpatialDecayMask
 from spatial_decay.layers.local_position import DepthwiseConv
 from spatial_decay.layers.output_gate import OutputGate
 from spatial_decay.ops import decay_attention
-from spatial_decay.positions import Positions
 from spatial_decay.swap.layout import TokenLayout, named
 
-__all__ = ["AddedDecay", "Decayed", "decayed_class", "original_class"]
+__all__ = ["AddedDecay", "Decayed", "added_decays", "decayed_class", "original_class"]
 
 
 class AddedDecay(nn.Module):
@@ -80,8 +79,7 @@ class AddedDecay(nn.Module):
             out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale)
         else:
             features = _merge_heads(query) if self.mask.kind == "gaussian" else tokens
-            where: dict[str, Any] = {"positions": grid} if isinstance(grid, Positions) else {"grid_size": grid.size}
-            bias = self.mask.bias(features, **where)
+            bias = self.mask.describe(features, grid)
             out = decay_attention(
                 query, key, value, bias, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale, backend=self.backend
             )
@@ -134,7 +132,7 @@ class _Mask:
         batch_size, num_tokens = self.tokens.shape[:2]
         return batch_size * self.added.mask.num_heads, 1, num_tokens
 
-    def view(self, *shape: int) -> "_Mask":  # noqa: ARG002
+    def view(self, *shape: int) -> "_Mask":  # noqa: ARG002  it has one shape
         return self
 
 
@@ -184,6 +182,11 @@ def decayed_class(cls: type[nn.Module]) -> type[nn.Module]:
         members = {"__module__": cls.__module__, "__doc__": cls.__doc__}
         _CLASSES[cls] = type(f"Decayed{cls.__name__}", (Decayed, cls), members)
     return _CLASSES[cls]
+
+
+def added_decays(model: nn.Module) -> dict[str, AddedDecay]:
+    """Of the modules that have one, by their names."""
+    return {name: module.spatial_decay for name, module in model.named_modules() if isinstance(module, Decayed)}
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

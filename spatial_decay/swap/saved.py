@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from spatial_decay.checkpoint import load_checkpoint
-from spatial_decay.swap.decayed import AddedDecay, Decayed
+from spatial_decay.swap.decayed import AddedDecay, added_decays
 from spatial_decay.swap.swap import put_back, swap_attention, take_out
 
 __all__ = ["load_swapped", "save_swapped"]
@@ -32,7 +32,7 @@ def save_swapped(model: Any, folder: str | os.PathLike[str]) -> None:
         ValueError: the model is not swapped, or has no save_pretrained.
         ImportError: without the safetensors package.
     """
-    added = _added(model)
+    added = added_decays(model)
     if not added or not hasattr(model, "save_pretrained"):
         raise ValueError(
             "the model must have been changed by swap_attention and have a save_pretrained: got "
@@ -69,12 +69,8 @@ def load_swapped(model_class: Any, folder: str | os.PathLike[str], **options: An
     _safetensors()
     model = model_class.from_pretrained(folder, **options)
     swap_attention(model, **json.loads(Path(folder, _OPTIONS).read_text()))
-    load_checkpoint(_container(_added(model)), Path(folder, _WEIGHTS))
+    load_checkpoint(_container(added_decays(model)), Path(folder, _WEIGHTS))
     return model
-
-
-def _added(model: nn.Module) -> dict[str, AddedDecay]:
-    return {name: module.spatial_decay for name, module in model.named_modules() if isinstance(module, Decayed)}
 
 
 def _container(added: dict[str, AddedDecay]) -> nn.Module:

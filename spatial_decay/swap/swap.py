@@ -11,7 +11,7 @@ from torch import nn
 from spatial_decay.grid import GridSize
 from spatial_decay.layers import SpatialDecayMask
 from spatial_decay.ops.choice import check_backend
-from spatial_decay.swap.decayed import AddedDecay, Decayed, decayed_class, original_class
+from spatial_decay.swap.decayed import AddedDecay, added_decays, decayed_class, original_class
 from spatial_decay.swap.hosts import Host, PatchEmbed, class_names, host_of, looks_like_attention, patch_embeds_of
 from spatial_decay.swap.layout import TokenLayout
 
@@ -97,7 +97,7 @@ def swap_attention(
     """
     check_backend(backend)
     _check_not_wrapped(model)
-    if any(isinstance(module, Decayed) for module in model.modules()):
+    if added_decays(model):
         raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")
     able, left = _sorted_out(model, patch_embed)
     chosen = _chosen(list(able), layers)
@@ -200,9 +200,9 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
 
 def take_out(model: nn.Module) -> dict[str, AddedDecay]:
     """The decays of a model, by the names of their modules, which have none then; its hooks stay."""
-    decayed: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Decayed)}
-    taken = {name: module.spatial_decay for name, module in decayed.items()}
-    for module in decayed.values():
+    taken = added_decays(model)
+    for name in taken:
+        module = model.get_submodule(name)
         del module.spatial_decay
         module.__class__ = original_class(module)
     return taken

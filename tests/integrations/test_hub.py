@@ -7,10 +7,6 @@ import pytest
 import torch
 
 import spatial_decay as sd
-
-pytest.importorskip("huggingface_hub")
-pytest.importorskip("safetensors")
-
 from spatial_decay.integrations import hub
 
 TWO_STAGES = {
