@@ -21,8 +21,8 @@ Inside, scores are Q K^T + M / scale: scale comes in once, within exp2. All sums
 too few bits for sums of hundreds of terms. Lanes past the end of a sequence are loaded as 0 and never stored; as keys
 they get the score -inf, as queries lse = +inf: in both cases P = 0.
 
-Prefix tokens have no position: M = 0 wherever they take part. On the side that is walked over they are small blocks of
-their own without decay; on the other they have programs of their own, in which all tokens' numbers are multiplied by 0.
+Prefix tokens have no position: M = 0 wherever they take part. On the side that is walked over they are a small block of
+their own without decay; on the other, all tokens' numbers are 0 to them (beside).
 
 Tensors are (B, O, N, L, d): O counts the rows or columns of a grid where these are the sequences, and is 1 otherwise.
 """
@@ -39,13 +39,13 @@ from spatial_decay.ops.triton_tiles import (
     PATH,
     add_decay,
     add_dot,
+    beside,
     block_of,
     dot_features,
     in_elements,
     load_features,
     load_key_bias,
     load_tokens,
-    num_blocks_of,
     offset,
     row_offset,
     scores_of,
@@ -60,8 +60,8 @@ __all__ = ["backward_columns", "backward_rows", "forward"]
 
 @triton.jit
 def _walk_keys(
-    state, q, query, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, start, stop, length, scale, factor,
-    KIND: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_K: tl.constexpr,
+    state, q, query, has_position, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, start, stop, length, scale,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The forward loop over the keys start .. stop - 1; state: out in two parts, total and peak."""
@@ -70,10 +70,12 @@ def _walk_keys(
     for first in range(start, stop, BLOCK_K):
         j = first + tl.arange(0, BLOCK_K)
         k, k2 = load_features(K, j, strides[0], stop, D, D1, D2, MASKED)
-        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, factor, KIND, MASKED)
+        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, 1 / scale, KIND, MASKED)
         key_bias = load_key_bias(KEY_BIAS, strides[3], j, stop, scale, HAS_KEY_BIAS, MASKED)
         products = dot_features(q[0], q[1], k, k2, D2, UPCAST)
-        scores = scores_of(products, query, key, key_bias, j, stop, KIND, HAS_KEY_BIAS, MASKED)
+        scores = scores_of(
+            products, query, has_position[:, None], key, key_bias, j, stop, KIND, NUM_PREFIX, HAS_KEY_BIAS, MASKED
+        )
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         p = tl.math.exp2(scores * to_log2 - (new_peak * to_log2)[:, None])
         shrink = tl.math.exp2((peak - new_peak) * to_log2)
@@ -93,25 +95,24 @@ def forward(
     key_bias_strides, num_outer, num_heads, length, scale,
     KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_EVEN: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    TAIL_BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """O and lse of BLOCK_Q queries of one head."""
     q_strides = in_elements(q_strides, UNIT)
     k_strides = in_elements(k_strides, UNIT)
     v_strides = in_elements(v_strides, UNIT)
     o_strides = in_elements(o_strides, UNIT)
-    num_blocks = num_blocks_of(length, NUM_PREFIX, BLOCK_Q)
+    num_blocks = tl.cdiv(length, BLOCK_Q)
     block, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
-    i, stop, has_position = block_of(block, length, NUM_PREFIX, BLOCK_Q)
+    i, has_position = block_of(block, NUM_PREFIX, BLOCK_Q)
     K += offset(k_strides, image, line, head)
     V += offset(v_strides, image, line, head)
     TOKENS += token_offset(token_strides, image * num_outer + line, head)
     KEY_BIAS += token_offset(key_bias_strides, image * num_outer + line, head)
     strides = (k_strides[3], v_strides[3], (token_strides[0], token_strides[3]), key_bias_strides[3])
-    factor = has_position / scale
 
-    q = load_features(Q + offset(q_strides, image, line, head), i, q_strides[3], stop, D, D1, D2, True)
-    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, factor, KIND, True)
+    q = load_features(Q + offset(q_strides, image, line, head), i, q_strides[3], length, D, D1, D2, True)
+    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, has_position / scale, KIND, True)
     zeros = tl.zeros([BLOCK_Q, D1], tl.float32)
     state = (
         zeros, tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else zeros,
@@ -119,18 +120,18 @@ def forward(
     )  # fmt: skip
     if NUM_PREFIX > 0:
         state = _walk_keys(
-            state, q, query, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, 0, NUM_PREFIX, length, scale, factor,
-            NONE, D, D1, D2, PREFIX_BLOCK, HAS_KEY_BIAS, True, UPCAST,
+            state, q, query, has_position, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, 0, NUM_PREFIX, length, scale,
+            NONE, NUM_PREFIX, D, D1, D2, PREFIX_BLOCK, HAS_KEY_BIAS, True, UPCAST,
         )  # fmt: skip
     whole = length - (length - NUM_PREFIX) % BLOCK_K
     state = _walk_keys(
-        state, q, query, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, NUM_PREFIX, whole, length, scale, factor,
-        KIND, D, D1, D2, BLOCK_K, HAS_KEY_BIAS, False, UPCAST,
+        state, q, query, has_position, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, NUM_PREFIX, whole, length, scale,
+        KIND, NUM_PREFIX, D, D1, D2, BLOCK_K, HAS_KEY_BIAS, False, UPCAST,
     )  # fmt: skip
-    if not IS_EVEN:
+    if TAIL_BLOCK > 0:
         state = _walk_keys(
-            state, q, query, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, whole, length, length, scale, factor,
-            KIND, D, D1, D2, BLOCK_K, HAS_KEY_BIAS, True, UPCAST,
+            state, q, query, has_position, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, whole, length, length, scale,
+            KIND, NUM_PREFIX, D, D1, D2, TAIL_BLOCK, HAS_KEY_BIAS, True, UPCAST,
         )  # fmt: skip
     out, out2, total, peak = state
     # A query that may attend to nothing: O = 0, and lse = +inf makes P = 0 in the backward pass.
@@ -139,14 +140,14 @@ def forward(
     inverse = tl.where(is_empty, 0.0, 1.0 / total)
     lse = tl.where(is_empty, float("inf"), peak * (scale * LOG2E) + tl.math.log2(total))
     O += offset(o_strides, image, line, head)
-    store_features(O, i, o_strides[3], stop, out * inverse[:, None], out2 * inverse[:, None], D, D1, D2)
-    tl.store(LSE + row_offset(image, line, head, num_outer, num_heads, length) + i, lse, mask=i < stop)
+    store_features(O, i, o_strides[3], length, out * inverse[:, None], out2 * inverse[:, None], D, D1, D2)
+    tl.store(LSE + row_offset(image, line, head, num_outer, num_heads, length) + i, lse, mask=i < length)
 
 
 @triton.jit
 def _walk_keys_back(
-    state, q, do, query, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, start, stop, length, scale, factor,
-    KIND: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_K: tl.constexpr,
+    state, q, do, query, has_position, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, start, stop, length, scale,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The loop of backward_rows over the keys; state: dQ / scale in two parts and the sums of the query's slopes."""
@@ -155,16 +156,19 @@ def _walk_keys_back(
         j = first + tl.arange(0, BLOCK_K)
         k, k2 = load_features(K, j, strides[0], stop, D, D1, D2, MASKED)
         v, v2 = load_features(V, j, strides[1], stop, D, D1, D2, MASKED)
-        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, factor, KIND, MASKED)
+        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, 1 / scale, KIND, MASKED)
         key_bias = load_key_bias(KEY_BIAS, strides[3], j, stop, scale, HAS_KEY_BIAS, MASKED)
         products = dot_features(q[0], q[1], k, k2, D2, UPCAST)
-        scores = scores_of(products, query, key, key_bias, j, stop, KIND, HAS_KEY_BIAS, MASKED)
+        scores = scores_of(
+            products, query, has_position[:, None], key, key_bias, j, stop, KIND, NUM_PREFIX, HAS_KEY_BIAS, MASKED
+        )
         p = tl.math.exp2(scores * (scale * LOG2E) - lse[:, None])
         dp = dot_features(do[0], do[1], v, v2, D2, UPCAST)
         ds = p * (dp - delta[:, None])
         if KIND != NONE:
             row0, row1, row2, _ = slopes(
-                ds, (query[0][:, None], query[1][:, None], query[2][:, None]), key[0][None, :],
+                ds, (query[0][:, None], query[1][:, None], query[2][:, None]),
+                beside(key[0][None, :], has_position[:, None], NUM_PREFIX),
                 query[3][:, None], query[4][:, None], key[3][None, :], key[4][None, :], KIND,
             )  # fmt: skip
             slope0 += tl.sum(row0, 1)
@@ -184,7 +188,7 @@ def backward_rows(
     do_strides, dq_strides, token_strides, key_bias_strides, num_outer, num_heads, length, scale,
     KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_EVEN: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    TAIL_BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """delta, dQ and the row sums of the tokens' gradient, of BLOCK_Q queries of one head."""
     q_strides = in_elements(q_strides, UNIT)
@@ -193,59 +197,58 @@ def backward_rows(
     o_strides = in_elements(o_strides, UNIT)
     do_strides = in_elements(do_strides, UNIT)
     dq_strides = in_elements(dq_strides, UNIT)
-    num_blocks = num_blocks_of(length, NUM_PREFIX, BLOCK_Q)
+    num_blocks = tl.cdiv(length, BLOCK_Q)
     block, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
-    i, stop, has_position = block_of(block, length, NUM_PREFIX, BLOCK_Q)
+    i, has_position = block_of(block, NUM_PREFIX, BLOCK_Q)
     K += offset(k_strides, image, line, head)
     V += offset(v_strides, image, line, head)
     TOKENS += token_offset(token_strides, image * num_outer + line, head)
     KEY_BIAS += token_offset(key_bias_strides, image * num_outer + line, head)
     strides = (k_strides[3], v_strides[3], (token_strides[0], token_strides[3]), key_bias_strides[3])
-    factor = has_position / scale
 
-    q = load_features(Q + offset(q_strides, image, line, head), i, q_strides[3], stop, D, D1, D2, True)
-    o = load_features(O + offset(o_strides, image, line, head), i, o_strides[3], stop, D, D1, D2, True)
-    do = load_features(DO + offset(do_strides, image, line, head), i, do_strides[3], stop, D, D1, D2, True)
+    q = load_features(Q + offset(q_strides, image, line, head), i, q_strides[3], length, D, D1, D2, True)
+    o = load_features(O + offset(o_strides, image, line, head), i, o_strides[3], length, D, D1, D2, True)
+    do = load_features(DO + offset(do_strides, image, line, head), i, do_strides[3], length, D, D1, D2, True)
     delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
     if D2 > 0:
         delta += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
     row = row_offset(image, line, head, num_outer, num_heads, length)
-    tl.store(DELTA + row + i, delta, mask=i < stop)
-    lse = tl.load(LSE + row + i, mask=i < stop, other=float("inf"))
-    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, factor, KIND, True)
+    tl.store(DELTA + row + i, delta, mask=i < length)
+    lse = tl.load(LSE + row + i, mask=i < length, other=float("inf"))
+    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, has_position / scale, KIND, True)
     zeros, none = tl.zeros([BLOCK_Q, D1], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     state = (zeros, tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else zeros, none, none, none)
     if NUM_PREFIX > 0:
         state = _walk_keys_back(
-            state, q, do, query, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, 0, NUM_PREFIX, length, scale,
-            factor, NONE, D, D1, D2, PREFIX_BLOCK, HAS_KEY_BIAS, True, UPCAST,
+            state, q, do, query, has_position, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, 0, NUM_PREFIX, length, scale,
+            NONE, NUM_PREFIX, D, D1, D2, PREFIX_BLOCK, HAS_KEY_BIAS, True, UPCAST,
         )  # fmt: skip
     whole = length - (length - NUM_PREFIX) % BLOCK_K
     state = _walk_keys_back(
-        state, q, do, query, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, NUM_PREFIX, whole, length, scale,
-        factor, KIND, D, D1, D2, BLOCK_K, HAS_KEY_BIAS, False, UPCAST,
+        state, q, do, query, has_position, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, NUM_PREFIX, whole, length, scale,
+        KIND, NUM_PREFIX, D, D1, D2, BLOCK_K, HAS_KEY_BIAS, False, UPCAST,
     )  # fmt: skip
-    if not IS_EVEN:
+    if TAIL_BLOCK > 0:
         state = _walk_keys_back(
-            state, q, do, query, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, whole, length, length, scale,
-            factor, KIND, D, D1, D2, BLOCK_K, HAS_KEY_BIAS, True, UPCAST,
+            state, q, do, query, has_position, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, whole, length, length, scale,
+            KIND, NUM_PREFIX, D, D1, D2, TAIL_BLOCK, HAS_KEY_BIAS, True, UPCAST,
         )  # fmt: skip
     dq, dq2, slope0, slope1, slope2 = state
     DQ += offset(dq_strides, image, line, head)
-    store_features(DQ, i, dq_strides[3], stop, dq * scale, dq2 * scale, D, D1, D2)
+    store_features(DQ, i, dq_strides[3], length, dq * scale, dq2 * scale, D, D1, D2)
     if KIND != NONE:
-        tl.store(DTOKENS + row + i, slope0 * has_position, mask=i < stop)
+        tl.store(DTOKENS + row + i, slope0 * has_position, mask=i < length)
     if KIND == GAUSSIAN:
         amplitude = query[0] * scale  # 0 for prefix tokens
         size = tl.num_programs(0).to(tl.int64) // num_blocks * length  # of each number's gradient, S * N * L
-        tl.store(DTOKENS + size + row + i, -amplitude * slope1, mask=i < stop)
-        tl.store(DTOKENS + 2 * size + row + i, -amplitude * slope2, mask=i < stop)
+        tl.store(DTOKENS + size + row + i, -amplitude * slope1, mask=i < length)
+        tl.store(DTOKENS + 2 * size + row + i, -amplitude * slope2, mask=i < length)
 
 
 @triton.jit
 def _walk_queries(
-    state, k, v, key, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, start, stop, length, scale, factor,
-    KIND: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr,
+    state, k, v, key, has_position, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, start, stop, length, scale,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The loop of backward_columns over the queries, tiles lying (BLOCK_K, BLOCK_Q).
@@ -257,14 +260,14 @@ def _walk_queries(
         i = first + tl.arange(0, BLOCK_Q)
         q, q2 = load_features(Q, i, strides[0], stop, D, D1, D2, MASKED)
         do, do2 = load_features(DO, i, strides[1], stop, D, D1, D2, MASKED)
-        query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, factor, KIND, MASKED)
+        query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, 1 / scale, KIND, MASKED)
         if MASKED:
             lse = tl.load(LSE + i, mask=i < stop, other=float("inf"))
             delta = tl.load(DELTA + i, mask=i < stop, other=0.0)
         else:
             lse = tl.load(LSE + i)
             delta = tl.load(DELTA + i)
-        q_token = (query[0][None, :], query[1][None, :], query[2][None, :])
+        q_token = (beside(query[0][None, :], has_position[:, None], NUM_PREFIX), query[1][None, :], query[2][None, :])
         q_h, q_w, k_h, k_w = query[3][None, :], query[4][None, :], key[3][:, None], key[4][:, None]
         scores = add_decay(
             dot_features(k[0], k[1], q, q2, D2, UPCAST), q_token, key[0][:, None], q_h, q_w, k_h, k_w, KIND
@@ -291,7 +294,7 @@ def backward_columns(
     dk_strides, dv_strides, token_strides, key_bias_strides, num_outer, num_heads, length, scale,
     KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_EVEN: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    TAIL_BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dK, dV and the column sums of the tokens' gradient, of BLOCK_K keys of one head; after backward_rows."""
     q_strides = in_elements(q_strides, UNIT)
@@ -300,9 +303,9 @@ def backward_columns(
     do_strides = in_elements(do_strides, UNIT)
     dk_strides = in_elements(dk_strides, UNIT)
     dv_strides = in_elements(dv_strides, UNIT)
-    num_blocks = num_blocks_of(length, NUM_PREFIX, BLOCK_K)
+    num_blocks = tl.cdiv(length, BLOCK_K)
     block, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
-    j, stop, has_position = block_of(block, length, NUM_PREFIX, BLOCK_K)
+    j, has_position = block_of(block, NUM_PREFIX, BLOCK_K)
     row = row_offset(image, line, head, num_outer, num_heads, length)
     Q += offset(q_strides, image, line, head)
     DO += offset(do_strides, image, line, head)
@@ -311,35 +314,34 @@ def backward_columns(
     LSE += row
     DELTA += row
     strides = (q_strides[3], do_strides[3], (token_strides[0], token_strides[3]))
-    factor = has_position / scale
 
-    k = load_features(K + offset(k_strides, image, line, head), j, k_strides[3], stop, D, D1, D2, True)
-    v = load_features(V + offset(v_strides, image, line, head), j, v_strides[3], stop, D, D1, D2, True)
-    key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, factor, KIND, True)
-    key_bias = load_key_bias(KEY_BIAS, key_bias_strides[3], j, stop, scale, HAS_KEY_BIAS, True)
+    k = load_features(K + offset(k_strides, image, line, head), j, k_strides[3], length, D, D1, D2, True)
+    v = load_features(V + offset(v_strides, image, line, head), j, v_strides[3], length, D, D1, D2, True)
+    key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, has_position / scale, KIND, True)
+    key_bias = load_key_bias(KEY_BIAS, key_bias_strides[3], j, length, scale, HAS_KEY_BIAS, True)
     zeros = tl.zeros([BLOCK_K, D1], tl.float32)
     zeros2 = tl.zeros([BLOCK_K, D2], tl.float32) if D2 > 0 else zeros
     state = (zeros, zeros2, zeros, zeros2, tl.zeros([BLOCK_K], tl.float32))
     if NUM_PREFIX > 0:
         state = _walk_queries(
-            state, k, v, key, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, 0, NUM_PREFIX, length, scale,
-            factor, NONE, D, D1, D2, PREFIX_BLOCK, HAS_KEY_BIAS, True, UPCAST,
+            state, k, v, key, has_position, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, 0, NUM_PREFIX, length, scale,
+            NONE, NUM_PREFIX, D, D1, D2, PREFIX_BLOCK, HAS_KEY_BIAS, True, UPCAST,
         )  # fmt: skip
     whole = length - (length - NUM_PREFIX) % BLOCK_Q
     state = _walk_queries(
-        state, k, v, key, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, NUM_PREFIX, whole, length, scale,
-        factor, KIND, D, D1, D2, BLOCK_Q, HAS_KEY_BIAS, False, UPCAST,
+        state, k, v, key, has_position, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, NUM_PREFIX, whole, length, scale,
+        KIND, NUM_PREFIX, D, D1, D2, BLOCK_Q, HAS_KEY_BIAS, False, UPCAST,
     )  # fmt: skip
-    if not IS_EVEN:
+    if TAIL_BLOCK > 0:
         state = _walk_queries(
-            state, k, v, key, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, whole, length, length, scale,
-            factor, KIND, D, D1, D2, BLOCK_Q, HAS_KEY_BIAS, True, UPCAST,
+            state, k, v, key, has_position, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, whole, length, length, scale,
+            KIND, NUM_PREFIX, D, D1, D2, TAIL_BLOCK, HAS_KEY_BIAS, True, UPCAST,
         )  # fmt: skip
     dk, dk2, dv, dv2, slope = state
     DK += offset(dk_strides, image, line, head)
     DV += offset(dv_strides, image, line, head)
-    store_features(DK, j, dk_strides[3], stop, dk * scale, dk2 * scale, D, D1, D2)
-    store_features(DV, j, dv_strides[3], stop, dv, dv2, D, D1, D2)
+    store_features(DK, j, dk_strides[3], length, dk * scale, dk2 * scale, D, D1, D2)
+    store_features(DV, j, dv_strides[3], length, dv, dv2, D, D1, D2)
     if KIND == MANHATTAN or KIND == PATH:
-        rows = tl.load(DTOKENS + row + j, mask=j < stop, other=0.0)
-        tl.store(DTOKENS + row + j, rows + slope * has_position, mask=j < stop)
+        rows = tl.load(DTOKENS + row + j, mask=j < length, other=0.0)
+        tl.store(DTOKENS + row + j, rows + slope * has_position, mask=j < length)

@@ -338,18 +338,18 @@ class _Call:
         return *strides, *self.others
 
     def num_programs(self, block: int) -> tuple[int]:
-        """One for each block of each sequence; prefix tokens have blocks of their own."""
-        num_blocks = -(-self.num_prefix // block) + -(-(self.length - self.num_prefix) // block)
-        return (self.num_sequences * num_blocks,)
+        """One for each block of each sequence."""
+        return (self.num_sequences * -(-self.length // block),)
 
     def options(self, tiles: _Tiles, step: int) -> dict[str, Any]:
-        """For the kernels that walk over a long sequence in steps of so many tokens."""
+        """For the kernels that walk over a long sequence in steps of so many tokens; the last one is as small as can be."""
+        rest = (self.length - self.num_prefix) % step
         return self.constants | {
             "NUM_PREFIX": self.num_prefix,
             "PREFIX_BLOCK": min(64, max(16, _power_of_two(self.num_prefix))),
             "BLOCK_Q": tiles.queries,
             "BLOCK_K": tiles.keys,
-            "IS_EVEN": (self.length - self.num_prefix) % step == 0,
+            "TAIL_BLOCK": 0 if rest == 0 else max(16, _power_of_two(rest)),
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
         }

@@ -40,7 +40,7 @@ def _softmax(
     tokens = load_tokens(TOKENS, token_strides, POSITIONS, index, length, 1 / scale, KIND, True)
     key_bias = load_key_bias(KEY_BIAS, key_bias_stride, index, length, scale, HAS_KEY_BIAS, True)
     products = dot_features(q[0], q[1], k[0], k[1], D2, UPCAST)
-    scores = scores_of(products, tokens, tokens, key_bias, index, length, KIND, HAS_KEY_BIAS, True)
+    scores = scores_of(products, tokens, 1.0, tokens, key_bias, index, length, KIND, 0, HAS_KEY_BIAS, True)
     peak = tl.maximum(tl.max(scores, 1), LOWEST)
     p = tl.math.exp2(scores * (scale * LOG2E) - (peak * (scale * LOG2E))[:, None])
     total = tl.sum(p, 1)

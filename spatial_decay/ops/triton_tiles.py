@@ -163,32 +163,33 @@ def sequence_of(program, num_blocks, num_heads, num_outer):
 
 
 @triton.jit
-def num_blocks_of(length, NUM_PREFIX: tl.constexpr, BLOCK: tl.constexpr):
-    """The blocks of a sequence; those of the prefix tokens come first."""
-    return tl.cdiv(NUM_PREFIX, BLOCK) + tl.cdiv(length - NUM_PREFIX, BLOCK)
+def block_of(block, NUM_PREFIX: tl.constexpr, BLOCK: tl.constexpr):
+    """The tokens of a block, and whether they have a position: 1.0, or 0.0 for prefix tokens."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    return index, tl.where(index < NUM_PREFIX, 0.0, 1.0)
 
 
 @triton.jit
-def block_of(block, length, NUM_PREFIX: tl.constexpr, BLOCK: tl.constexpr):
-    """The tokens of a block, where they end, and whether they have a position: 1.0, or 0.0 for prefix tokens."""
+def beside(number, has_position, NUM_PREFIX: tl.constexpr):
+    """A number that broadcasts along one side of a tile, 0 where the other side's token has no position.
+
+    A sum of it and another number takes no instruction more: a product and a sum are one.
+    """
     if NUM_PREFIX > 0:
-        num_prefix_blocks = tl.cdiv(NUM_PREFIX, BLOCK)
-        is_patch = block >= num_prefix_blocks
-        first = tl.where(is_patch, NUM_PREFIX + (block - num_prefix_blocks) * BLOCK, block * BLOCK)
-        stop = tl.where(is_patch, length, NUM_PREFIX)
-        return first + tl.arange(0, BLOCK), stop, is_patch.to(tl.float32)
+        return number * has_position
     else:
-        return block * BLOCK + tl.arange(0, BLOCK), length, 1.0
+        return number
 
 
 @triton.jit
 def scores_of(
-    products, query, key, key_bias, j, stop,
-    KIND: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, MASKED: tl.constexpr,
+    products, query, has_position, key, key_bias, j, stop,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Products (BLOCK_Q, BLOCK_K) of queries and keys -> scores / scale: with decay and key mask, -inf past stop."""
     scores = add_decay(
-        products, (query[0][:, None], query[1][:, None], query[2][:, None]), key[0][None, :],
+        products, (query[0][:, None], query[1][:, None], query[2][:, None]),
+        beside(key[0][None, :], has_position, NUM_PREFIX),
         query[3][:, None], query[4][:, None], key[3][None, :], key[4][None, :], KIND,
     )  # fmt: skip
     if HAS_KEY_BIAS:
