@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from spatial_decay.ops import flex, math, sdpa, tiled, triton_op
+from spatial_decay.ops import flex, math, sdpa, tiled, triton_autotune, triton_op
 from spatial_decay.ops.inputs import Inputs
 
 __all__ = ["BACKENDS", "Backend", "check_backend", "choose", "explain"]
@@ -23,7 +23,14 @@ class Backend(Protocol):
         """softmax(scale * Q K^T + M) V in the dtype of v, as q is or as `Inputs.sequences` are, (S, N, L, d)."""
 
 
-BACKENDS: dict[str, Backend] = {"triton": triton_op, "tiled": tiled, "sdpa": sdpa, "math": math, "flex": flex}
+BACKENDS: dict[str, Backend] = {
+    "triton": triton_op,
+    "tiled": tiled,
+    "sdpa": sdpa,
+    "math": math,
+    "flex": flex,
+    "triton_autotune": triton_autotune,
+}
 """In order of preference: "auto" takes the first that can run the inputs and has nothing to avoid. `math` runs
 everything and avoids nothing, so what stands behind it is taken by name only."""
 

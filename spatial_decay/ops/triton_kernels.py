@@ -60,11 +60,13 @@ __all__ = ["backward_columns", "backward_rows", "forward"]
 
 @triton.jit
 def _walk_keys(
-    state, q, query, has_position, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, start, stop, length, scale,
-    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_KEY_BIAS: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    state, block, memory, start, stop,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The forward loop over the keys start .. stop - 1; state: out in two parts, total and peak."""
+    q, query, has_position = block
+    K, V, TOKENS, KEY_BIAS, POSITIONS, strides, length, scale = memory
     out, out2, total, peak = state
     to_log2 = scale * LOG2E
     for first in range(start, stop, BLOCK_K):
@@ -103,8 +105,8 @@ def forward(
     v_strides = in_elements(v_strides, UNIT)
     o_strides = in_elements(o_strides, UNIT)
     num_blocks = tl.cdiv(length, BLOCK_Q)
-    block, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
-    i, has_position = block_of(block, NUM_PREFIX, BLOCK_Q)
+    index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
+    i, has_position = block_of(index, NUM_PREFIX, BLOCK_Q)
     K += offset(k_strides, image, line, head)
     V += offset(v_strides, image, line, head)
     TOKENS += token_offset(token_strides, image * num_outer + line, head)
@@ -118,21 +120,20 @@ def forward(
         zeros, tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else zeros,
         tl.zeros([BLOCK_Q], tl.float32), tl.full([BLOCK_Q], LOWEST, tl.float32),
     )  # fmt: skip
+    block = (q, query, has_position)
+    memory = (K, V, TOKENS, KEY_BIAS, POSITIONS, strides, length, scale)
     if NUM_PREFIX > 0:
         state = _walk_keys(
-            state, q, query, has_position, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, 0, NUM_PREFIX, length, scale,
-            NONE, NUM_PREFIX, D, D1, D2, PREFIX_BLOCK, HAS_KEY_BIAS, True, UPCAST,
-        )  # fmt: skip
+            state, block, memory, 0, NUM_PREFIX, NONE, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, PREFIX_BLOCK, True, UPCAST
+        )
     whole = length - (length - NUM_PREFIX) % BLOCK_K
     state = _walk_keys(
-        state, q, query, has_position, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, NUM_PREFIX, whole, length, scale,
-        KIND, NUM_PREFIX, D, D1, D2, BLOCK_K, HAS_KEY_BIAS, False, UPCAST,
-    )  # fmt: skip
+        state, block, memory, NUM_PREFIX, whole, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, BLOCK_K, False, UPCAST
+    )
     if TAIL_BLOCK > 0:
         state = _walk_keys(
-            state, q, query, has_position, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, whole, length, length, scale,
-            KIND, NUM_PREFIX, D, D1, D2, TAIL_BLOCK, HAS_KEY_BIAS, True, UPCAST,
-        )  # fmt: skip
+            state, block, memory, whole, length, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, TAIL_BLOCK, True, UPCAST
+        )
     out, out2, total, peak = state
     # A query that may attend to nothing: O = 0, and lse = +inf makes P = 0 in the backward pass.
     is_empty = total == 0.0
@@ -146,11 +147,13 @@ def forward(
 
 @triton.jit
 def _walk_keys_back(
-    state, q, do, query, has_position, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, start, stop, length, scale,
-    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_KEY_BIAS: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    state, block, memory, start, stop,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The loop of backward_rows over the keys; state: dQ / scale in two parts and the sums of the query's slopes."""
+    q, do, query, has_position, lse, delta = block
+    K, V, TOKENS, KEY_BIAS, POSITIONS, strides, length, scale = memory
     dq, dq2, slope0, slope1, slope2 = state
     for first in range(start, stop, BLOCK_K):
         j = first + tl.arange(0, BLOCK_K)
@@ -198,8 +201,8 @@ def backward_rows(
     do_strides = in_elements(do_strides, UNIT)
     dq_strides = in_elements(dq_strides, UNIT)
     num_blocks = tl.cdiv(length, BLOCK_Q)
-    block, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
-    i, has_position = block_of(block, NUM_PREFIX, BLOCK_Q)
+    index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
+    i, has_position = block_of(index, NUM_PREFIX, BLOCK_Q)
     K += offset(k_strides, image, line, head)
     V += offset(v_strides, image, line, head)
     TOKENS += token_offset(token_strides, image * num_outer + line, head)
@@ -218,21 +221,20 @@ def backward_rows(
     query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, has_position / scale, KIND, True)
     zeros, none = tl.zeros([BLOCK_Q, D1], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     state = (zeros, tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else zeros, none, none, none)
+    block = (q, do, query, has_position, lse, delta)
+    memory = (K, V, TOKENS, KEY_BIAS, POSITIONS, strides, length, scale)
     if NUM_PREFIX > 0:
         state = _walk_keys_back(
-            state, q, do, query, has_position, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, 0, NUM_PREFIX, length, scale,
-            NONE, NUM_PREFIX, D, D1, D2, PREFIX_BLOCK, HAS_KEY_BIAS, True, UPCAST,
-        )  # fmt: skip
+            state, block, memory, 0, NUM_PREFIX, NONE, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, PREFIX_BLOCK, True, UPCAST
+        )
     whole = length - (length - NUM_PREFIX) % BLOCK_K
     state = _walk_keys_back(
-        state, q, do, query, has_position, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, NUM_PREFIX, whole, length, scale,
-        KIND, NUM_PREFIX, D, D1, D2, BLOCK_K, HAS_KEY_BIAS, False, UPCAST,
-    )  # fmt: skip
+        state, block, memory, NUM_PREFIX, whole, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, BLOCK_K, False, UPCAST
+    )
     if TAIL_BLOCK > 0:
         state = _walk_keys_back(
-            state, q, do, query, has_position, lse, delta, K, V, TOKENS, KEY_BIAS, POSITIONS, strides, whole, length, length, scale,
-            KIND, NUM_PREFIX, D, D1, D2, TAIL_BLOCK, HAS_KEY_BIAS, True, UPCAST,
-        )  # fmt: skip
+            state, block, memory, whole, length, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, TAIL_BLOCK, True, UPCAST
+        )
     dq, dq2, slope0, slope1, slope2 = state
     DQ += offset(dq_strides, image, line, head)
     store_features(DQ, i, dq_strides[3], length, dq * scale, dq2 * scale, D, D1, D2)
@@ -247,14 +249,16 @@ def backward_rows(
 
 @triton.jit
 def _walk_queries(
-    state, k, v, key, has_position, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, start, stop, length, scale,
-    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr,
-    HAS_KEY_BIAS: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    state, block, memory, start, stop,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The loop of backward_columns over the queries, tiles lying (BLOCK_K, BLOCK_Q).
 
     state: dK / scale and dV in two parts each, and the sums of the key's slopes.
     """
+    k, v, key, has_position, key_bias = block
+    Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, length, scale = memory
     dk, dk2, dv, dv2, slope = state
     for first in range(start, stop, BLOCK_Q):
         i = first + tl.arange(0, BLOCK_Q)
@@ -304,8 +308,8 @@ def backward_columns(
     dk_strides = in_elements(dk_strides, UNIT)
     dv_strides = in_elements(dv_strides, UNIT)
     num_blocks = tl.cdiv(length, BLOCK_K)
-    block, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
-    j, has_position = block_of(block, NUM_PREFIX, BLOCK_K)
+    index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
+    j, has_position = block_of(index, NUM_PREFIX, BLOCK_K)
     row = row_offset(image, line, head, num_outer, num_heads, length)
     Q += offset(q_strides, image, line, head)
     DO += offset(do_strides, image, line, head)
@@ -322,21 +326,20 @@ def backward_columns(
     zeros = tl.zeros([BLOCK_K, D1], tl.float32)
     zeros2 = tl.zeros([BLOCK_K, D2], tl.float32) if D2 > 0 else zeros
     state = (zeros, zeros2, zeros, zeros2, tl.zeros([BLOCK_K], tl.float32))
+    block = (k, v, key, has_position, key_bias)
+    memory = (Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, length, scale)
     if NUM_PREFIX > 0:
         state = _walk_queries(
-            state, k, v, key, has_position, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, 0, NUM_PREFIX, length, scale,
-            NONE, NUM_PREFIX, D, D1, D2, PREFIX_BLOCK, HAS_KEY_BIAS, True, UPCAST,
-        )  # fmt: skip
+            state, block, memory, 0, NUM_PREFIX, NONE, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, PREFIX_BLOCK, True, UPCAST
+        )
     whole = length - (length - NUM_PREFIX) % BLOCK_Q
     state = _walk_queries(
-        state, k, v, key, has_position, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, NUM_PREFIX, whole, length, scale,
-        KIND, NUM_PREFIX, D, D1, D2, BLOCK_Q, HAS_KEY_BIAS, False, UPCAST,
-    )  # fmt: skip
+        state, block, memory, NUM_PREFIX, whole, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, BLOCK_Q, False, UPCAST
+    )
     if TAIL_BLOCK > 0:
         state = _walk_queries(
-            state, k, v, key, has_position, key_bias, Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, whole, length, length, scale,
-            KIND, NUM_PREFIX, D, D1, D2, TAIL_BLOCK, HAS_KEY_BIAS, True, UPCAST,
-        )  # fmt: skip
+            state, block, memory, whole, length, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, TAIL_BLOCK, True, UPCAST
+        )
     dk, dk2, dv, dv2, slope = state
     DK += offset(dk_strides, image, line, head)
     DV += offset(dv_strides, image, line, head)

@@ -225,7 +225,7 @@ def test_the_typed_options_are_the_keywords():
         ({"num_heads": 16, "rope": "flat"}, ValueError, "rope='flat' needs head_dim to be a multiple of 2"),
         ({"decay": "gauss"}, ValueError, "one of full, fixed, .*: got 'gauss'"),
         ({"decay": "decomposed", "num_prefix_tokens": 1}, ValueError, "needs num_prefix_tokens = 0"),
-        ({"backend": "flash"}, ValueError, "one of triton, tiled, sdpa, math, flex: got 'flash'"),
+        ({"backend": "flash"}, ValueError, "one of triton, tiled, sdpa, math, flex, triton_autotune: got 'flash'"),
         ({"alpha": 0}, ValueError, "alpha must be finite and > 0: got 0"),
         ({"lpe_kernel_size": 4}, ValueError, "must be odd and >= 1: got 4"),
         ({"gate_rank": -1}, ValueError, "gate_rank must be >= 0 .*: got -1"),

@@ -49,7 +49,8 @@ def test_the_choice_is_explained():
         "  triton cannot: q is on cpu (needs cuda); dropout_p=0.1 (needs 0)\n"
         "  tiled cannot: dropout_p=0.1 (needs 0)\n"
         "  sdpa could: 0.46 million scores are faster written out (math), up to 0.52 million\n"
-        "  flex cannot: dropout_p=0.1 (needs 0)"
+        "  flex cannot: dropout_p=0.1 (needs 0)\n"
+        "  triton_autotune cannot: q is on cpu (needs cuda); dropout_p=0.1 (needs 0)"
     )
     q = q.expand(2, -1, -1, -1)  # 0.91 million
     assert explain_backend(q, q, q, bias).splitlines()[:2] == ["tiled", "  triton cannot: q is on cpu (needs cuda)"]

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from spatial_decay import SpatialDecayAttention, explain_backend
 from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay
 from spatial_decay.grid import Grid
-from spatial_decay.ops import choice, decay_attention, triton_op
+from spatial_decay.ops import choice, decay_attention, triton_call, triton_op, triton_schedule
 from spatial_decay.ops.inputs import checked_inputs
+from spatial_decay.ops.triton_schedule import Schedule
 from tests.cases import AXIAL, PAIRWISE, case_id, make_gates
 
 pytestmark = pytest.mark.skipif(
@@ -58,8 +59,8 @@ def make(case, grid, *, head_dim=16, batch_size=1, num_heads=2, dtype=torch.floa
 
 
 def run(q, k, v, grad, bias, backend="triton", **options):
-    """Output, and the gradients of q, k, v and of the numbers of the tokens; anything but triton in float64."""
-    dtype = torch.float64 if backend != "triton" else None
+    """Output, and the gradients of q, k, v and of the numbers of the tokens; math in float64."""
+    dtype = torch.float64 if backend == "math" else None
     q, k, v = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, v))
     if "attn_mask" in options and dtype is not None and options["attn_mask"].is_floating_point():
         options["attn_mask"] = options["attn_mask"].to(dtype)
@@ -80,8 +81,9 @@ def with_leaves(bias, dtype):
     return dataclasses.replace(bias, **leaves), list(leaves.values())
 
 
-def check(inputs, dtype=torch.float32, **options):
-    for got, expected in zip(run(*inputs, **options), run(*inputs, backend="math", **options), strict=True):
+def check(inputs, dtype=torch.float32, backend="triton", **options):
+    found, wanted = run(*inputs, backend=backend, **options), run(*inputs, backend="math", **options)
+    for got, expected in zip(found, wanted, strict=True):
         assert got.isfinite().all()
         assert error(got, expected) < TOLERANCE[dtype]
 
@@ -110,7 +112,7 @@ def test_head_dims(head_dim):
 @pytest.mark.parametrize("case", AXIAL, ids=case_id)
 def test_rows_and_columns(monkeypatch, case, size, longest_short):
     """Both axes by the kernels for short sequences, one, or none."""
-    monkeypatch.setattr(triton_op, "_longest_short", lambda head_dim: longest_short)
+    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda length, work: int(length <= longest_short))
     check(make(case, Grid(*size), batch_size=2))
 
 
@@ -163,12 +165,53 @@ def test_without_decay():
     check((q[:, :, :20], k[:, :, :20], v[:, :, :20], grad[:, :, :20], None), scale=0.7)
 
 
-def test_short_and_long_kernels_agree(monkeypatch):
-    inputs = make(PATH, Grid(5, 6))
+@pytest.mark.parametrize("size", [(5, 6), (9, 11)], ids=case_id)
+def test_short_and_long_kernels_agree(monkeypatch, size):
+    inputs = make(PATH, Grid(*size))
+    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda length, work: 8)
     short = run(*inputs)
-    monkeypatch.setattr(triton_op, "_longest_short", lambda head_dim: 0)
+    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda length, work: 0)
     for a, b in zip(short, run(*inputs), strict=True):
         assert error(a, b.double()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("tile", [(64, 64), (128, 32), (16, 128)], ids=case_id)
+@pytest.mark.parametrize("case", [FULL, GAUSSIAN], ids=case_id)
+def test_any_tiles_give_the_same(monkeypatch, case, tile):
+    monkeypatch.setattr(triton_schedule, "from_table", lambda step, work: Schedule(*tile, 4, 2))
+    check(make(case, Grid(9, 15, 1), num_heads=1))
+
+
+@pytest.mark.parametrize("case", [FULL, AXIAL[0]], ids=case_id)
+def test_autotuned_takes_the_fastest_tiles(monkeypatch, case):
+    monkeypatch.setattr(triton_schedule, "_FASTEST", {})
+    if not case.is_axial:  # few, because the interpreter is slow
+        few = [Schedule(32, 32, 4, 2), Schedule(16, 64, 4, 2)]
+        monkeypatch.setattr(triton_schedule, "candidates", lambda step, first: few)
+    inputs = make(case, Grid(2, 3) if case.is_axial else Grid(9, 8))
+    check(inputs, backend="triton_autotune")
+    timed = dict(triton_schedule._FASTEST)
+    steps = {"short forward", "short backward"} if case.is_axial else {"forward", "rows", "columns"}
+    assert {key[0] for key in timed} == steps
+    run(*inputs, backend="triton_autotune")
+    assert timed == triton_schedule._FASTEST
+
+
+def test_the_fastest_that_fits_is_kept(monkeypatch):
+    monkeypatch.setattr(triton_schedule, "_FASTEST", {})
+    first = Schedule(128, 64, 8, 2)
+    choices = triton_schedule.candidates("rows", first)
+    assert choices[0] == first
+    assert len(set(choices)) == len(choices) > 5
+    times = {choices[0]: 3.0, choices[1]: None, choices[2]: 1.0}
+    assert triton_schedule.fastest("a key", choices, lambda choice: times.get(choice, 2.0)) == choices[2]
+    assert triton_schedule.fastest("a key", choices, lambda choice: pytest.fail("was timed before")) == choices[2]
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured. Call it once before"):
+        triton_call._seconds(pytest.fail, Schedule(64, 64, 4, 2), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("grid", [Grid(9, 8, 1), Grid(4, 5)], ids=["long", "short"])
@@ -182,7 +225,7 @@ def arguments(length, kind="path"):
     """Of the operators."""
     q, k, v = (torch.randn(1, 2, 1, length, 8, device=DEVICE, requires_grad=True) for _ in range(3))
     tokens = torch.rand(1, 2, 1, length, device=DEVICE).cumsum(-1).requires_grad_()
-    return q, k, v, tokens, torch.randn(2, 1, 1, length, device=DEVICE), [1, length, 0], kind, 0.5
+    return q, k, v, tokens, torch.randn(2, 1, 1, length, device=DEVICE), [1, length, 0], kind, 0.5, False
 
 
 def test_the_operators_are_well_made():
@@ -303,7 +346,7 @@ def test_auto_does_not_take_the_interpreter():
 
 
 def test_the_machine_code_has_not_become_worse():
-    """For GPUs that are not there: tensor cores, nothing spilled, no more instructions a score than in the table."""
+    """For GPUs that are not there: tensor cores, hardly a register spilled, no more instructions than in the table."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ops.triton_instructions"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -315,7 +358,7 @@ def test_the_machine_code_has_not_become_worse():
         costs, kept = now.pop("instructions_per_score"), before.pop("instructions_per_score")
         assert now == before
         assert now["tensor_cores"]
-        assert now["spills"] == 0
+        assert now["percent_spills"] <= 4
         assert costs <= kept, now
 
 

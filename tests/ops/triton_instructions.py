@@ -13,6 +13,8 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -20,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from spatial_decay.ops import triton_op
+from spatial_decay.ops import triton_call, triton_op
 
 TABLE = Path(__file__).with_suffix(".json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -43,34 +45,49 @@ class NoDriver:
         return 0
 
 
-def compiled(capability, kind, head_dim, dtype, *, length=256, line=0):
-    """(name, kernel, constants) of all kernels of a forward and a backward pass; line: of short sequences so long."""
+class Shape(NamedTuple):
+    """What a forward and a backward pass are compiled for."""
+
+    capability: int
+    kind: str
+    head_dim: int
+    num_patches: int = 256  # 16 rows, or 14
+    num_prefix: int = 0
+    has_key_mask: bool = False
+    is_line: bool = False  # one of many rows of a grid, so long
+
+
+def compiled(shape, dtype=torch.bfloat16):
+    """(name, kernel, constants) of all kernels of a forward and a backward pass."""
     found = []
 
     def compile_only(self, grid):
         def call(*args, **kwargs):
             kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
-            found.append((f"{'short ' if line else ''}{self.__name__.replace('_', ' ')}", kernel, kwargs))
+            found.append((f"{'short ' if shape.is_line else ''}{self.__name__.replace('_', ' ')}", kernel, kwargs))
 
         return call
 
-    length = line or length
+    length = shape.num_patches + shape.num_prefix
+    num_lines, height = (shape.num_patches, 1) if shape.is_line else (1, 14 if shape.num_patches == 196 else 16)
     q, k, v, grad = (
-        torch.empty(2, length if line else 1, length, 4, head_dim, dtype=dtype).transpose(2, 3) for _ in range(4)
+        torch.empty(2, num_lines, length, 4, shape.head_dim, dtype=dtype).transpose(2, 3) for _ in range(4)
     )
-    tokens = torch.zeros(max(KINDS[kind], 1), q.shape[0] * q.shape[1], 4, length)
-    arguments = (q, k, v, tokens, None, [1 if line else 16, length if line else length // 16, 0], kind, 0.125)
-    driver.set_active(NoDriver(capability))
-    original, KernelInterface.__getitem__ = KernelInterface.__getitem__, compile_only
-    try:
-        if line:
+    tokens = torch.zeros(max(KINDS[shape.kind], 1), q.shape[0] * q.shape[1], 4, length)
+    mask = torch.zeros(2, 1, 1, length) if shape.has_key_mask else None
+    grid = [height, shape.num_patches // height, shape.num_prefix]
+    arguments = (q, k, v, tokens, mask, grid, shape.kind, 0.125, False)
+    driver.set_active(NoDriver(shape.capability))
+    with (
+        patch.object(KernelInterface, "__getitem__", compile_only),
+        patch.object(triton_call, "_has_warp_groups", lambda device: shape.capability in (90, 100)),
+    ):
+        if shape.is_line:
             triton_op._short_forward._init_fn(*arguments)
             triton_op._short_backward._init_fn(grad, *arguments)
         else:
             out, lse = triton_op._forward._init_fn(*arguments)
             triton_op._backward._init_fn(grad, *arguments, out, lse)
-    finally:
-        KernelInterface.__getitem__ = original
     return found
 
 
@@ -92,41 +109,40 @@ def disassembled(kernel):
     return instructions, loops
 
 
-def row(name, kernel, constants, **shape):
+def row(name, kernel, constants, shape):
     """What one kernel costs: its loop over tiles of scores, or all of a kernel that has none."""
     instructions, loops = disassembled(kernel)
     inside = [instructions[first : last + 1] for first, last in loops]
     inside = [loop for loop in inside if any("MMA" in text for text in loop)]
-    main = min(inside, key=len) if inside else instructions
     block = constants.get("BLOCK")
     num_scores = block * block if block else constants["BLOCK_Q"] * constants["BLOCK_K"]
+    main = max(inside, key=len) if inside else instructions  # tails and prefixes are smaller
+    spills = sum(bool(re.search(r"\b(STL|LDL)\b", text)) for text in main)
     return {
         "kernel": name,
-        **shape,
+        **shape._asdict(),
         "tensor_cores": any("MMA" in text for text in main),
-        "spills": sum(bool(re.search(r"\b(STL|LDL)\b", text)) for text in main),
+        "percent_spills": round(100 * spills / len(main), 1),
         "instructions_per_score": round(len(main) * constants["num_warps"] * 32 / num_scores, 2),
     }
 
 
-# capability, kind, head_dim, and the length of short sequences or 0.
 COMPILED = [
-    *[(90, kind, 64, 0) for kind in KINDS],
-    (90, "manhattan", 72, 0),
-    (90, "path", 16, 56),
-    (90, "path", 32, 28),
-    (80, "manhattan", 64, 0),
-    (80, "path", 16, 56),
+    *[Shape(90, kind, 64) for kind in KINDS],
+    *[Shape(90, kind, 64, 196, 1) for kind in ("manhattan", "path", "gaussian")],
+    Shape(90, "manhattan", 64, 196, 1, has_key_mask=True),
+    Shape(90, "manhattan", 72),
+    Shape(90, "manhattan", 128, 196, 1),
+    Shape(80, "manhattan", 64),
+    Shape(80, "manhattan", 128, 196, 1),
+    *[Shape(90, "path", *size, is_line=True) for size in ((16, 56), (32, 28), (64, 128))],
+    *[Shape(80, "path", *size, is_line=True) for size in ((16, 56), (32, 128))],
 ]
 
 
 def table():
     """A row for each kernel, and the Triton that compiled them."""
-    kernels = [
-        row(*found, capability=capability, kind=kind, head_dim=head_dim)
-        for capability, kind, head_dim, line in COMPILED
-        for found in compiled(capability, kind, head_dim, torch.bfloat16, line=line)
-    ]
+    kernels = [row(*found, shape) for shape in COMPILED for found in compiled(shape)]
     return {"triton": triton.__version__, "kernels": kernels}
 
 

@@ -1,0 +1,21 @@
+"""Backend `triton_autotune`: that of `triton`, with tiles timed at the first call for each shape. By name only."""
+
+from torch import Tensor
+
+from spatial_decay.ops import triton_op
+from spatial_decay.ops.inputs import Inputs
+
+__all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
+
+unsupported_reasons = triton_op.unsupported_reasons
+
+
+def avoid_reasons(inputs: Inputs) -> list[str]:
+    """Always: what was fastest may change from run to run, and the last bits with it."""
+    del inputs
+    return ["it times its kernels at the first call for each shape, and the last bits depend on what was fastest"]
+
+
+def attention(inputs: Inputs) -> Tensor:
+    """softmax(scale * Q K^T + M) V (SDT Eq. 10), in the dtype and shape of q."""
+    return triton_op.attention(inputs, tunes=True)

@@ -1,0 +1,105 @@
+"""How the Triton kernels cut their work: from a table, or, where a user asks for it, the fastest by timing.
+
+The table is fixed, because timing at the first call may choose otherwise from run to run, and with it the last bits. It
+was made without a GPU, from machine code for compute capabilities 8.0, 8.9, 9.0, 10.0 and 12.0: of the tiles whose
+loops spill no registers or few, those with the fewest instructions a score (tests/ops/triton_instructions.py). Half
+precision is multiplied by groups of four warps on 9 and 10, whose operands lie in shared memory, and by single warps on
+others, whose operands take registers. float32 is multiplied without tensor cores.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+
+__all__ = ["Schedule", "Step", "Work", "candidates", "fastest", "from_table", "num_warps_of_short"]
+
+Step: TypeAlias = Literal["forward", "rows", "columns", "short forward", "short backward"]
+"""The kernels of triton_kernels.py and triton_short.py."""
+
+
+class Schedule(NamedTuple):
+    """How many queries and keys a program takes at a time, by how many warps, loading how many steps ahead."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+class Work(NamedTuple):
+    """What the best schedule depends on."""
+
+    kind: str  # of the decay
+    dtype: torch.dtype
+    head_dim: int
+    num_patches: int
+    num_prefix: int
+    has_key_mask: bool
+    has_warp_groups: bool  # wgmma and its successor: compute capability 9 and 10
+
+
+def from_table(step: Step, work: Work) -> Schedule:
+    """The schedule of a kernel for long sequences."""
+    is_wide = work.head_dim > 64
+    if work.dtype == torch.float32:
+        return Schedule(32, 32, 8 if is_wide else 4, 2)
+    if step == "forward":
+        # 128 keys at a time take the fewest instructions; a last step of 128 that is half empty, or a mask, takes more.
+        fits = not is_wide and not work.has_key_mask and work.num_patches % 128 <= 64
+        return Schedule(128, 128 if fits else 64, 8, 2)
+    if step == "rows":  # three sums a query instead of one
+        return Schedule(128, 32 if is_wide and work.kind == "gaussian" else 64, 8, 2)
+    # dK and dV stay in registers: the wider they are, the fewer queries fit beside them.
+    if work.head_dim > 96:
+        return Schedule(32 if work.has_warp_groups else 16, 128, 8, 2)
+    if is_wide:
+        return Schedule(32, 64, 4, 2) if work.has_warp_groups else Schedule(32, 128, 8, 2)
+    return Schedule(64, 128, 8, 2)
+
+
+def num_warps_of_short(length: int, work: Work) -> int:
+    """Of the program that holds a whole sequence, and 0 where it is too long: as few as can, since none waits then."""
+    head_dim = work.head_dim
+    if work.dtype == torch.float32:
+        if length <= 32:
+            return 4 if head_dim <= 32 else 8
+        return 8 if length <= 64 and head_dim <= 16 else 0
+    if length <= 32:
+        return 1 if head_dim <= 64 else 2
+    if length <= 64:
+        return 2 if head_dim <= 32 else 4
+    return 8 if length <= 128 and (head_dim <= 32 or work.has_warp_groups) else 0
+
+
+def candidates(step: Step, first: Schedule) -> list[Schedule]:
+    """What timing chooses from: the table's own first."""
+    if step in ("short forward", "short backward"):
+        others = [first._replace(num_warps=num_warps) for num_warps in (1, 2, 4, 8)]
+    else:
+        sizes = {"forward": _FORWARD, "rows": _ROWS, "columns": _COLUMNS}[step]
+        others = [
+            Schedule(*size, num_warps, num_stages) for size in sizes for num_warps in (4, 8) for num_stages in (2, 3)
+        ]
+    return [first, *(other for other in others if other != first)]
+
+
+_FORWARD = ((128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 32))
+_ROWS = ((128, 64), (64, 64), (128, 32), (64, 32), (32, 32))
+_COLUMNS = ((64, 128), (64, 64), (32, 128), (32, 64), (16, 128), (32, 32))
+
+_FASTEST: dict[Hashable, Schedule] = {}
+
+
+def fastest(key: Hashable, schedules: Sequence[Schedule], seconds: Callable[[Schedule], float | None]) -> Schedule:
+    """The schedule with the fewest seconds, timed at the first call with this key.
+
+    Args:
+        key: What they may depend on.
+        schedules: Those to choose from.
+        seconds: Runs the kernel and times it; None where it does not fit into the GPU.
+    """
+    if key not in _FASTEST:
+        times = {schedule: time for schedule in schedules if (time := seconds(schedule)) is not None}
+        _FASTEST[key] = min(times, key=times.__getitem__)
+    return _FASTEST[key]
