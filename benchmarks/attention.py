@@ -9,10 +9,11 @@ the extra [viz] for the picture.
 """
 
 import argparse
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, interleaved, peak_memory, reasons, relative_error
 from spatial_decay import AxialDecay, Grid, ManhattanDecay, PathDecay, decay_attention
-from spatial_decay.decay import Decay
+from spatial_decay.decay import Decay, PairwiseDecay, score_mod
 from spatial_decay.grid import columns_of_rows, from_columns, manhattan_distance, to_columns, to_rows
 from spatial_decay.ops import BACKENDS
 
-FLOOR, COMPILED = "plain SDPA", "mask compiled"
+FLOOR, COMPILED, FLEX_AUTOTUNED = "plain SDPA", "mask compiled", "flex, max-autotune"
 PASSES = ("forward", "forward+backward")
 ALPHA = 0.1
 
@@ -126,30 +127,61 @@ def path_mask(gate: Tensor) -> Tensor:
     return -(total[..., :, None] - total[..., None, :]).abs()
 
 
-def peer(case: Case, attend: Callable[..., Tensor], device: torch.device, *, decays: bool = True) -> Attend:
-    """An attention that takes a mask, on the masks of this case: SDT Eq. 7-9, 6 or 11-12."""
+def peer(case: Case, attend: Callable[..., Tensor], biases: Callable[[Gates], Sequence[Any]]) -> Attend:
+    """An attention of q, k, v and a bias, on the biases of this case: one, or those of rows and columns."""
     grid = case.grid
-    h, w = grid.positions(device=device, dtype=torch.float32)
-    distance = manhattan_distance((h[:, None], w[:, None]), (h, w)) if case.kind == "full" else None  # (L, L)
-
-    def mask(gate: Tensor) -> Tensor:
-        if distance is None:
-            return path_mask(gate)
-        strength = gate * (ALPHA / 2)
-        return (strength[..., :, None] + strength[..., None, :]) * distance
 
     def whole(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
-        return attend(q, k, v, mask(gates[0]) if decays else None)
+        return attend(q, k, v, *biases(gates))
 
     def axes(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
-        rows = path_mask(to_rows(gates[1], grid).flatten(0, 1)) if decays else None
+        rows, columns = biases(gates)
         v = attend(*(to_rows(x, grid).flatten(0, 1) for x in (q, k, v)), rows)  # (B*H, N, W, d)
         v = columns_of_rows(v.unflatten(0, (-1, grid.height))).flatten(0, 1)
-        columns = path_mask(to_columns(gates[0], grid).flatten(0, 1)) if decays else None
         v = attend(*(to_columns(x, grid).flatten(0, 1) for x in (q, k)), v, columns)  # (B*W, N, H, d)
         return from_columns(v.unflatten(0, (-1, grid.width)))
 
     return axes if case.kind == "decomposed" else whole
+
+
+def without_decay(case: Case, attend: Callable[..., Tensor]) -> Attend:
+    """An attention of no bias, once or along rows and columns."""
+    nothing = (None, None) if case.kind == "decomposed" else (None,)
+    return peer(case, attend, lambda _gates: nothing)
+
+
+def with_mask(case: Case, attend: Callable[..., Tensor], device: torch.device) -> Attend:
+    """An attention that takes a mask: SDT Eq. 7-9, 6 or 11-12."""
+    grid = case.grid
+    h, w = grid.positions(device=device, dtype=torch.float32)
+    distance = manhattan_distance((h[:, None], w[:, None]), (h, w)) if case.kind == "full" else None  # (L, L)
+
+    def masks(gates: Gates) -> Sequence[Tensor]:
+        if case.kind == "decomposed":
+            of_columns, of_rows = gates
+            return [path_mask(x.flatten(0, 1)) for x in (to_rows(of_rows, grid), to_columns(of_columns, grid))]
+        if distance is None:
+            return [path_mask(gates[0])]
+        strength = gates[0] * (ALPHA / 2)
+        return [(strength[..., :, None] + strength[..., None, :]) * distance]
+
+    return peer(case, attend, masks)
+
+
+def flex_autotuned(case: Case) -> Attend:
+    """FlexAttention at its best: PyTorch times its tiles too."""
+    kernel: Callable[..., Tensor] = torch.compile(
+        importlib.import_module("torch.nn.attention.flex_attention").flex_attention,
+        dynamic=False,
+        fullgraph=True,
+        mode="max-autotune-no-cudagraphs",
+    )
+
+    def biases(gates: Gates) -> Sequence[PairwiseDecay]:
+        decay = case.decay(gates)
+        return [decay.rows, decay.columns] if isinstance(decay, AxialDecay) else [decay]
+
+    return peer(case, lambda q, k, v, bias: kernel(q, k, v, score_mod=score_mod(bias)), biases)
 
 
 def library(case: Case, backend: str, *, decays: bool = True) -> Attend:
@@ -163,20 +195,23 @@ def library(case: Case, backend: str, *, decays: bool = True) -> Attend:
 
 # No gate and no mask: what decay is held against. The last two are for cuda only.
 PLAIN: dict[str, Callable[[Case, torch.device], Attend]] = {
-    FLOOR: lambda case, device: peer(case, plain, device, decays=False),
-    "plain cuDNN": lambda case, device: peer(case, cudnn, device, decays=False),
+    FLOOR: lambda case, _device: without_decay(case, plain),
+    "plain cuDNN": lambda case, _device: without_decay(case, cudnn),
     "triton, no decay": lambda case, _device: library(case, "triton", decays=False),
 }
 PEERS: dict[str, Callable[[Case, torch.device], Attend]] = {
-    "mask eager": lambda case, device: peer(case, sdpa, device),
-    COMPILED: lambda case, device: torch.compile(peer(case, sdpa, device), dynamic=False),
-    "written-out softmax": lambda case, device: peer(case, written_out, device),
+    "mask eager": lambda case, device: with_mask(case, sdpa, device),
+    COMPILED: lambda case, device: torch.compile(with_mask(case, sdpa, device), dynamic=False),
+    "written-out softmax": lambda case, device: with_mask(case, written_out, device),
+    FLEX_AUTOTUNED: lambda case, _device: flex_autotuned(case),
 }
+AUTOTUNED = ("triton_autotune", FLEX_AUTOTUNED)
 
 
-def contenders(device: torch.device) -> list[str]:
-    """The floor, the backends of this package, the peers."""
-    return [*(PLAIN if device.type == "cuda" else [FLOOR]), "auto", *BACKENDS, *PEERS]
+def contenders(device: torch.device, *, autotune: bool = False) -> list[str]:
+    """The floor, the backends of this package, the peers; those that time their tiles first only where asked for."""
+    names = [*(PLAIN if device.type == "cuda" else [FLOOR]), "auto", *BACKENDS, *PEERS]
+    return [name for name in names if autotune or name not in AUTOTUNED]
 
 
 def attend_by(contender: str, case: Case, device: torch.device) -> Attend:
@@ -225,7 +260,7 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
     errors: dict[str, float | None] = {}
     repeats: dict[str, bool] = {}
     notes: dict[str, str] = {}
-    names = contenders(setting.device)
+    names = contenders(setting.device, autotune=arguments.autotune)
     for name in names:
         if arguments.quick and name in (COMPILED, "flex"):  # compiled too
             notes[name] = "left out by --quick"
@@ -268,6 +303,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--kinds", default="full,1d,decomposed", help="of decay, comma-separated")
     parser.add_argument("--layout", choices=("tokens", "heads"), default="tokens", help="of q, k and v in memory")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument(
+        "--autotune", action="store_true", help="also those that time their tiles first, on cuda: minutes a case"
+    )
     parser.add_argument("--cold-cache", action="store_true", help="on cuda, empty the L2 cache before each timing")
     arguments = parser.parse_args(argv)
     kinds, cases = arguments.kinds.split(","), CASES[arguments.device]

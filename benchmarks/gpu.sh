@@ -3,12 +3,12 @@
 # benchmarks/results/<device>-<date>/ with CSV, tables and pictures. In an environment with the package and its extra [test].
 #
 #   bash benchmarks/gpu.sh            # everything
-#   bash benchmarks/gpu.sh tests      # or some of: tests attention models
+#   bash benchmarks/gpu.sh tests      # or some of: tests attention models autotune
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=$(python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())")
 results="benchmarks/results/$device-$(date +%F)"
-[ $# -gt 0 ] || set -- tests attention models
+[ $# -gt 0 ] || set -- tests attention models autotune
 for part in "$@"; do
   case $part in
     tests)
@@ -19,8 +19,10 @@ for part in "$@"; do
       python -m benchmarks.attention --device cuda --dtype bfloat16 --cold-cache --no-memory --output "$results/cold" ;;
     models)
       python -m benchmarks.models --device cuda --dtype bfloat16 --output "$results/models" ;;
+    autotune)  # with triton_autotune, and FlexAttention at its best: PyTorch times its tiles too, minutes a case
+      python -m benchmarks.attention --device cuda --dtype bfloat16 --autotune --no-memory --output "$results/autotuned" ;;
     *)
-      echo "parts are tests, attention and models: got $part" >&2
+      echo "parts are tests, attention, models and autotune: got $part" >&2
       exit 2 ;;
   esac
 done

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.attention import AUTOTUNED
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, interleaved, reasons
 from spatial_decay import GaussianDecay, locatvit_tiny, rmt_tiny, sdt_h_tiny, sdt_p_small, swap_attention
@@ -127,7 +128,9 @@ def builders(name: str, image_size: int, *, quick: bool) -> dict[str, Callable[[
     def build(**more: Any) -> Callable[[], nn.Module]:
         return lambda: model.build(NUM_CLASSES, **(options | more))
 
-    found = {FLOOR: build(**model.without)} | {backend: build(backend=backend) for backend in ("auto", *BACKENDS)}
+    found = {FLOOR: build(**model.without)} | {
+        backend: build(backend=backend) for backend in ("auto", *BACKENDS) if backend not in AUTOTUNED
+    }
     if not model.has_authors_code:
         del found[AUTHORS]
     if name == "sdt_h_tiny" and importlib.util.find_spec("timm"):
