@@ -12,27 +12,31 @@ from torch import Tensor
 
 from spatial_decay.grid import Grid
 from spatial_decay.ops import triton_schedule
-from spatial_decay.ops.triton_schedule import Schedule, Step, Work
+from spatial_decay.ops.triton_schedule import Schedule, Step, Work, power_of_two
 
-__all__ = ["Call", "dense", "is_short", "kernels"]
+__all__ = ["Launch", "dense", "is_short"]
 
 
-class Call:
-    """What the kernels of one call have in common.
+class Launch:
+    """One kernel on its tensors.
 
     Args:
-        features: All tensors (B, O, N, L, d), q first.
+        step: Which kernel.
+        features: The tensors (B, O, N, L, d) in its order, q first.
+        rows: Those of one number a token and head, in its order.
         tokens: (numbers, B*O|1, N, L).
         key_bias: (B*O|1, N|1, 1, L).
         grid: H, W and P.
         kind: Of the decay.
         scale: Of the scores.
-        tunes: Whether schedules are timed.
+        tunes: Whether the schedule is timed.
     """
 
     def __init__(
         self,
+        step: Step,
         features: Sequence[Tensor],
+        rows: Sequence[Tensor],
         tokens: Tensor,
         key_bias: Tensor | None,
         grid: list[int],
@@ -41,73 +45,106 @@ class Call:
         tunes: bool,
     ) -> None:
         q = features[0]
-        batch_size, num_outer, num_heads, self.length, head_dim = q.shape
-        self.num_sequences, self.num_prefix = batch_size * num_outer * num_heads, grid[2]
-        self.positions = _positions(grid, q.device)
-        self.key_bias = tokens if key_bias is None else key_bias  # not read where there is none
-        key_bias_strides = (0, 0, 0, 0) if key_bias is None else (0, *_strides(key_bias[:, :, 0]))
-        self._others = (_strides(tokens), key_bias_strides, num_outer, num_heads, self.length, scale)
-        unit = 16 // q.element_size()
-        self._unit = unit if all(stride % unit == 0 for x in features for stride in _strides(x)[:-1]) else 1
-        self._device, self._tunes = q.device, tunes
-        self._work = _work(q, kind, self.num_prefix, key_bias is not None)
-        first, rest = _parts(head_dim)
-        self._constants: dict[str, Any] = {
-            "KIND": ("none", "manhattan", "path", "gaussian").index(kind),
-            "HAS_KEY_BIAS": key_bias is not None,
-            "D": head_dim,
-            "UNIT": self._unit,
-            "D1": first,
-            "D2": rest,
-            "UPCAST": kernels().are_interpreted and q.dtype == torch.bfloat16,
-            "enable_fp_fusion": True,  # a product and a sum in one instruction
-        }
+        self._step, self._device, self._tunes = step, q.device, tunes
+        bias = tokens if key_bias is None else key_bias  # not read where there is none
+        self._tensors = (*features, *rows, tokens, bias, _positions(grid[0], grid[1], grid[2], q.device))
+        self._plan = _plan(
+            step,
+            _work(q, kind, grid[2], key_bias is not None),
+            q.shape,
+            tuple([x.stride() for x in features]),
+            (tokens.shape, tokens.stride()),
+            (bias.shape, bias.stride()),
+            scale,
+        )
 
-    def schedule(self, step: Step, run: Callable[[Schedule], None]) -> Schedule:
-        """How a kernel is to run; run is called only to time it."""
-        if step in ("short forward", "short backward"):
-            block = max(16, _power_of_two(self.length))
-            first = Schedule(block, block, triton_schedule.num_warps_of_short(self.length, self._work), 1)
-        else:
-            first = triton_schedule.from_table(step, self._work)
+    def schedule(self) -> Schedule:
+        """How it is to run: from the table, or timed by running it."""
+        work = self._plan.work
+        first = triton_schedule.from_table(self._step, work)
         if not self._tunes:
             return first
-        key = (step, self._work, self._unit, self.num_sequences, self._device)
-        choices = triton_schedule.candidates(step, first)
-        return triton_schedule.fastest(key, choices, lambda schedule: _seconds(run, schedule, self._device))
+        key = (self._step, work, self._plan.sizes, self._device)
+        choices = triton_schedule.candidates(self._step, first)
+        return triton_schedule.fastest(key, choices, lambda schedule: _seconds(self, schedule, self._device))
 
-    def sizes(self, *features: Tensor) -> tuple[Any, ...]:
-        """What the kernels take behind the tensors: the strides of these, whose features are dense, and all others."""
-        strides = (tuple(stride // self._unit for stride in _strides(x)[:-1]) for x in features)
-        return *strides, *self._others
+    def __call__(self, schedule: Schedule) -> None:
+        """Launch it."""
+        kernel, num_programs, options = self._plan.options(schedule)
+        kernel[num_programs](*self._tensors, *self._plan.sizes, **options)
 
-    def num_programs(self, block: int) -> tuple[int]:
-        """One for each block of each sequence."""
-        return (self.num_sequences * -(-self.length // block),)
 
-    def options(self, schedule: Schedule, step_size: int) -> dict[str, Any]:
-        """For the kernels that walk over a long sequence, so many tokens a step; the last one is as small as can be."""
-        rest = (self.length - self.num_prefix) % step_size
-        return self._constants | {
-            "NUM_PREFIX": self.num_prefix,
-            "PREFIX_BLOCK": min(64, max(16, _power_of_two(self.num_prefix))),
+class _Plan:
+    """What is the same in all calls with the same shapes: gathering it takes longer than a launch."""
+
+    def __init__(
+        self,
+        step: Step,
+        work: Work,
+        shape: torch.Size,
+        strides: tuple[tuple[int, ...], ...],
+        tokens: tuple[torch.Size, tuple[int, ...]],
+        bias: tuple[torch.Size, tuple[int, ...]],
+        scale: float,
+    ) -> None:
+        self.work, self._step = work, step
+        batch_size, num_outer, num_heads, self._length, head_dim = shape
+        self._num_sequences = batch_size * num_outer * num_heads
+        features = [_strides(shape, stride)[:-1] for stride in strides]
+        unit = 16 // work.dtype.itemsize
+        unit = unit if all(stride % unit == 0 for one in features for stride in one) else 1
+        bias_strides = (0, *_strides(*bias)[:2], _strides(*bias)[3]) if work.has_key_mask else (0, 0, 0, 0)
+        self.sizes = (
+            *(tuple([stride // unit for stride in one]) for one in features),
+            *(_strides(*tokens), bias_strides, num_outer, num_heads, self._length, scale),
+        )
+        first, rest = _parts(head_dim)
+        self._constants: dict[str, Any] = {
+            "KIND": ("none", "manhattan", "path", "gaussian").index(work.kind),
+            "HAS_KEY_BIAS": work.has_key_mask,
+            "D": head_dim,
+            "UNIT": unit,
+            "D1": first,
+            "D2": rest,
+            "UPCAST": _kernels().are_interpreted and work.dtype == torch.bfloat16,
+            "enable_fp_fusion": True,  # a product and a sum in one instruction
+        }
+        self._options: dict[Schedule, tuple[Any, tuple[int], dict[str, Any]]] = {}
+
+    def options(self, schedule: Schedule) -> tuple[Any, tuple[int], dict[str, Any]]:
+        """The kernel, the number of its programs, and what they are compiled for."""
+        if schedule not in self._options:
+            self._options[schedule] = self._new_options(schedule)
+        return self._options[schedule]
+
+    def _new_options(self, schedule: Schedule) -> tuple[Any, tuple[int], dict[str, Any]]:
+        kernel = _kernels().by_step[self._step]
+        options = self._constants | {"num_warps": schedule.num_warps}
+        if self._step.startswith("short"):
+            return kernel, (self._num_sequences,), options | {"BLOCK": schedule.keys}
+        owned, walked = schedule.queries, schedule.keys
+        if self._step == "columns":
+            owned, walked = walked, owned
+        rest = self.work.num_patches % walked  # the last step of the walk is as small as can be
+        options |= {
+            "NUM_PREFIX": self.work.num_prefix,
+            "PREFIX_BLOCK": min(64, max(16, power_of_two(self.work.num_prefix))),
             "BLOCK_Q": schedule.queries,
             "BLOCK_K": schedule.keys,
-            "TAIL_BLOCK": 0 if rest == 0 else max(16, _power_of_two(rest)),
-            "num_warps": schedule.num_warps,
+            "TAIL_BLOCK": 0 if rest == 0 else max(16, power_of_two(rest)),
             "num_stages": schedule.num_stages,
         }
+        return kernel, (self._num_sequences * -(-self._length // owned),), options
 
-    def short_options(self, schedule: Schedule) -> dict[str, Any]:
-        """For the kernels that hold a whole sequence."""
-        return self._constants | {"BLOCK": schedule.keys, "num_warps": schedule.num_warps}
+
+_plan = lru_cache(maxsize=1024)(_Plan)
 
 
 def is_short(q: Tensor, kind: str, num_prefix: int) -> bool:
     """Whether a program can hold a whole sequence of q, (B, O, N, L, d)."""
     if num_prefix or kind == "gaussian":
         return False
-    return triton_schedule.num_warps_of_short(q.shape[3], _work(q, kind, num_prefix, False)) > 0
+    return triton_schedule.num_warps_of_short(_work(q, kind, num_prefix, False)) > 0
 
 
 def _work(q: Tensor, kind: str, num_prefix: int, has_key_mask: bool) -> Work:
@@ -142,14 +179,21 @@ def _seconds(run: Callable[[Schedule], None], schedule: Schedule, device: torch.
 
 
 @cache
-def kernels() -> SimpleNamespace:
+def _kernels() -> SimpleNamespace:
     """The kernels, imported at the first use because Triton is large, and whether they run in its interpreter."""
     import triton
 
     from spatial_decay.ops import triton_kernels, triton_short
 
+    by_step = {
+        "forward": triton_kernels.forward,
+        "rows": triton_kernels.backward_rows,
+        "columns": triton_kernels.backward_columns,
+        "short forward": triton_short.forward,
+        "short backward": triton_short.backward,
+    }
     are_interpreted = not isinstance(triton_kernels.forward, triton.runtime.JITFunction)
-    return SimpleNamespace(long=triton_kernels, short=triton_short, are_interpreted=are_interpreted)
+    return SimpleNamespace(by_step=by_step, are_interpreted=are_interpreted)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -157,9 +201,8 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _positions(grid: list[int], device: torch.device) -> Tensor:
+def _positions(height: int, width: int, num_prefix: int, device: torch.device) -> Tensor:
     """h and w of each token, (2, L) float32. What is made while a CUDA graph is captured is empty yet, and not kept."""
-    height, width, num_prefix = grid
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _new_positions(height, width, num_prefix, device)
     return _kept_positions(height, width, num_prefix, device)
@@ -181,16 +224,11 @@ def _new_positions(height: int, width: int, num_prefix: int, device: torch.devic
 
 def _parts(head_dim: int) -> tuple[int, int]:
     """head_dim as a power of two and a rest of 16 or more, 72 = 64 + 16; or as one where that is no larger."""
-    whole = max(16, _power_of_two(head_dim))
-    rest = max(16, _power_of_two(head_dim - whole // 2))
+    whole = max(16, power_of_two(head_dim))
+    rest = max(16, power_of_two(head_dim - whole // 2))
     return (whole, 0) if head_dim <= 16 or whole // 2 + rest >= whole else (whole // 2, rest)
 
 
-def _power_of_two(n: int) -> int:
-    """The smallest that is n or more."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
+def _strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
     """0 where there is only one: then all share it, and Triton compiles no kernel of its own for a stride of 1."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return tuple([0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)])

@@ -187,7 +187,7 @@ def _walk_keys_back(
 
 @triton.jit
 def backward_rows(
-    Q, K, V, O, DO, DQ, LSE, DELTA, TOKENS, DTOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, o_strides,
+    Q, K, V, O, DO, DQ, LSE, DELTA, DTOKENS, TOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, o_strides,
     do_strides, dq_strides, token_strides, key_bias_strides, num_outer, num_heads, length, scale,
     KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -294,7 +294,7 @@ def _walk_queries(
 
 @triton.jit
 def backward_columns(
-    Q, K, V, DO, DK, DV, LSE, DELTA, TOKENS, DTOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, do_strides,
+    Q, K, V, DO, DK, DV, LSE, DELTA, DTOKENS, TOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, do_strides,
     dk_strides, dv_strides, token_strides, key_bias_strides, num_outer, num_heads, length, scale,
     KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -15,8 +15,7 @@ from torch import Tensor
 from spatial_decay.decay import GaussianDecay, ManhattanDecay, PairwiseDecay, PathDecay
 from spatial_decay.grid import Grid
 from spatial_decay.ops.inputs import Inputs, reasons_of_positions
-from spatial_decay.ops.triton_call import Call, dense, is_short, kernels
-from spatial_decay.ops.triton_schedule import Schedule
+from spatial_decay.ops.triton_call import Launch, dense, is_short
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
@@ -143,16 +142,9 @@ def _forward(
     """
     out, lse = _empty_like(q), _empty_rows(q)
     q, k, v = (dense(x) for x in (q, k, v))
-    call = Call((q, k, v, out), tokens, key_bias, grid, kind, scale, tunes)
-
-    def run(schedule: Schedule) -> None:
-        kernels().long.forward[call.num_programs(schedule.queries)](
-            q, k, v, out, lse, tokens, call.key_bias, call.positions,
-            *call.sizes(q, k, v, out), **call.options(schedule, schedule.keys),
-        )  # fmt: skip
-
+    launch = Launch("forward", (q, k, v, out), (lse,), tokens, key_bias, grid, kind, scale, tunes)
     with torch.cuda.device_of(q):
-        run(call.schedule("forward", run))
+        launch(launch.schedule())
     return out, lse
 
 
@@ -179,25 +171,14 @@ def _backward(
     dq, dk, dv = (_empty_like(q) for _ in range(3))
     q, k, v, grad = (dense(x) for x in (q, k, v, grad))
     delta, dtokens = torch.empty_like(lse), _empty_token_gradient(q, tokens)
-    call = Call((q, k, v, out, grad, dq, dk, dv), tokens, key_bias, grid, kind, scale, tunes)
-
-    def run_rows(schedule: Schedule) -> None:
-        kernels().long.backward_rows[call.num_programs(schedule.queries)](
-            q, k, v, out, grad, dq, lse, delta, tokens, dtokens, call.key_bias, call.positions,
-            *call.sizes(q, k, v, out, grad, dq), **call.options(schedule, schedule.keys),
-        )  # fmt: skip
-
-    def run_columns(schedule: Schedule) -> None:
-        kernels().long.backward_columns[call.num_programs(schedule.keys)](
-            q, k, v, grad, dk, dv, lse, delta, tokens, dtokens, call.key_bias, call.positions,
-            *call.sizes(q, k, v, grad, dk, dv), **call.options(schedule, schedule.queries),
-        )  # fmt: skip
-
+    others = ((lse, delta, dtokens), tokens, key_bias, grid, kind, scale, tunes)
+    rows = Launch("rows", (q, k, v, out, grad, dq), *others)
+    columns = Launch("columns", (q, k, v, grad, dk, dv), *others)
     with torch.cuda.device_of(q):
-        # Both are chosen first: whenever it runs, also to be timed, run_columns adds to what run_rows wrote.
-        rows, columns = call.schedule("rows", run_rows), call.schedule("columns", run_columns)
-        run_rows(rows)
-        run_columns(columns)
+        # Both schedules first: whenever columns runs, also to be timed, it adds to what rows wrote.
+        of_rows, of_columns = rows.schedule(), columns.schedule()
+        rows(of_rows)
+        columns(of_columns)
     return dq, dk, dv, _summed_as(dtokens, tokens)
 
 
@@ -216,16 +197,9 @@ def _short_forward(
     """O of short sequences without prefix tokens."""
     out = _empty_like(q)
     q, k, v = (dense(x) for x in (q, k, v))
-    call = Call((q, k, v, out), tokens, key_bias, grid, kind, scale, tunes)
-
-    def run(schedule: Schedule) -> None:
-        kernels().short.forward[call.num_programs(schedule.keys)](
-            q, k, v, out, tokens, call.key_bias, call.positions,
-            *call.sizes(q, k, v, out), **call.short_options(schedule),
-        )  # fmt: skip
-
+    launch = Launch("short forward", (q, k, v, out), (), tokens, key_bias, grid, kind, scale, tunes)
     with torch.cuda.device_of(q):
-        run(call.schedule("short forward", run))
+        launch(launch.schedule())
     return out
 
 
@@ -250,16 +224,10 @@ def _short_backward(
     dq, dk, dv = (_empty_like(q) for _ in range(3))
     q, k, v, grad = (dense(x) for x in (q, k, v, grad))
     dtokens = _empty_token_gradient(q, tokens)
-    call = Call((q, k, v, grad, dq, dk, dv), tokens, key_bias, grid, kind, scale, tunes)
-
-    def run(schedule: Schedule) -> None:
-        kernels().short.backward[call.num_programs(schedule.keys)](
-            q, k, v, grad, dq, dk, dv, tokens, dtokens, call.key_bias, call.positions,
-            *call.sizes(q, k, v, grad, dq, dk, dv), **call.short_options(schedule),
-        )  # fmt: skip
-
+    features = (q, k, v, grad, dq, dk, dv)
+    launch = Launch("short backward", features, (dtokens,), tokens, key_bias, grid, kind, scale, tunes)
     with torch.cuda.device_of(q):
-        run(call.schedule("short backward", run))
+        launch(launch.schedule())
     return dq, dk, dv, _summed_as(dtokens, tokens)
 
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
-__all__ = ["Schedule", "Step", "Work", "candidates", "fastest", "from_table", "num_warps_of_short"]
+__all__ = ["Schedule", "Step", "Work", "candidates", "fastest", "from_table", "num_warps_of_short", "power_of_two"]
 
 Step: TypeAlias = Literal["forward", "rows", "columns", "short forward", "short backward"]
 """The kernels of triton_kernels.py and triton_short.py."""
@@ -40,7 +40,10 @@ class Work(NamedTuple):
 
 
 def from_table(step: Step, work: Work) -> Schedule:
-    """The schedule of a kernel for long sequences."""
+    """The schedule of a kernel."""
+    if step in ("short forward", "short backward"):
+        block = max(16, power_of_two(work.num_patches))
+        return Schedule(block, block, num_warps_of_short(work), 1)
     is_wide = work.head_dim > 64
     if work.dtype == torch.float32:
         return Schedule(32, 32, 8 if is_wide else 4, 2)
@@ -58,9 +61,9 @@ def from_table(step: Step, work: Work) -> Schedule:
     return Schedule(64, 128, 8, 2)
 
 
-def num_warps_of_short(length: int, work: Work) -> int:
+def num_warps_of_short(work: Work) -> int:
     """Of the program that holds a whole sequence, and 0 where it is too long: as few as can, since none waits then."""
-    head_dim = work.head_dim
+    head_dim, length = work.head_dim, work.num_patches
     if work.dtype == torch.float32:
         if length <= 32:
             return 4 if head_dim <= 32 else 8
@@ -103,3 +106,8 @@ def fastest(key: Hashable, schedules: Sequence[Schedule], seconds: Callable[[Sch
         times = {schedule: time for schedule in schedules if (time := seconds(schedule)) is not None}
         _FASTEST[key] = min(times, key=times.__getitem__)
     return _FASTEST[key]
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is n or more."""
+    return 1 << max(0, n - 1).bit_length()

@@ -77,7 +77,7 @@ def forward(
 
 @triton.jit
 def backward(
-    Q, K, V, DO, DQ, DK, DV, TOKENS, DTOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, do_strides,
+    Q, K, V, DO, DQ, DK, DV, DTOKENS, TOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, do_strides,
     dq_strides, dk_strides, dv_strides, token_strides, key_bias_strides, num_outer, num_heads, length, scale,
     KIND: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,

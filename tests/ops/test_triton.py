@@ -112,7 +112,7 @@ def test_head_dims(head_dim):
 @pytest.mark.parametrize("case", AXIAL, ids=case_id)
 def test_rows_and_columns(monkeypatch, case, size, longest_short):
     """Both axes by the kernels for short sequences, one, or none."""
-    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda length, work: int(length <= longest_short))
+    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda work: int(work.num_patches <= longest_short))
     check(make(case, Grid(*size), batch_size=2))
 
 
@@ -168,9 +168,9 @@ def test_without_decay():
 @pytest.mark.parametrize("size", [(5, 6), (9, 11)], ids=case_id)
 def test_short_and_long_kernels_agree(monkeypatch, size):
     inputs = make(PATH, Grid(*size))
-    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda length, work: 8)
+    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda work: 8)
     short = run(*inputs)
-    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda length, work: 0)
+    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda work: 0)
     for a, b in zip(short, run(*inputs), strict=True):
         assert error(a, b.double()) < TOLERANCE[torch.float32]
 
@@ -192,7 +192,7 @@ def test_autotuned_takes_the_fastest_tiles(monkeypatch, case):
     check(inputs, backend="triton_autotune")
     timed = dict(triton_schedule._FASTEST)
     steps = {"short forward", "short backward"} if case.is_axial else {"forward", "rows", "columns"}
-    assert {key[0] for key in timed} == steps
+    assert {step for step, *_ in timed} == steps
     run(*inputs, backend="triton_autotune")
     assert timed == triton_schedule._FASTEST
 
