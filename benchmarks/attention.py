@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
-from benchmarks.timing import Call, interleaved, peak_memory, reasons, relative_error
+from benchmarks.timing import Call, captured, interleaved, peak_memory, reasons, relative_error
 from spatial_decay import AxialDecay, Grid, ManhattanDecay, PathDecay, decay_attention
 from spatial_decay.decay import Decay, PairwiseDecay, score_mod
 from spatial_decay.grid import columns_of_rows, from_columns, manhattan_distance, to_columns, to_rows
@@ -271,7 +271,11 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
         except RuntimeError as error:  # NotImplementedError, out of memory and failures to compile are among them
             notes[name] = reasons(error)
             continue
-        calls[name] = call
+        try:
+            calls[name] = call if arguments.eager else captured(call, setting.device)
+        except RuntimeError as error:
+            notes[name] = f"not captured, timed with its launches: {reasons(error)}"
+            calls[name] = call
         errors[name] = None if name in PLAIN else relative_error(found, wanted)
         repeats[name] = all(torch.equal(a, b) for a, b in zip(found, call(), strict=True))
     del wanted
@@ -306,6 +310,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument(
         "--autotune", action="store_true", help="also those that time their tiles first, on cuda: minutes a case"
     )
+    parser.add_argument(
+        "--eager", action="store_true", help="on cuda, with the time that Python takes to launch kernels"
+    )
     parser.add_argument("--cold-cache", action="store_true", help="on cuda, empty the L2 cache before each timing")
     arguments = parser.parse_args(argv)
     kinds, cases = arguments.kinds.split(","), CASES[arguments.device]
@@ -313,7 +320,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         parser.error(f"argument --kinds: choose from {', '.join(cases)}: got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
     setting = Setting(torch.device(arguments.device), DTYPES[arguments.dtype], arguments.layout)
-    where = machine(setting.device, arguments.dtype) | {"layout": setting.layout, "cold_cache": arguments.cold_cache}
+    where = machine(setting.device, arguments.dtype) | {"layout": setting.layout}
+    where |= {"cold_cache": arguments.cold_cache, "eager": arguments.eager}
     rows: list[Row] = []
     for case in (case for kind in kinds for case in cases[kind][: 1 if arguments.quick else None]):
         for which in PASSES:
@@ -326,7 +334,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 
 ABOUT = f"""`ratio` is to `{FLOOR}`, without decay and mask, in the same round: median (quartiles). The floor of
-`decomposed` is two calls, over rows and columns, with the same permutes.
+`decomposed` is two calls, over rows and columns, with the same permutes. On cuda it is the GPU's time, of CUDA graphs;
+with --eager, which small cases are bound by, the time of the calls.
 `peak MB` (10^6 bytes) is above the inputs: outputs, gradients and scratch, on the CPU to about 0.3; `-` where it was
 left out (--no-memory, --quick) or the system does not say.
 `error` is |x - x64| / |x64| against float64: of the output, or the worst of the gradients of q, k, v and the gates.

@@ -202,24 +202,20 @@ def dense(x: Tensor) -> Tensor:
 
 
 def _positions(height: int, width: int, num_prefix: int, device: torch.device) -> Tensor:
-    """h and w of each token, (2, L) float32. What is made while a CUDA graph is captured is empty yet, and not kept."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _new_positions(height, width, num_prefix, device)
-    return _kept_positions(height, width, num_prefix, device)
-
-
-@lru_cache(maxsize=64)
-def _kept_positions(height: int, width: int, num_prefix: int, device: torch.device) -> Tensor:
-    """Kept, because reading a table is cheaper than dividing by W for each score, and making one is five launches."""
-    positions = _new_positions(height, width, num_prefix, device)
+    """h and w of each token, (2, L) float32: reading a table is cheaper than dividing by W for each score."""
+    key = (height, width, num_prefix, device)
+    if (kept := _POSITIONS.get(key)) is not None:
+        return kept
+    positions = F.pad(torch.stack(Grid(height, width).positions(device=device, dtype=torch.float32)), (num_prefix, 0))
     if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return positions  # empty until the graph is replayed: its own
         torch.cuda.current_stream(device).synchronize()  # other streams will read it too
+    _POSITIONS[key] = positions
     return positions
 
 
-def _new_positions(height: int, width: int, num_prefix: int, device: torch.device) -> Tensor:
-    positions = Grid(height, width).positions(device=device, dtype=torch.float32)
-    return F.pad(torch.stack(positions), (num_prefix, 0))
+_POSITIONS: dict[tuple[int, int, int, torch.device], Tensor] = {}  # for good: CUDA graphs may hold their addresses
 
 
 def _parts(head_dim: int) -> tuple[int, int]:
