@@ -64,7 +64,7 @@ class Launch:
         first = triton_schedule.from_table(self._step, work)
         if not self._tunes:
             return first
-        key = (self._step, work, self._plan.sizes, self._device)
+        key = (self._step, work, self._plan.shape, self._plan.sizes, self._device)
         choices = triton_schedule.candidates(self._step, first)
         return triton_schedule.fastest(key, choices, lambda schedule: _seconds(self, schedule, self._device))
 
@@ -87,7 +87,7 @@ class _Plan:
         bias: tuple[torch.Size, tuple[int, ...]],
         scale: float,
     ) -> None:
-        self.work, self._step = work, step
+        self.work, self.shape, self._step = work, shape, step
         batch_size, num_outer, num_heads, self._length, head_dim = shape
         self._num_sequences = batch_size * num_outer * num_heads
         features = [_strides(shape, stride)[:-1] for stride in strides]
