@@ -66,7 +66,7 @@ def test_dense_is_the_equation_over_the_tokens_that_are_there(case):
         assert all(gate.grad.isfinite().all() for gate in gates)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("triton")])  # test_triton.py
 @pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
 def test_backends_agree_or_say_why_not(case, backend):
     positions = placed()
@@ -74,7 +74,7 @@ def test_backends_agree_or_say_why_not(case, backend):
     gates = make_gates(case, 2, 2, positions.num_tokens, dtype=dtype)
     q, k, v = torch.randn(3, 2, 2, positions.num_tokens, 8, dtype=dtype)
     bias = case.build(gates, 2, positions)
-    if backend in ("tiled", "triton", "triton_autotune"):
+    if backend == "tiled":
         with pytest.raises(NotImplementedError, match=r"Positions of their own \(needs those of a Grid\)"):
             decay_attention(q, k, v, bias, backend=backend)
         return

@@ -13,7 +13,7 @@ from spatial_decay.ops.attn_mask import as_float_mask, columns_of_mask, rows_of_
 from spatial_decay.positions import Positions
 from spatial_decay.precision import autocast_dtype
 
-__all__ = ["Inputs", "along_columns", "along_rows", "checked_inputs", "reasons_of_positions", "total_mask"]
+__all__ = ["Inputs", "along_columns", "along_rows", "checked_inputs", "total_mask"]
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,6 @@ def along_columns(whole: Inputs, bias: AxialDecay, v_rows: Tensor) -> Inputs:
         dropout_p=whole.dropout_p,
         scale=whole.scale,
     )
-
-
-def reasons_of_positions(bias: PairwiseDecay | None) -> list[str]:
-    """Why a backend that computes distances from the numbers of tokens cannot run this decay."""
-    has_positions = bias is not None and isinstance(bias.grid, Positions)
-    return ["tokens with Positions of their own (needs those of a Grid)"] if has_positions else []
 
 
 def total_mask(inputs: Inputs, *, dtype: torch.dtype, row_multiple: int = 1) -> tuple[Tensor | None, Tensor | None]:

@@ -36,8 +36,9 @@ from torch import Tensor
 
 from spatial_decay.decay import GaussianDecay, ManhattanDecay, PathDecay
 from spatial_decay.grid import Grid
-from spatial_decay.ops.inputs import Inputs, reasons_of_positions
+from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.math import avoid_reasons_on_small_inputs
+from spatial_decay.positions import Positions
 from spatial_decay.precision import at_least_float32
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
@@ -65,7 +66,8 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
     if not isinstance(inputs.bias, _KINDS):
         what = "no decay" if inputs.bias is None else type(inputs.bias).__name__
         reasons.append(f"{what} (needs a {', '.join(kind.__name__ for kind in _KINDS)})")
-    reasons += reasons_of_positions(inputs.bias)
+    elif isinstance(inputs.bias.grid, Positions):
+        reasons.append("tokens with Positions of their own (needs those of a Grid)")
     if inputs.dropout_p:
         reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
     if inputs.attn_mask is not None and inputs.attn_mask.requires_grad:

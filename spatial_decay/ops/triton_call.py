@@ -26,6 +26,8 @@ class Launch:
         rows: Those of one number a token and head, in its order.
         tokens: (numbers, B*O|1, N, L).
         key_bias: (B*O|1, N|1, 1, L).
+        positions: (B|1, 2, L), h and w of each token, or (B|1, 3, L), with 1.0 for those that lie somewhere. None: on a
+            grid.
         grid: H, W and P.
         kind: Of the decay.
         scale: Of the scores.
@@ -39,6 +41,7 @@ class Launch:
         rows: Sequence[Tensor],
         tokens: Tensor,
         key_bias: Tensor | None,
+        positions: Tensor | None,
         grid: list[int],
         kind: str,
         scale: float,
@@ -47,14 +50,16 @@ class Launch:
         q = features[0]
         self._step, self._device, self._tunes = step, q.device, tunes
         bias = tokens if key_bias is None else key_bias  # not read where there is none
-        self._tensors = (*features, *rows, tokens, bias, _positions(grid[0], grid[1], grid[2], q.device))
+        table = _positions(grid[0], grid[1], grid[2], q.device) if positions is None else positions
+        self._tensors = (*features, *rows, tokens, bias, table)
         self._plan = _plan(
             step,
-            _work(q, kind, grid[2], key_bias is not None),
+            _work(q, kind, grid[2], key_bias is not None, positions is not None and positions.shape[1] == 3),
             q.shape,
             tuple([x.stride() for x in features]),
             (tokens.shape, tokens.stride()),
             (bias.shape, bias.stride()),
+            0 if positions is None or len(positions) == 1 else positions.stride(0),
             scale,
         )
 
@@ -85,6 +90,7 @@ class _Plan:
         strides: tuple[tuple[int, ...], ...],
         tokens: tuple[torch.Size, tuple[int, ...]],
         bias: tuple[torch.Size, tuple[int, ...]],
+        position_stride: int,
         scale: float,
     ) -> None:
         self.work, self.shape, self._step = work, shape, step
@@ -96,7 +102,7 @@ class _Plan:
         bias_strides = (0, *_strides(*bias)[:2], _strides(*bias)[3]) if work.has_key_mask else (0, 0, 0, 0)
         self.sizes = (
             *(tuple([stride // unit for stride in one]) for one in features),
-            *(_strides(*tokens), bias_strides, num_outer, num_heads, self._length, scale),
+            *(_strides(*tokens), bias_strides, position_stride, num_outer, num_heads, self._length, scale),
         )
         first, rest = _parts(head_dim)
         self._constants: dict[str, Any] = {
@@ -128,6 +134,7 @@ class _Plan:
         rest = self.work.num_patches % walked  # the last step of the walk is as small as can be
         options |= {
             "NUM_PREFIX": self.work.num_prefix,
+            "HAS_FLAGS": self.work.has_flags,
             "PREFIX_BLOCK": min(64, max(16, power_of_two(self.work.num_prefix))),
             "BLOCK_Q": schedule.queries,
             "BLOCK_K": schedule.keys,
@@ -140,17 +147,16 @@ class _Plan:
 _plan = lru_cache(maxsize=1024)(_Plan)
 
 
-def is_short(q: Tensor, kind: str, num_prefix: int) -> bool:
+def is_short(q: Tensor, kind: str, num_prefix: int, has_positions: bool) -> bool:
     """Whether a program can hold a whole sequence of q, (B, O, N, L, d)."""
-    if num_prefix or kind == "gaussian":
+    if num_prefix or has_positions or kind == "gaussian":
         return False
-    return triton_schedule.num_warps_of_short(_work(q, kind, num_prefix, False)) > 0
+    return triton_schedule.num_warps_of_short(_work(q, kind, num_prefix, False, False)) > 0
 
 
-def _work(q: Tensor, kind: str, num_prefix: int, has_key_mask: bool) -> Work:
-    return Work(
-        kind, q.dtype, q.shape[4], q.shape[3] - num_prefix, num_prefix, has_key_mask, _has_warp_groups(q.device)
-    )
+def _work(q: Tensor, kind: str, num_prefix: int, has_key_mask: bool, has_flags: bool) -> Work:
+    groups = _has_warp_groups(q.device)
+    return Work(kind, q.dtype, q.shape[4], q.shape[3] - num_prefix, num_prefix, has_key_mask, has_flags, groups)
 
 
 def _has_warp_groups(device: torch.device) -> bool:

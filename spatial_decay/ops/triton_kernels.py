@@ -22,7 +22,8 @@ too few bits for sums of hundreds of terms. Lanes past the end of a sequence are
 they get the score -inf, as queries lse = +inf: in both cases P = 0.
 
 Prefix tokens have no position: M = 0 wherever they take part. On the side that is walked over they are a small block of
-their own without decay; on the other, all tokens' numbers are 0 to them (beside).
+their own without decay; on the other, all tokens' numbers are 0 to them (beside). Where such tokens may be anywhere
+(Positions), each has a flag, and all numbers are 0 to them on both sides.
 
 Tensors are (B, O, N, L, d): O counts the rows or columns of a grid where these are the sequences, and is 1 otherwise.
 """
@@ -61,8 +62,8 @@ __all__ = ["backward_columns", "backward_rows", "forward"]
 @triton.jit
 def _walk_keys(
     state, block, memory, start, stop,
-    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The forward loop over the keys start .. stop - 1; state: out in two parts, total and peak."""
     q, query, has_position = block
@@ -72,12 +73,13 @@ def _walk_keys(
     for first in range(start, stop, BLOCK_K):
         j = first + tl.arange(0, BLOCK_K)
         k, k2 = load_features(K, j, strides[0], stop, D, D1, D2, MASKED)
-        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, 1 / scale, KIND, MASKED)
+        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, 1 / scale, KIND, HAS_FLAGS, MASKED)
         key_bias = load_key_bias(KEY_BIAS, strides[3], j, stop, scale, HAS_KEY_BIAS, MASKED)
         products = dot_features(q[0], q[1], k, k2, D2, UPCAST)
         scores = scores_of(
-            products, query, has_position[:, None], key, key_bias, j, stop, KIND, NUM_PREFIX, HAS_KEY_BIAS, MASKED
-        )
+            products, query, has_position[:, None], key, key_bias, j, stop,
+            KIND, NUM_PREFIX > 0, HAS_FLAGS, HAS_KEY_BIAS, MASKED,
+        )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         p = tl.math.exp2(scores * to_log2 - (new_peak * to_log2)[:, None])
         shrink = tl.math.exp2((peak - new_peak) * to_log2)
@@ -94,10 +96,10 @@ def _walk_keys(
 @triton.jit
 def forward(
     Q, K, V, O, LSE, TOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, o_strides, token_strides,
-    key_bias_strides, num_outer, num_heads, length, scale,
-    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    TAIL_BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    key_bias_strides, position_stride, num_outer, num_heads, length, scale,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_FLAGS: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, TAIL_BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """O and lse of BLOCK_Q queries of one head."""
     q_strides = in_elements(q_strides, UNIT)
@@ -106,6 +108,7 @@ def forward(
     o_strides = in_elements(o_strides, UNIT)
     num_blocks = tl.cdiv(length, BLOCK_Q)
     index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
+    POSITIONS += image * position_stride
     i, has_position = block_of(index, NUM_PREFIX, BLOCK_Q)
     K += offset(k_strides, image, line, head)
     V += offset(v_strides, image, line, head)
@@ -114,7 +117,9 @@ def forward(
     strides = (k_strides[3], v_strides[3], (token_strides[0], token_strides[3]), key_bias_strides[3])
 
     q = load_features(Q + offset(q_strides, image, line, head), i, q_strides[3], length, D, D1, D2, True)
-    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, has_position / scale, KIND, True)
+    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, has_position / scale, KIND, HAS_FLAGS, True)
+    if HAS_FLAGS:
+        has_position = query[5]
     zeros = tl.zeros([BLOCK_Q, D1], tl.float32)
     state = (
         zeros, tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else zeros,
@@ -124,16 +129,19 @@ def forward(
     memory = (K, V, TOKENS, KEY_BIAS, POSITIONS, strides, length, scale)
     if NUM_PREFIX > 0:
         state = _walk_keys(
-            state, block, memory, 0, NUM_PREFIX, NONE, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, PREFIX_BLOCK, True, UPCAST
-        )
+            state, block, memory, 0, NUM_PREFIX, NONE, NUM_PREFIX, HAS_FLAGS, HAS_KEY_BIAS, D, D1,
+            D2, PREFIX_BLOCK, True, UPCAST,
+        )  # fmt: skip
     whole = length - (length - NUM_PREFIX) % BLOCK_K
     state = _walk_keys(
-        state, block, memory, NUM_PREFIX, whole, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, BLOCK_K, False, UPCAST
-    )
+        state, block, memory, NUM_PREFIX, whole, KIND, NUM_PREFIX, HAS_FLAGS, HAS_KEY_BIAS, D, D1,
+        D2, BLOCK_K, False, UPCAST,
+    )  # fmt: skip
     if TAIL_BLOCK > 0:
         state = _walk_keys(
-            state, block, memory, whole, length, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, TAIL_BLOCK, True, UPCAST
-        )
+            state, block, memory, whole, length, KIND, NUM_PREFIX, HAS_FLAGS, HAS_KEY_BIAS, D, D1,
+            D2, TAIL_BLOCK, True, UPCAST,
+        )  # fmt: skip
     out, out2, total, peak = state
     # A query that may attend to nothing: O = 0, and lse = +inf makes P = 0 in the backward pass.
     is_empty = total == 0.0
@@ -148,8 +156,8 @@ def forward(
 @triton.jit
 def _walk_keys_back(
     state, block, memory, start, stop,
-    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The loop of backward_rows over the keys; state: dQ / scale in two parts and the sums of the query's slopes."""
     q, do, query, has_position, lse, delta = block
@@ -159,19 +167,21 @@ def _walk_keys_back(
         j = first + tl.arange(0, BLOCK_K)
         k, k2 = load_features(K, j, strides[0], stop, D, D1, D2, MASKED)
         v, v2 = load_features(V, j, strides[1], stop, D, D1, D2, MASKED)
-        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, 1 / scale, KIND, MASKED)
+        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, 1 / scale, KIND, HAS_FLAGS, MASKED)
         key_bias = load_key_bias(KEY_BIAS, strides[3], j, stop, scale, HAS_KEY_BIAS, MASKED)
         products = dot_features(q[0], q[1], k, k2, D2, UPCAST)
         scores = scores_of(
-            products, query, has_position[:, None], key, key_bias, j, stop, KIND, NUM_PREFIX, HAS_KEY_BIAS, MASKED
-        )
+            products, query, has_position[:, None], key, key_bias, j, stop,
+            KIND, NUM_PREFIX > 0, HAS_FLAGS, HAS_KEY_BIAS, MASKED,
+        )  # fmt: skip
         p = tl.math.exp2(scores * (scale * LOG2E) - lse[:, None])
         dp = dot_features(do[0], do[1], v, v2, D2, UPCAST)
         ds = p * (dp - delta[:, None])
         if KIND != NONE:
             row0, row1, row2, _ = slopes(
-                ds, (query[0][:, None], query[1][:, None], query[2][:, None]),
-                beside(key[0][None, :], has_position[:, None], NUM_PREFIX),
+                beside(ds, key[5][None, :], HAS_FLAGS),
+                (beside(query[0][:, None], key[5][None, :], HAS_FLAGS), query[1][:, None], query[2][:, None]),
+                beside(key[0][None, :], has_position[:, None], NUM_PREFIX > 0 or HAS_FLAGS),
                 query[3][:, None], query[4][:, None], key[3][None, :], key[4][None, :], KIND,
             )  # fmt: skip
             slope0 += tl.sum(row0, 1)
@@ -188,10 +198,10 @@ def _walk_keys_back(
 @triton.jit
 def backward_rows(
     Q, K, V, O, DO, DQ, LSE, DELTA, DTOKENS, TOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, o_strides,
-    do_strides, dq_strides, token_strides, key_bias_strides, num_outer, num_heads, length, scale,
-    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    TAIL_BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    do_strides, dq_strides, token_strides, key_bias_strides, position_stride, num_outer, num_heads, length, scale,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_FLAGS: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, TAIL_BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """delta, dQ and the row sums of the tokens' gradient, of BLOCK_Q queries of one head."""
     q_strides = in_elements(q_strides, UNIT)
@@ -202,6 +212,7 @@ def backward_rows(
     dq_strides = in_elements(dq_strides, UNIT)
     num_blocks = tl.cdiv(length, BLOCK_Q)
     index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
+    POSITIONS += image * position_stride
     i, has_position = block_of(index, NUM_PREFIX, BLOCK_Q)
     K += offset(k_strides, image, line, head)
     V += offset(v_strides, image, line, head)
@@ -218,23 +229,28 @@ def backward_rows(
     row = row_offset(image, line, head, num_outer, num_heads, length)
     tl.store(DELTA + row + i, delta, mask=i < length)
     lse = tl.load(LSE + row + i, mask=i < length, other=float("inf"))
-    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, has_position / scale, KIND, True)
+    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, has_position / scale, KIND, HAS_FLAGS, True)
+    if HAS_FLAGS:
+        has_position = query[5]
     zeros, none = tl.zeros([BLOCK_Q, D1], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     state = (zeros, tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else zeros, none, none, none)
     block = (q, do, query, has_position, lse, delta)
     memory = (K, V, TOKENS, KEY_BIAS, POSITIONS, strides, length, scale)
     if NUM_PREFIX > 0:
         state = _walk_keys_back(
-            state, block, memory, 0, NUM_PREFIX, NONE, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, PREFIX_BLOCK, True, UPCAST
-        )
+            state, block, memory, 0, NUM_PREFIX, NONE, NUM_PREFIX, HAS_FLAGS, HAS_KEY_BIAS, D, D1,
+            D2, PREFIX_BLOCK, True, UPCAST,
+        )  # fmt: skip
     whole = length - (length - NUM_PREFIX) % BLOCK_K
     state = _walk_keys_back(
-        state, block, memory, NUM_PREFIX, whole, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, BLOCK_K, False, UPCAST
-    )
+        state, block, memory, NUM_PREFIX, whole, KIND, NUM_PREFIX, HAS_FLAGS, HAS_KEY_BIAS, D, D1,
+        D2, BLOCK_K, False, UPCAST,
+    )  # fmt: skip
     if TAIL_BLOCK > 0:
         state = _walk_keys_back(
-            state, block, memory, whole, length, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, TAIL_BLOCK, True, UPCAST
-        )
+            state, block, memory, whole, length, KIND, NUM_PREFIX, HAS_FLAGS, HAS_KEY_BIAS, D, D1,
+            D2, TAIL_BLOCK, True, UPCAST,
+        )  # fmt: skip
     dq, dq2, slope0, slope1, slope2 = state
     DQ += offset(dq_strides, image, line, head)
     store_features(DQ, i, dq_strides[3], length, dq * scale, dq2 * scale, D, D1, D2)
@@ -250,8 +266,8 @@ def backward_rows(
 @triton.jit
 def _walk_queries(
     state, block, memory, start, stop,
-    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The loop of backward_columns over the queries, tiles lying (BLOCK_K, BLOCK_Q).
 
@@ -264,24 +280,27 @@ def _walk_queries(
         i = first + tl.arange(0, BLOCK_Q)
         q, q2 = load_features(Q, i, strides[0], stop, D, D1, D2, MASKED)
         do, do2 = load_features(DO, i, strides[1], stop, D, D1, D2, MASKED)
-        query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, 1 / scale, KIND, MASKED)
+        query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, 1 / scale, KIND, HAS_FLAGS, MASKED)
         if MASKED:
             lse = tl.load(LSE + i, mask=i < stop, other=float("inf"))
             delta = tl.load(DELTA + i, mask=i < stop, other=0.0)
         else:
             lse = tl.load(LSE + i)
             delta = tl.load(DELTA + i)
-        q_token = (beside(query[0][None, :], has_position[:, None], NUM_PREFIX), query[1][None, :], query[2][None, :])
+        q_token = (
+            beside(query[0][None, :], has_position[:, None], NUM_PREFIX > 0 or HAS_FLAGS),
+            query[1][None, :], query[2][None, :],
+        )  # fmt: skip
+        k_token = beside(key[0][:, None], query[5][None, :], HAS_FLAGS)
         q_h, q_w, k_h, k_w = query[3][None, :], query[4][None, :], key[3][:, None], key[4][:, None]
-        scores = add_decay(
-            dot_features(k[0], k[1], q, q2, D2, UPCAST), q_token, key[0][:, None], q_h, q_w, k_h, k_w, KIND
-        )
+        scores = add_decay(dot_features(k[0], k[1], q, q2, D2, UPCAST), q_token, k_token, q_h, q_w, k_h, k_w, KIND)
         if HAS_KEY_BIAS:
             scores += key_bias[:, None]
         p = tl.math.exp2(scores * (scale * LOG2E) - lse[None, :])
         ds = p * (dot_features(v[0], v[1], do, do2, D2, UPCAST) - delta[None, :])
         if KIND == MANHATTAN or KIND == PATH:
-            _, _, _, column = slopes(ds, q_token, key[0][:, None], q_h, q_w, k_h, k_w, KIND)
+            column_ds = beside(ds, query[5][None, :], HAS_FLAGS)
+            _, _, _, column = slopes(column_ds, q_token, k_token, q_h, q_w, k_h, k_w, KIND)
             slope += tl.sum(column, 1)
         p, ds = p.to(do.dtype), ds.to(q.dtype)
         dv = add_dot(dv, p, do, UPCAST)
@@ -295,10 +314,10 @@ def _walk_queries(
 @triton.jit
 def backward_columns(
     Q, K, V, DO, DK, DV, LSE, DELTA, DTOKENS, TOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, do_strides,
-    dk_strides, dv_strides, token_strides, key_bias_strides, num_outer, num_heads, length, scale,
-    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    TAIL_BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    dk_strides, dv_strides, token_strides, key_bias_strides, position_stride, num_outer, num_heads, length, scale,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, PREFIX_BLOCK: tl.constexpr, HAS_FLAGS: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, TAIL_BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dK, dV and the column sums of the tokens' gradient, of BLOCK_K keys of one head; after backward_rows."""
     q_strides = in_elements(q_strides, UNIT)
@@ -309,6 +328,7 @@ def backward_columns(
     dv_strides = in_elements(dv_strides, UNIT)
     num_blocks = tl.cdiv(length, BLOCK_K)
     index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
+    POSITIONS += image * position_stride
     j, has_position = block_of(index, NUM_PREFIX, BLOCK_K)
     row = row_offset(image, line, head, num_outer, num_heads, length)
     Q += offset(q_strides, image, line, head)
@@ -321,7 +341,9 @@ def backward_columns(
 
     k = load_features(K + offset(k_strides, image, line, head), j, k_strides[3], length, D, D1, D2, True)
     v = load_features(V + offset(v_strides, image, line, head), j, v_strides[3], length, D, D1, D2, True)
-    key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, has_position / scale, KIND, True)
+    key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, has_position / scale, KIND, HAS_FLAGS, True)
+    if HAS_FLAGS:
+        has_position = key[5]
     key_bias = load_key_bias(KEY_BIAS, key_bias_strides[3], j, length, scale, HAS_KEY_BIAS, True)
     zeros = tl.zeros([BLOCK_K, D1], tl.float32)
     zeros2 = tl.zeros([BLOCK_K, D2], tl.float32) if D2 > 0 else zeros
@@ -330,16 +352,19 @@ def backward_columns(
     memory = (Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, length, scale)
     if NUM_PREFIX > 0:
         state = _walk_queries(
-            state, block, memory, 0, NUM_PREFIX, NONE, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, PREFIX_BLOCK, True, UPCAST
-        )
+            state, block, memory, 0, NUM_PREFIX, NONE, NUM_PREFIX, HAS_FLAGS, HAS_KEY_BIAS, D, D1,
+            D2, PREFIX_BLOCK, True, UPCAST,
+        )  # fmt: skip
     whole = length - (length - NUM_PREFIX) % BLOCK_Q
     state = _walk_queries(
-        state, block, memory, NUM_PREFIX, whole, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, BLOCK_Q, False, UPCAST
-    )
+        state, block, memory, NUM_PREFIX, whole, KIND, NUM_PREFIX, HAS_FLAGS, HAS_KEY_BIAS, D, D1,
+        D2, BLOCK_Q, False, UPCAST,
+    )  # fmt: skip
     if TAIL_BLOCK > 0:
         state = _walk_queries(
-            state, block, memory, whole, length, KIND, NUM_PREFIX, HAS_KEY_BIAS, D, D1, D2, TAIL_BLOCK, True, UPCAST
-        )
+            state, block, memory, whole, length, KIND, NUM_PREFIX, HAS_FLAGS, HAS_KEY_BIAS, D, D1,
+            D2, TAIL_BLOCK, True, UPCAST,
+        )  # fmt: skip
     dk, dk2, dv, dv2, slope = state
     DK += offset(dk_strides, image, line, head)
     DV += offset(dv_strides, image, line, head)

@@ -6,6 +6,7 @@ gradients is two numbers a token and head. Nothing is added atomically: results 
 derivatives, no torch.func transforms.
 """
 
+import math
 import os
 from importlib.metadata import PackageNotFoundError, version
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from spatial_decay.decay import GaussianDecay, ManhattanDecay, PairwiseDecay, PathDecay
 from spatial_decay.grid import Grid
-from spatial_decay.ops.inputs import Inputs, reasons_of_positions
+from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.triton_call import Launch, dense, is_short
+from spatial_decay.positions import Positions
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
@@ -73,7 +75,8 @@ def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
         reasons.append(f"{type(bias).__name__} (needs None or a {', '.join(kind.__name__ for kind in _KINDS)})")
     if isinstance(bias, PathDecay) and bias.causal:
         reasons.append("a causal PathDecay (needs causal=False)")
-    reasons += reasons_of_positions(bias)
+    if isinstance(bias, GaussianDecay) and isinstance(bias.grid, Positions) and bias.max_distance != math.inf:
+        reasons.append(f"Positions with max_distance={bias.max_distance} (needs a Grid, or no max_distance)")
     if isinstance(bias, GaussianDecay) and isinstance(bias.grid, Grid) and max(bias.grid.size) - 1 > bias.max_distance:
         reasons.append(f"a grid wider than max_distance={bias.max_distance} (needs one within it)")
     if mask is not None and mask.requires_grad:
@@ -100,10 +103,14 @@ def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in the dtype and shape of q; tunes: see triton_autotune.py."""
     q, k, v = (x if x.ndim == 5 else x[:, None] for x in (inputs.q, inputs.k, inputs.v))  # (B, O, N, L, d)
     kind, tokens = _lowered(inputs.bias, q)
-    grid = Grid(1, inputs.length) if inputs.bias is None else inputs.bias.grid
-    assert isinstance(grid, Grid)
-    arguments = (q, k, v, tokens, inputs.attn_mask, [*grid.size, grid.num_prefix_tokens], kind, inputs.scale, tunes)
-    out = _short_forward(*arguments) if is_short(q, kind, grid.num_prefix_tokens) else _forward(*arguments)[0]
+    layout: Grid | Positions = Grid(1, inputs.length) if inputs.bias is None else inputs.bias.grid
+    positions = None
+    if isinstance(layout, Positions):
+        positions, layout = _placed(layout, q.device), Grid(1, inputs.length)
+    arguments = (q, k, v, tokens, inputs.attn_mask, positions)
+    options = ([*layout.size, layout.num_prefix_tokens], kind, inputs.scale, tunes)
+    holds_whole = is_short(q, kind, layout.num_prefix_tokens, positions is not None)
+    out = _short_forward(*arguments, *options) if holds_whole else _forward(*arguments, *options)[0]
     return out if inputs.q.ndim == 5 else out[:, 0]
 
 
@@ -118,9 +125,17 @@ def _lowered(bias: PairwiseDecay | None, q: Tensor) -> tuple[str, Tensor]:
     return "manhattan" if isinstance(bias, ManhattanDecay) else "path", tokens[0][None]
 
 
+def _placed(positions: Positions, device: torch.device) -> Tensor:
+    """(B|1, 2, L), h and w of each token, or (B|1, 3, L), with whether it lies somewhere."""
+    h, w = positions.positions(device=device, dtype=torch.float32)
+    known = positions.has_position
+    return torch.cat([h, w] if known is None else [h, w, known.to(device, torch.float32)[:, None].expand_as(h)], 1)
+
+
 # Schemas are spelt out, and what torch calls back is left untyped, as in tiled.py.
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor? key_bias, SymInt[] grid, str kind, float scale, bool tunes"
+    "Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor? key_bias, Tensor? positions, SymInt[] grid, str kind, "
+    "float scale, bool tunes"
 )
 
 
@@ -131,6 +146,7 @@ def _forward(
     v: Tensor,
     tokens: Tensor,
     key_bias: Tensor | None,
+    positions: Tensor | None,
     grid: list[int],
     kind: str,
     scale: float,
@@ -138,11 +154,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """O, (B, O, N, L, d), and lse, (B, O, N, L), of sequences of any length.
 
-    q, k, v: (B, O, N, L, d). tokens: (numbers, B*O|1, N, L). key_bias: (B*O|1, N|1, 1, L). grid: H, W and P.
+    q, k, v: (B, O, N, L, d). tokens: (numbers, B*O|1, N, L). key_bias: (B*O|1, N|1, 1, L). positions: (B|1, 2|3, L), or
+    None: on a grid. grid: H, W and P.
     """
     out, lse = _empty_like(q), _empty_rows(q)
     q, k, v = (dense(x) for x in (q, k, v))
-    launch = Launch("forward", (q, k, v, out), (lse,), tokens, key_bias, grid, kind, scale, tunes)
+    launch = Launch("forward", (q, k, v, out), (lse,), tokens, key_bias, positions, grid, kind, scale, tunes)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return out, lse
@@ -160,6 +177,7 @@ def _backward(
     v: Tensor,
     tokens: Tensor,
     key_bias: Tensor | None,
+    positions: Tensor | None,
     grid: list[int],
     kind: str,
     scale: float,
@@ -171,7 +189,7 @@ def _backward(
     dq, dk, dv = (_empty_like(q) for _ in range(3))
     q, k, v, grad = (dense(x) for x in (q, k, v, grad))
     delta, dtokens = torch.empty_like(lse), _empty_token_gradient(q, tokens)
-    others = ((lse, delta, dtokens), tokens, key_bias, grid, kind, scale, tunes)
+    others = ((lse, delta, dtokens), tokens, key_bias, positions, grid, kind, scale, tunes)
     rows = Launch("rows", (q, k, v, out, grad, dq), *others)
     columns = Launch("columns", (q, k, v, grad, dk, dv), *others)
     with torch.cuda.device_of(q):
@@ -189,6 +207,7 @@ def _short_forward(
     v: Tensor,
     tokens: Tensor,
     key_bias: Tensor | None,
+    positions: Tensor | None,
     grid: list[int],
     kind: str,
     scale: float,
@@ -197,7 +216,7 @@ def _short_forward(
     """O of short sequences without prefix tokens."""
     out = _empty_like(q)
     q, k, v = (dense(x) for x in (q, k, v))
-    launch = Launch("short forward", (q, k, v, out), (), tokens, key_bias, grid, kind, scale, tunes)
+    launch = Launch("short forward", (q, k, v, out), (), tokens, key_bias, positions, grid, kind, scale, tunes)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return out
@@ -215,6 +234,7 @@ def _short_backward(
     v: Tensor,
     tokens: Tensor,
     key_bias: Tensor | None,
+    positions: Tensor | None,
     grid: list[int],
     kind: str,
     scale: float,
@@ -225,7 +245,7 @@ def _short_backward(
     q, k, v, grad = (dense(x) for x in (q, k, v, grad))
     dtokens = _empty_token_gradient(q, tokens)
     features = (q, k, v, grad, dq, dk, dv)
-    launch = Launch("short backward", features, (dtokens,), tokens, key_bias, grid, kind, scale, tunes)
+    launch = Launch("short backward", features, (dtokens,), tokens, key_bias, positions, grid, kind, scale, tunes)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return dq, dk, dv, _summed_as(dtokens, tokens)
@@ -258,12 +278,12 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
     *tensors, out, lse = ctx.saved_tensors
     gradients = _backward(grad, *tensors, ctx.grid, ctx.kind, ctx.scale, ctx.tunes, out, lse)
-    return *gradients, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None
 
 
 def _differentiate_short(ctx, grad):  # type: ignore[no-untyped-def]
     gradients = _short_backward(grad, *ctx.saved_tensors, ctx.grid, ctx.kind, ctx.scale, ctx.tunes)
-    return *gradients, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -36,6 +36,7 @@ class Work(NamedTuple):
     num_patches: int
     num_prefix: int
     has_key_mask: bool
+    has_flags: bool  # of tokens that lie nowhere, anywhere in the sequence
     has_warp_groups: bool  # wgmma and its successor: compute capability 9 and 10
 
 
@@ -49,7 +50,7 @@ def from_table(step: Step, work: Work) -> Schedule:
         return Schedule(32, 32, 8 if is_wide else 4, 2)
     if step == "forward":
         # 128 keys at a time take the fewest instructions; a last step of 128 that is half empty, or a mask, takes more.
-        fits = not is_wide and not work.has_key_mask and work.num_patches % 128 <= 64
+        fits = not is_wide and not (work.has_key_mask or work.has_flags) and work.num_patches % 128 <= 64
         return Schedule(128, 128 if fits else 64, 8, 2)
     if step == "rows":  # three sums a query instead of one
         return Schedule(128, 32 if is_wide and work.kind == "gaussian" else 64, 8, 2)

@@ -124,14 +124,18 @@ def dot_features(a, a2, b, b2, D2: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(TOKENS, strides, POSITIONS, index, length, factor, KIND: tl.constexpr, MASKED: tl.constexpr):
-    """The numbers (three, what a kind lacks repeats the first) and the position (h, w) of the tokens in index.
+def load_tokens(
+    TOKENS, strides, POSITIONS, index, length, factor,
+    KIND: tl.constexpr, HAS_FLAGS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Of the tokens in index three numbers (what a kind lacks repeats the first), the position (h, w) and a flag.
 
-    The first number is multiplied by factor: 1 / scale, or 0 for prefix tokens.
+    The first number is multiplied by factor: 1 / scale, or 0 for prefix tokens. The flag is 1.0 where a token lies
+    somewhere; where it is 0.0, the first number is too.
     """
     mask = index < length
     zero = tl.zeros(index.shape, tl.float32)
-    first, second, third, h, w = zero, zero, zero, zero, zero
+    first, second, third, h, w, flag = zero, zero, zero, zero, zero, zero
     if KIND != NONE:
         first = load_numbers(TOKENS + index * strides[1], mask, MASKED) * factor
     if KIND == GAUSSIAN:
@@ -140,7 +144,10 @@ def load_tokens(TOKENS, strides, POSITIONS, index, length, factor, KIND: tl.cons
     if KIND == MANHATTAN or KIND == GAUSSIAN:
         h = load_numbers(POSITIONS + index, mask, MASKED)
         w = load_numbers(POSITIONS + length + index, mask, MASKED)
-    return first, second, third, h, w
+    if HAS_FLAGS:
+        flag = load_numbers(POSITIONS + 2 * length + index, mask, MASKED)
+        first *= flag
+    return first, second, third, h, w, flag
 
 
 @triton.jit
@@ -170,12 +177,13 @@ def block_of(block, NUM_PREFIX: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def beside(number, has_position, NUM_PREFIX: tl.constexpr):
+def beside(number, has_position, ASKS: tl.constexpr):
     """A number that broadcasts along one side of a tile, 0 where the other side's token has no position.
 
-    A sum of it and another number takes no instruction more: a product and a sum are one.
+    A sum of it and another number takes no instruction more: a product and a sum are one. ASKS: whether some have
+    none.
     """
-    if NUM_PREFIX > 0:
+    if ASKS:
         return number * has_position
     else:
         return number
@@ -184,12 +192,14 @@ def beside(number, has_position, NUM_PREFIX: tl.constexpr):
 @triton.jit
 def scores_of(
     products, query, has_position, key, key_bias, j, stop,
-    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, MASKED: tl.constexpr,
+    KIND: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Products (BLOCK_Q, BLOCK_K) of queries and keys -> scores / scale: with decay and key mask, -inf past stop."""
     scores = add_decay(
-        products, (query[0][:, None], query[1][:, None], query[2][:, None]),
-        beside(key[0][None, :], has_position, NUM_PREFIX),
+        products,
+        (beside(query[0][:, None], key[5][None, :], HAS_FLAGS), query[1][:, None], query[2][:, None]),
+        beside(key[0][None, :], has_position, HAS_PREFIX or HAS_FLAGS),
         query[3][:, None], query[4][:, None], key[3][None, :], key[4][None, :], KIND,
     )  # fmt: skip
     if HAS_KEY_BIAS:

@@ -54,6 +54,7 @@ class Shape(NamedTuple):
     num_patches: int = 256  # 16 rows, or 14
     num_prefix: int = 0
     has_key_mask: bool = False
+    has_flags: bool = False  # Positions, of which some tokens have none
     is_line: bool = False  # one of many rows of a grid, so long
 
 
@@ -75,8 +76,9 @@ def compiled(shape, dtype=torch.bfloat16):
     )
     tokens = torch.zeros(max(KINDS[shape.kind], 1), q.shape[0] * q.shape[1], 4, length)
     mask = torch.zeros(2, 1, 1, length) if shape.has_key_mask else None
+    positions = torch.zeros(2, 3, length) if shape.has_flags else None
     grid = [height, shape.num_patches // height, shape.num_prefix]
-    arguments = (q, k, v, tokens, mask, grid, shape.kind, 0.125, False)
+    arguments = (q, k, v, tokens, mask, positions, grid, shape.kind, 0.125, False)
     driver.set_active(NoDriver(shape.capability))
     with (
         patch.object(KernelInterface, "__getitem__", compile_only),
@@ -131,6 +133,7 @@ COMPILED = [
     *[Shape(90, kind, 64) for kind in KINDS],
     *[Shape(90, kind, 64, 196, 1) for kind in ("manhattan", "path", "gaussian")],
     Shape(90, "manhattan", 64, 196, 1, has_key_mask=True),
+    Shape(90, "manhattan", 64, 196, has_flags=True),
     Shape(90, "manhattan", 72),
     Shape(90, "manhattan", 128, 196, 1),
     Shape(80, "manhattan", 64),
