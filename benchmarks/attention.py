@@ -268,12 +268,12 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
         call = make_call(case, setting, name, which)
         try:
             found = call()
-        except RuntimeError as error:  # NotImplementedError, out of memory and failures to compile are among them
+        except Exception as error:
             notes[name] = reasons(error)
             continue
         try:
             calls[name] = call if arguments.eager else captured(call, setting.device)
-        except RuntimeError as error:
+        except Exception as error:
             notes[name] = f"not captured, timed with its launches: {reasons(error)}"
             calls[name] = call
         errors[name] = None if name in PLAIN else relative_error(found, wanted)

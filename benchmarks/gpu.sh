@@ -8,12 +8,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 device=$(python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())")
 results="benchmarks/results/$device-$(date +%F)"
+failed=0
 [ $# -gt 0 ] || set -- tests attention eager models autotune
 for part in "$@"; do
   case $part in
     tests)
-      python -m pytest -m gpu
-      python -m pytest tests/ops/test_triton.py ;;
+      python -m pytest -m gpu || failed=1
+      python -m pytest tests/ops/test_triton.py -m "not gpu" || failed=1 ;;
     attention)
       python -m benchmarks.attention --device cuda --dtype bfloat16 --output "$results/attention"
       python -m benchmarks.attention --device cuda --dtype bfloat16 --cold-cache --no-memory --output "$results/cold" ;;
@@ -29,3 +30,4 @@ for part in "$@"; do
   esac
 done
 echo "results: $results"
+exit "$failed"

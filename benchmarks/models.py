@@ -180,7 +180,7 @@ def measure(name: str, which: str, images: Tensor, dtype: torch.dtype, arguments
         call = make_call(name, build, which, images, dtype)
         try:
             call()
-        except RuntimeError as error:  # NotImplementedError, out of memory and failures to compile are among them
+        except Exception as error:
             notes[contender] = reasons(error)
         else:
             calls[contender] = call

@@ -84,8 +84,8 @@ def _seconds(call: Call, repeats: int, device: torch.device, flush: Tensor) -> f
             call()
         return (time.perf_counter() - start) / repeats
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
     torch.cuda.synchronize(device)
+    flush.zero_()  # and while it runs, the first launch is prepared
     start_event.record()
     for _ in range(repeats):
         call()
@@ -111,7 +111,12 @@ def captured(call: Call, device: torch.device) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         call()
-    return graph.replay
+
+    def replay() -> Call:
+        graph.replay()
+        return call  # its inputs must live as long as the graph, which knows but their addresses
+
+    return replay
 
 
 def _summary(seconds: Sequence[float], floor: Sequence[float]) -> Timing:

@@ -138,6 +138,7 @@ def explain_backend(
           tiled could: 0.019 million scores are faster written out (math), up to 0.52 million
           sdpa could: 0.019 million scores are faster written out (math), up to 0.52 million
           flex could: it is compiled for each new shape
+          triton_autotune cannot: q is on cpu (needs cuda)
     """
     inputs = checked_inputs(q, k, v, bias, attn_mask, dropout_p, scale)
     if not isinstance(bias, AxialDecay):

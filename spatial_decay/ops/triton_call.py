@@ -13,8 +13,9 @@ from torch import Tensor
 from spatial_decay.grid import Grid
 from spatial_decay.ops import triton_schedule
 from spatial_decay.ops.triton_schedule import Schedule, Step, Work, power_of_two
+from spatial_decay.positions import Positions
 
-__all__ = ["Launch", "dense", "is_short"]
+__all__ = ["Launch", "dense", "is_short", "positions_of"]
 
 
 class Launch:
@@ -26,9 +27,8 @@ class Launch:
         rows: Those of one number a token and head, in its order.
         tokens: (numbers, B*O|1, N, L).
         key_bias: (B*O|1, N|1, 1, L).
-        positions: (B|1, 2, L), h and w of each token, or (B|1, 3, L), with 1.0 for those that lie somewhere. None: on a
-            grid.
-        grid: H, W and P.
+        positions: Of positions_of.
+        num_prefix: P.
         kind: Of the decay.
         scale: Of the scores.
         tunes: Whether the schedule is timed.
@@ -41,8 +41,8 @@ class Launch:
         rows: Sequence[Tensor],
         tokens: Tensor,
         key_bias: Tensor | None,
-        positions: Tensor | None,
-        grid: list[int],
+        positions: Tensor,
+        num_prefix: int,
         kind: str,
         scale: float,
         tunes: bool,
@@ -50,16 +50,15 @@ class Launch:
         q = features[0]
         self._step, self._device, self._tunes = step, q.device, tunes
         bias = tokens if key_bias is None else key_bias  # not read where there is none
-        table = _positions(grid[0], grid[1], grid[2], q.device) if positions is None else positions
-        self._tensors = (*features, *rows, tokens, bias, table)
+        self._tensors = (*features, *rows, tokens, bias, positions)
         self._plan = _plan(
             step,
-            _work(q, kind, grid[2], key_bias is not None, positions is not None and positions.shape[1] == 3),
+            _work(q, kind, num_prefix, key_bias is not None, positions.shape[1] == 3),
             q.shape,
             tuple([x.stride() for x in features]),
             (tokens.shape, tokens.stride()),
             (bias.shape, bias.stride()),
-            0 if positions is None or len(positions) == 1 else positions.stride(0),
+            0 if len(positions) == 1 else positions.stride(0),
             scale,
         )
 
@@ -147,11 +146,11 @@ class _Plan:
 _plan = lru_cache(maxsize=1024)(_Plan)
 
 
-def is_short(q: Tensor, kind: str, num_prefix: int, has_positions: bool) -> bool:
+def is_short(q: Tensor, kind: str, layout: Grid | Positions) -> bool:
     """Whether a program can hold a whole sequence of q, (B, O, N, L, d)."""
-    if num_prefix or has_positions or kind == "gaussian":
+    if isinstance(layout, Positions) or layout.num_prefix_tokens or kind == "gaussian":
         return False
-    return triton_schedule.num_warps_of_short(_work(q, kind, num_prefix, False, False)) > 0
+    return triton_schedule.num_warps_of_short(_work(q, kind, 0, False, False)) > 0
 
 
 def _work(q: Tensor, kind: str, num_prefix: int, has_key_mask: bool, has_flags: bool) -> Work:
@@ -165,9 +164,10 @@ def _has_warp_groups(device: torch.device) -> bool:
 
 
 def _seconds(run: Callable[[Schedule], None], schedule: Schedule, device: torch.device) -> float | None:
-    """Of the kernel by this schedule; None where the GPU has not the shared memory for it."""
+    """Of the kernel by this schedule; None where it does not fit into the GPU."""
     import triton
-    from triton.runtime.errors import OutOfResources
+    from triton.compiler.errors import CompileTimeAssertionFailure
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -177,7 +177,7 @@ def _seconds(run: Callable[[Schedule], None], schedule: Schedule, device: torch.
     start = time.perf_counter()
     try:
         run(schedule)
-    except OutOfResources:
+    except (OutOfResources, PTXASError, CompileTimeAssertionFailure):  # as Triton's own tuner
         return None
     if device.type != "cuda":
         return time.perf_counter() - start
@@ -207,21 +207,44 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _positions(height: int, width: int, num_prefix: int, device: torch.device) -> Tensor:
-    """h and w of each token, (2, L) float32: reading a table is cheaper than dividing by W for each score."""
-    key = (height, width, num_prefix, device)
-    if (kept := _POSITIONS.get(key)) is not None:
+def positions_of(layout: Grid | Positions, kind: str, q: Tensor) -> Tensor:
+    """Where each token lies, for the kernels: reading a table is cheaper than dividing by W for each score.
+
+    Returns:
+        (B|1, 2, L) float32: row and column; for a path 0 and the number along it. (B|1, 3, L) where tokens without a
+        position may be anywhere: 1.0 for those that have one.
+    """
+    if isinstance(layout, Positions):
+        return _placed(layout, kind, q.device)
+    height, width = (1, layout.height * layout.width) if kind == "path" else layout.size
+    if torch.compiler.is_compiling() or type(q) is not Tensor:  # a part of the graph, or nothing real
+        return _on_grid(height, width, layout.num_prefix_tokens, q.device)
+    key = (height, width, layout.num_prefix_tokens, q.device)
+    if (kept := _KEPT.get(key)) is not None:
         return kept
-    positions = F.pad(torch.stack(Grid(height, width).positions(device=device, dtype=torch.float32)), (num_prefix, 0))
-    if device.type == "cuda":
+    positions = _on_grid(*key)
+    if q.is_cuda:
         if torch.cuda.is_current_stream_capturing():
             return positions  # empty until the graph is replayed: its own
-        torch.cuda.current_stream(device).synchronize()  # other streams will read it too
-    _POSITIONS[key] = positions
+        torch.cuda.current_stream(q.device).synchronize()  # other streams will read it too
+    _KEPT[key] = positions
     return positions
 
 
-_POSITIONS: dict[tuple[int, int, int, torch.device], Tensor] = {}  # for good: CUDA graphs may hold their addresses
+_KEPT: dict[tuple[int, int, int, torch.device], Tensor] = {}  # for good: CUDA graphs may hold their addresses
+
+
+def _on_grid(height: int, width: int, num_prefix: int, device: torch.device) -> Tensor:
+    positions = Grid(height, width).positions(device=device, dtype=torch.float32)
+    return F.pad(torch.stack(positions)[None], (num_prefix, 0))
+
+
+def _placed(layout: Positions, kind: str, device: torch.device) -> Tensor:
+    h, w = layout.positions(device=device, dtype=torch.float32)
+    if kind == "path":
+        w = layout.raster_order().argsort(-1)[:, None].to(device, torch.float32)
+    known = layout.has_position
+    return torch.cat([h, w] if known is None else [h, w, known.to(device, torch.float32)[:, None].expand_as(h)], 1)
 
 
 def _parts(head_dim: int) -> tuple[int, int]:

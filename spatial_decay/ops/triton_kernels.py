@@ -41,7 +41,6 @@ from spatial_decay.ops.triton_tiles import (
     add_decay,
     add_dot,
     beside,
-    block_of,
     dot_features,
     in_elements,
     load_features,
@@ -66,18 +65,18 @@ def _walk_keys(
     D1: tl.constexpr, D2: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The forward loop over the keys start .. stop - 1; state: out in two parts, total and peak."""
-    q, query, has_position = block
+    q, query = block
     K, V, TOKENS, KEY_BIAS, POSITIONS, strides, length, scale = memory
     out, out2, total, peak = state
     to_log2 = scale * LOG2E
     for first in range(start, stop, BLOCK_K):
         j = first + tl.arange(0, BLOCK_K)
         k, k2 = load_features(K, j, strides[0], stop, D, D1, D2, MASKED)
-        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, 1 / scale, KIND, HAS_FLAGS, MASKED)
+        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, scale, KIND, 0, HAS_FLAGS, MASKED)
         key_bias = load_key_bias(KEY_BIAS, strides[3], j, stop, scale, HAS_KEY_BIAS, MASKED)
         products = dot_features(q[0], q[1], k, k2, D2, UPCAST)
         scores = scores_of(
-            products, query, has_position[:, None], key, key_bias, j, stop,
+            products, query, key, key_bias, j, stop,
             KIND, NUM_PREFIX > 0, HAS_FLAGS, HAS_KEY_BIAS, MASKED,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -109,7 +108,7 @@ def forward(
     num_blocks = tl.cdiv(length, BLOCK_Q)
     index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
     POSITIONS += image * position_stride
-    i, has_position = block_of(index, NUM_PREFIX, BLOCK_Q)
+    i = index * BLOCK_Q + tl.arange(0, BLOCK_Q)
     K += offset(k_strides, image, line, head)
     V += offset(v_strides, image, line, head)
     TOKENS += token_offset(token_strides, image * num_outer + line, head)
@@ -117,15 +116,13 @@ def forward(
     strides = (k_strides[3], v_strides[3], (token_strides[0], token_strides[3]), key_bias_strides[3])
 
     q = load_features(Q + offset(q_strides, image, line, head), i, q_strides[3], length, D, D1, D2, True)
-    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, has_position / scale, KIND, HAS_FLAGS, True)
-    if HAS_FLAGS:
-        has_position = query[5]
+    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, scale, KIND, NUM_PREFIX, HAS_FLAGS, True)
     zeros = tl.zeros([BLOCK_Q, D1], tl.float32)
     state = (
         zeros, tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else zeros,
         tl.zeros([BLOCK_Q], tl.float32), tl.full([BLOCK_Q], LOWEST, tl.float32),
     )  # fmt: skip
-    block = (q, query, has_position)
+    block = (q, query)
     memory = (K, V, TOKENS, KEY_BIAS, POSITIONS, strides, length, scale)
     if NUM_PREFIX > 0:
         state = _walk_keys(
@@ -160,18 +157,18 @@ def _walk_keys_back(
     D1: tl.constexpr, D2: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The loop of backward_rows over the keys; state: dQ / scale in two parts and the sums of the query's slopes."""
-    q, do, query, has_position, lse, delta = block
+    q, do, query, lse, delta = block
     K, V, TOKENS, KEY_BIAS, POSITIONS, strides, length, scale = memory
     dq, dq2, slope0, slope1, slope2 = state
     for first in range(start, stop, BLOCK_K):
         j = first + tl.arange(0, BLOCK_K)
         k, k2 = load_features(K, j, strides[0], stop, D, D1, D2, MASKED)
         v, v2 = load_features(V, j, strides[1], stop, D, D1, D2, MASKED)
-        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, 1 / scale, KIND, HAS_FLAGS, MASKED)
+        key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, scale, KIND, 0, HAS_FLAGS, MASKED)
         key_bias = load_key_bias(KEY_BIAS, strides[3], j, stop, scale, HAS_KEY_BIAS, MASKED)
         products = dot_features(q[0], q[1], k, k2, D2, UPCAST)
         scores = scores_of(
-            products, query, has_position[:, None], key, key_bias, j, stop,
+            products, query, key, key_bias, j, stop,
             KIND, NUM_PREFIX > 0, HAS_FLAGS, HAS_KEY_BIAS, MASKED,
         )  # fmt: skip
         p = tl.math.exp2(scores * (scale * LOG2E) - lse[:, None])
@@ -181,7 +178,7 @@ def _walk_keys_back(
             row0, row1, row2, _ = slopes(
                 beside(ds, key[5][None, :], HAS_FLAGS),
                 (beside(query[0][:, None], key[5][None, :], HAS_FLAGS), query[1][:, None], query[2][:, None]),
-                beside(key[0][None, :], has_position[:, None], NUM_PREFIX > 0 or HAS_FLAGS),
+                beside(key[0][None, :], query[5][:, None], NUM_PREFIX > 0 or HAS_FLAGS),
                 query[3][:, None], query[4][:, None], key[3][None, :], key[4][None, :], KIND,
             )  # fmt: skip
             slope0 += tl.sum(row0, 1)
@@ -213,7 +210,7 @@ def backward_rows(
     num_blocks = tl.cdiv(length, BLOCK_Q)
     index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
     POSITIONS += image * position_stride
-    i, has_position = block_of(index, NUM_PREFIX, BLOCK_Q)
+    i = index * BLOCK_Q + tl.arange(0, BLOCK_Q)
     K += offset(k_strides, image, line, head)
     V += offset(v_strides, image, line, head)
     TOKENS += token_offset(token_strides, image * num_outer + line, head)
@@ -229,12 +226,10 @@ def backward_rows(
     row = row_offset(image, line, head, num_outer, num_heads, length)
     tl.store(DELTA + row + i, delta, mask=i < length)
     lse = tl.load(LSE + row + i, mask=i < length, other=float("inf"))
-    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, has_position / scale, KIND, HAS_FLAGS, True)
-    if HAS_FLAGS:
-        has_position = query[5]
+    query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, scale, KIND, NUM_PREFIX, HAS_FLAGS, True)
     zeros, none = tl.zeros([BLOCK_Q, D1], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     state = (zeros, tl.zeros([BLOCK_Q, D2], tl.float32) if D2 > 0 else zeros, none, none, none)
-    block = (q, do, query, has_position, lse, delta)
+    block = (q, do, query, lse, delta)
     memory = (K, V, TOKENS, KEY_BIAS, POSITIONS, strides, length, scale)
     if NUM_PREFIX > 0:
         state = _walk_keys_back(
@@ -255,7 +250,7 @@ def backward_rows(
     DQ += offset(dq_strides, image, line, head)
     store_features(DQ, i, dq_strides[3], length, dq * scale, dq2 * scale, D, D1, D2)
     if KIND != NONE:
-        tl.store(DTOKENS + row + i, slope0 * has_position, mask=i < length)
+        tl.store(DTOKENS + row + i, slope0 * query[5], mask=i < length)
     if KIND == GAUSSIAN:
         amplitude = query[0] * scale  # 0 for prefix tokens
         size = tl.num_programs(0).to(tl.int64) // num_blocks * length  # of each number's gradient, S * N * L
@@ -273,14 +268,14 @@ def _walk_queries(
 
     state: dK / scale and dV in two parts each, and the sums of the key's slopes.
     """
-    k, v, key, has_position, key_bias = block
+    k, v, key, key_bias = block
     Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, length, scale = memory
     dk, dk2, dv, dv2, slope = state
     for first in range(start, stop, BLOCK_Q):
         i = first + tl.arange(0, BLOCK_Q)
         q, q2 = load_features(Q, i, strides[0], stop, D, D1, D2, MASKED)
         do, do2 = load_features(DO, i, strides[1], stop, D, D1, D2, MASKED)
-        query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, 1 / scale, KIND, HAS_FLAGS, MASKED)
+        query = load_tokens(TOKENS, strides[2], POSITIONS, i, length, scale, KIND, 0, HAS_FLAGS, MASKED)
         if MASKED:
             lse = tl.load(LSE + i, mask=i < stop, other=float("inf"))
             delta = tl.load(DELTA + i, mask=i < stop, other=0.0)
@@ -288,7 +283,7 @@ def _walk_queries(
             lse = tl.load(LSE + i)
             delta = tl.load(DELTA + i)
         q_token = (
-            beside(query[0][None, :], has_position[:, None], NUM_PREFIX > 0 or HAS_FLAGS),
+            beside(query[0][None, :], key[5][:, None], NUM_PREFIX > 0 or HAS_FLAGS),
             query[1][None, :], query[2][None, :],
         )  # fmt: skip
         k_token = beside(key[0][:, None], query[5][None, :], HAS_FLAGS)
@@ -329,7 +324,7 @@ def backward_columns(
     num_blocks = tl.cdiv(length, BLOCK_K)
     index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
     POSITIONS += image * position_stride
-    j, has_position = block_of(index, NUM_PREFIX, BLOCK_K)
+    j = index * BLOCK_K + tl.arange(0, BLOCK_K)
     row = row_offset(image, line, head, num_outer, num_heads, length)
     Q += offset(q_strides, image, line, head)
     DO += offset(do_strides, image, line, head)
@@ -341,14 +336,12 @@ def backward_columns(
 
     k = load_features(K + offset(k_strides, image, line, head), j, k_strides[3], length, D, D1, D2, True)
     v = load_features(V + offset(v_strides, image, line, head), j, v_strides[3], length, D, D1, D2, True)
-    key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, has_position / scale, KIND, HAS_FLAGS, True)
-    if HAS_FLAGS:
-        has_position = key[5]
+    key = load_tokens(TOKENS, strides[2], POSITIONS, j, length, scale, KIND, NUM_PREFIX, HAS_FLAGS, True)
     key_bias = load_key_bias(KEY_BIAS, key_bias_strides[3], j, length, scale, HAS_KEY_BIAS, True)
     zeros = tl.zeros([BLOCK_K, D1], tl.float32)
     zeros2 = tl.zeros([BLOCK_K, D2], tl.float32) if D2 > 0 else zeros
     state = (zeros, zeros2, zeros, zeros2, tl.zeros([BLOCK_K], tl.float32))
-    block = (k, v, key, has_position, key_bias)
+    block = (k, v, key, key_bias)
     memory = (Q, DO, LSE, DELTA, TOKENS, POSITIONS, strides, length, scale)
     if NUM_PREFIX > 0:
         state = _walk_queries(
@@ -372,4 +365,4 @@ def backward_columns(
     store_features(DV, j, dv_strides[3], length, dv, dv2, D, D1, D2)
     if KIND == MANHATTAN or KIND == PATH:
         rows = tl.load(DTOKENS + row + j, mask=j < length, other=0.0)
-        tl.store(DTOKENS + row + j, rows + slope * has_position, mask=j < length)
+        tl.store(DTOKENS + row + j, rows + slope * key[5], mask=j < length)

@@ -16,7 +16,7 @@ from torch import Tensor
 from spatial_decay.decay import GaussianDecay, ManhattanDecay, PairwiseDecay, PathDecay
 from spatial_decay.grid import Grid
 from spatial_decay.ops.inputs import Inputs
-from spatial_decay.ops.triton_call import Launch, dense, is_short
+from spatial_decay.ops.triton_call import Launch, dense, is_short, positions_of
 from spatial_decay.positions import Positions
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
@@ -83,11 +83,20 @@ def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
         reasons.append("attn_mask requires grad (needs one without)")
     if inputs.is_exporting_to_onnx:
         reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
+    if _reaches_too_far(inputs):
+        reasons.append("the tokens of one sequence lie 2**31 or more elements apart (needs fewer, for 32-bit offsets)")
     if mask is not None and mask.shape[2] > 1:
         reasons.append("attn_mask differs from query to query (needs one over keys, (B, 1, 1, L))")
     if inputs.is_inside_torch_func:
         reasons.append("inside a torch.func transform (needs none)")
     return reasons
+
+
+def _reaches_too_far(inputs: Inputs) -> bool:
+    """Within a sequence; not asked of sizes that vary, on which a compiler would make it a condition."""
+    if torch.compiler.is_compiling():
+        return False
+    return max(x.stride(-2) for x in (inputs.q, inputs.k, inputs.v)) * inputs.length >= 2**31
 
 
 def avoid_reasons(inputs: Inputs) -> list[str]:
@@ -104,13 +113,11 @@ def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
     q, k, v = (x if x.ndim == 5 else x[:, None] for x in (inputs.q, inputs.k, inputs.v))  # (B, O, N, L, d)
     kind, tokens = _lowered(inputs.bias, q)
     layout: Grid | Positions = Grid(1, inputs.length) if inputs.bias is None else inputs.bias.grid
-    positions = None
-    if isinstance(layout, Positions):
-        positions, layout = _placed(layout, q.device), Grid(1, inputs.length)
-    arguments = (q, k, v, tokens, inputs.attn_mask, positions)
-    options = ([*layout.size, layout.num_prefix_tokens], kind, inputs.scale, tunes)
-    holds_whole = is_short(q, kind, layout.num_prefix_tokens, positions is not None)
-    out = _short_forward(*arguments, *options) if holds_whole else _forward(*arguments, *options)[0]
+    arguments = (
+        *(q, k, v, tokens, inputs.attn_mask, positions_of(layout, kind, q)),
+        *(layout.num_prefix_tokens, kind, inputs.scale, tunes),
+    )
+    out = _short_forward(*arguments) if is_short(q, kind, layout) else _forward(*arguments)[0]
     return out if inputs.q.ndim == 5 else out[:, 0]
 
 
@@ -125,16 +132,9 @@ def _lowered(bias: PairwiseDecay | None, q: Tensor) -> tuple[str, Tensor]:
     return "manhattan" if isinstance(bias, ManhattanDecay) else "path", tokens[0][None]
 
 
-def _placed(positions: Positions, device: torch.device) -> Tensor:
-    """(B|1, 2, L), h and w of each token, or (B|1, 3, L), with whether it lies somewhere."""
-    h, w = positions.positions(device=device, dtype=torch.float32)
-    known = positions.has_position
-    return torch.cat([h, w] if known is None else [h, w, known.to(device, torch.float32)[:, None].expand_as(h)], 1)
-
-
 # Schemas are spelt out, and what torch calls back is left untyped, as in tiled.py.
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor? key_bias, Tensor? positions, SymInt[] grid, str kind, "
+    "Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor? key_bias, Tensor positions, int num_prefix, str kind, "
     "float scale, bool tunes"
 )
 
@@ -146,8 +146,8 @@ def _forward(
     v: Tensor,
     tokens: Tensor,
     key_bias: Tensor | None,
-    positions: Tensor | None,
-    grid: list[int],
+    positions: Tensor,
+    num_prefix: int,
     kind: str,
     scale: float,
     tunes: bool,
@@ -159,7 +159,7 @@ def _forward(
     """
     out, lse = _empty_like(q), _empty_rows(q)
     q, k, v = (dense(x) for x in (q, k, v))
-    launch = Launch("forward", (q, k, v, out), (lse,), tokens, key_bias, positions, grid, kind, scale, tunes)
+    launch = Launch("forward", (q, k, v, out), (lse,), tokens, key_bias, positions, num_prefix, kind, scale, tunes)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return out, lse
@@ -177,8 +177,8 @@ def _backward(
     v: Tensor,
     tokens: Tensor,
     key_bias: Tensor | None,
-    positions: Tensor | None,
-    grid: list[int],
+    positions: Tensor,
+    num_prefix: int,
     kind: str,
     scale: float,
     tunes: bool,
@@ -188,8 +188,8 @@ def _backward(
     """Gradients of q, k, v and tokens from that of O."""
     dq, dk, dv = (_empty_like(q) for _ in range(3))
     q, k, v, grad = (dense(x) for x in (q, k, v, grad))
-    delta, dtokens = torch.empty_like(lse), _empty_token_gradient(q, tokens)
-    others = ((lse, delta, dtokens), tokens, key_bias, positions, grid, kind, scale, tunes)
+    delta, dtokens = torch.empty_like(lse), _empty_token_gradient(q, tokens, kind)
+    others = ((lse, delta, dtokens), tokens, key_bias, positions, num_prefix, kind, scale, tunes)
     rows = Launch("rows", (q, k, v, out, grad, dq), *others)
     columns = Launch("columns", (q, k, v, grad, dk, dv), *others)
     with torch.cuda.device_of(q):
@@ -207,8 +207,8 @@ def _short_forward(
     v: Tensor,
     tokens: Tensor,
     key_bias: Tensor | None,
-    positions: Tensor | None,
-    grid: list[int],
+    positions: Tensor,
+    num_prefix: int,
     kind: str,
     scale: float,
     tunes: bool,
@@ -216,7 +216,7 @@ def _short_forward(
     """O of short sequences without prefix tokens."""
     out = _empty_like(q)
     q, k, v = (dense(x) for x in (q, k, v))
-    launch = Launch("short forward", (q, k, v, out), (), tokens, key_bias, positions, grid, kind, scale, tunes)
+    launch = Launch("short forward", (q, k, v, out), (), tokens, key_bias, positions, num_prefix, kind, scale, tunes)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return out
@@ -234,8 +234,8 @@ def _short_backward(
     v: Tensor,
     tokens: Tensor,
     key_bias: Tensor | None,
-    positions: Tensor | None,
-    grid: list[int],
+    positions: Tensor,
+    num_prefix: int,
     kind: str,
     scale: float,
     tunes: bool,
@@ -243,9 +243,9 @@ def _short_backward(
     """Gradients of q, k, v and tokens from that of O."""
     dq, dk, dv = (_empty_like(q) for _ in range(3))
     q, k, v, grad = (dense(x) for x in (q, k, v, grad))
-    dtokens = _empty_token_gradient(q, tokens)
+    dtokens = _empty_token_gradient(q, tokens, kind)
     features = (q, k, v, grad, dq, dk, dv)
-    launch = Launch("short backward", features, (dtokens,), tokens, key_bias, positions, grid, kind, scale, tunes)
+    launch = Launch("short backward", features, (dtokens,), tokens, key_bias, positions, num_prefix, kind, scale, tunes)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return dq, dk, dv, _summed_as(dtokens, tokens)
@@ -268,7 +268,7 @@ def _(grad, q, k, v, tokens, *others):  # type: ignore[no-untyped-def]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.grid, ctx.kind, ctx.scale, ctx.tunes = inputs
+    *tensors, ctx.num_prefix, ctx.kind, ctx.scale, ctx.tunes = inputs
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(output[1])
         tensors += output
@@ -277,12 +277,12 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
     *tensors, out, lse = ctx.saved_tensors
-    gradients = _backward(grad, *tensors, ctx.grid, ctx.kind, ctx.scale, ctx.tunes, out, lse)
+    gradients = _backward(grad, *tensors, ctx.num_prefix, ctx.kind, ctx.scale, ctx.tunes, out, lse)
     return *gradients, None, None, None, None, None, None
 
 
 def _differentiate_short(ctx, grad):  # type: ignore[no-untyped-def]
-    gradients = _short_backward(grad, *ctx.saved_tensors, ctx.grid, ctx.kind, ctx.scale, ctx.tunes)
+    gradients = _short_backward(grad, *ctx.saved_tensors, ctx.num_prefix, ctx.kind, ctx.scale, ctx.tunes)
     return *gradients, None, None, None, None, None, None
 
 
@@ -305,8 +305,10 @@ def _empty_rows(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def _empty_token_gradient(q: Tensor, tokens: Tensor) -> Tensor:
-    """(numbers, S, N, L), float32."""
+def _empty_token_gradient(q: Tensor, tokens: Tensor, kind: str) -> Tensor:
+    """(numbers, S, N, L), float32; zeros where there is no decay, since no kernel writes them."""
+    if kind == "none":
+        return torch.zeros_like(tokens)
     return tokens.new_empty((tokens.shape[0], q.shape[0] * q.shape[1], *q.shape[2:4]))
 
 

@@ -105,6 +105,8 @@ def fastest(key: Hashable, schedules: Sequence[Schedule], seconds: Callable[[Sch
     """
     if key not in _FASTEST:
         times = {schedule: time for schedule in schedules if (time := seconds(schedule)) is not None}
+        if not times:
+            raise RuntimeError(f"none of {len(schedules)} schedules fits into this GPU: {key}. Take backend='auto'.")
         _FASTEST[key] = min(times, key=times.__getitem__)
     return _FASTEST[key]
 

@@ -37,10 +37,10 @@ def _softmax(
     KIND: tl.constexpr, D2: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """P (BLOCK, BLOCK) before it is divided by its row sums, the inverses of these sums, and the tokens."""
-    tokens = load_tokens(TOKENS, token_strides, POSITIONS, index, length, 1 / scale, KIND, False, True)
+    tokens = load_tokens(TOKENS, token_strides, POSITIONS, index, length, scale, KIND, 0, False, True)
     key_bias = load_key_bias(KEY_BIAS, key_bias_stride, index, length, scale, HAS_KEY_BIAS, True)
     products = dot_features(q[0], q[1], k[0], k[1], D2, UPCAST)
-    scores = scores_of(products, tokens, 1.0, tokens, key_bias, index, length, KIND, False, False, HAS_KEY_BIAS, True)
+    scores = scores_of(products, tokens, tokens, key_bias, index, length, KIND, False, False, HAS_KEY_BIAS, True)
     peak = tl.maximum(tl.max(scores, 1), LOWEST)
     p = tl.math.exp2(scores * (scale * LOG2E) - (peak * (scale * LOG2E))[:, None])
     total = tl.sum(p, 1)

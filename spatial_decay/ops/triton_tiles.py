@@ -13,7 +13,7 @@ LOWEST = tl.constexpr(-1e30)  # instead of -inf, so that -inf - peak is no NaN
 
 
 # The decays: a value and a slope each. Arguments broadcast to a tile of scores, whichever way it lies: q.. and k.. are
-# the tokens' numbers and positions (h, w) of queries and keys.
+# the tokens' numbers and positions (h, w) of queries and keys. On a path w is the token's number along it.
 
 
 @triton.jit
@@ -38,8 +38,9 @@ def slopes(ds, q_token, k_token, q_h, q_w, k_h, k_w, KIND: tl.constexpr):
         slope = ds * (tl.abs(q_h - k_h) + tl.abs(q_w - k_w))
         return slope, slope, slope, slope
     elif KIND == PATH:
-        # dS * sign(c_i - c_j) by way of the sign bit: comparing takes twice the instructions.
-        sign = (q_token[0] - k_token).to(tl.int32, bitcast=True) & -2147483648
+        # dS o dM/dc_j, whose sign is that of w_i - w_j, the tokens' numbers along the path, for c_j - c_i may be 0.
+        # By way of the sign bit: comparing takes twice the instructions.
+        sign = (q_w - k_w).to(tl.int32, bitcast=True) & -2147483648
         slope = (ds.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
         return -slope, -slope, -slope, slope
     elif KIND == GAUSSIAN:  # the factor -a_i of the second and third comes after the sum
@@ -125,28 +126,32 @@ def dot_features(a, a2, b, b2, D2: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def load_tokens(
-    TOKENS, strides, POSITIONS, index, length, factor,
-    KIND: tl.constexpr, HAS_FLAGS: tl.constexpr, MASKED: tl.constexpr,
+    TOKENS, strides, POSITIONS, index, length, scale,
+    KIND: tl.constexpr, NUM_PREFIX: tl.constexpr, HAS_FLAGS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Of the tokens in index three numbers (what a kind lacks repeats the first), the position (h, w) and a flag.
 
-    The first number is multiplied by factor: 1 / scale, or 0 for prefix tokens. The flag is 1.0 where a token lies
-    somewhere; where it is 0.0, the first number is too.
+    The first number is divided by scale. The flag is 1.0 where a token has a position; where it is 0.0 the numbers are
+    too, whatever stands in memory.
     """
-    mask = index < length
+    mask = (index >= NUM_PREFIX) & (index < length)
     zero = tl.zeros(index.shape, tl.float32)
     first, second, third, h, w, flag = zero, zero, zero, zero, zero, zero
     if KIND != NONE:
-        first = load_numbers(TOKENS + index * strides[1], mask, MASKED) * factor
+        first = load_numbers(TOKENS + index * strides[1], mask, MASKED) * (1 / scale)
     if KIND == GAUSSIAN:
         second = load_numbers(TOKENS + strides[0] + index * strides[1], mask, MASKED) * LOG2E
-        third = load_numbers(TOKENS + 2 * strides[0] + index * strides[1], mask, MASKED) * LOG2E
+        third = load_numbers(TOKENS + strides[0] + strides[0] + index * strides[1], mask, MASKED) * LOG2E
     if KIND == MANHATTAN or KIND == GAUSSIAN:
         h = load_numbers(POSITIONS + index, mask, MASKED)
+    if KIND != NONE:
         w = load_numbers(POSITIONS + length + index, mask, MASKED)
     if HAS_FLAGS:
         flag = load_numbers(POSITIONS + 2 * length + index, mask, MASKED)
-        first *= flag
+        first = tl.where(flag > 0, first, 0.0)
+        second, third = tl.where(flag > 0, second, 0.0), tl.where(flag > 0, third, 0.0)
+    else:
+        flag = tl.where(index < NUM_PREFIX, 0.0, 1.0)
     return first, second, third, h, w, flag
 
 
@@ -170,28 +175,21 @@ def sequence_of(program, num_blocks, num_heads, num_outer):
 
 
 @triton.jit
-def block_of(block, NUM_PREFIX: tl.constexpr, BLOCK: tl.constexpr):
-    """The tokens of a block, and whether they have a position: 1.0, or 0.0 for prefix tokens."""
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    return index, tl.where(index < NUM_PREFIX, 0.0, 1.0)
-
-
-@triton.jit
-def beside(number, has_position, ASKS: tl.constexpr):
+def beside(number, flag, ASKS: tl.constexpr):
     """A number that broadcasts along one side of a tile, 0 where the other side's token has no position.
 
     A sum of it and another number takes no instruction more: a product and a sum are one. ASKS: whether some have
     none.
     """
     if ASKS:
-        return number * has_position
+        return number * flag
     else:
         return number
 
 
 @triton.jit
 def scores_of(
-    products, query, has_position, key, key_bias, j, stop,
+    products, query, key, key_bias, j, stop,
     KIND: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_KEY_BIAS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +197,7 @@ def scores_of(
     scores = add_decay(
         products,
         (beside(query[0][:, None], key[5][None, :], HAS_FLAGS), query[1][:, None], query[2][:, None]),
-        beside(key[0][None, :], has_position, HAS_PREFIX or HAS_FLAGS),
+        beside(key[0][None, :], query[5][:, None], HAS_PREFIX or HAS_FLAGS),
         query[3][:, None], query[4][:, None], key[3][None, :], key[4][None, :], KIND,
     )  # fmt: skip
     if HAS_KEY_BIAS:

@@ -101,10 +101,32 @@ def test_half_precision(case, dtype):
     check(make(case, Grid(7, 10, 1), head_dim=64, num_heads=1, dtype=dtype), dtype)
 
 
-@pytest.mark.parametrize("head_dim", [1, 20, 72, 80, 96, 128])
-def test_head_dims(head_dim):
-    check(make(FULL, Grid(7, 10, 1), head_dim=head_dim, num_heads=1))
-    check(make(FULL, Grid(4, 5), head_dim=head_dim, num_heads=1))
+@pytest.mark.parametrize("head_dim", [1, 20, 32, 72, 80, 96, 128])
+@pytest.mark.parametrize("case", [FULL, PATH], ids=case_id)
+def test_head_dims(case, head_dim):
+    """Of most, the scale is no power of two: to the two kernels of the backward pass a token must yet be one number."""
+    check(make(case, Grid(7, 10, 1), head_dim=head_dim, num_heads=1))
+    check(make(case, Grid(7, 10), head_dim=head_dim, num_heads=1))
+    check(make(case, Grid(4, 5), head_dim=head_dim, num_heads=1))
+
+
+@pytest.mark.parametrize("size", [(7, 10), (4, 5)], ids=["long", "short"])
+def test_paths_that_cost_nothing(size):
+    """Which of two tokens comes later is to be known where their sums are equal."""
+    q, k, v, grad, bias = make(PATH, Grid(*size))
+    check((q, k, v, grad, dataclasses.replace(bias, cumulative=bias.cumulative.div(4).round())))
+
+
+@pytest.mark.parametrize("case", [FULL, PATH, GAUSSIAN], ids=case_id)
+def test_what_stands_at_prefix_tokens_is_not_read(case):
+    q, k, v, grad, bias = make(case, Grid(7, 10, 2))
+    expected = run(q, k, v, grad, bias)
+    nonsense = {field.name: getattr(bias, field.name) for field in dataclasses.fields(bias)}
+    nonsense = {name: x.clone() for name, x in nonsense.items() if isinstance(x, torch.Tensor)}
+    for value, x in zip((float("nan"), float("inf"), float("inf")), nonsense.values(), strict=False):
+        x[..., :2] = value
+    for got, wanted in zip(run(q, k, v, grad, dataclasses.replace(bias, **nonsense)), expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +262,8 @@ def arguments(length, kind="path"):
     """Of the operators."""
     q, k, v = (torch.randn(1, 2, 1, length, 8, device=DEVICE, requires_grad=True) for _ in range(3))
     tokens = torch.rand(1, 2, 1, length, device=DEVICE).cumsum(-1).requires_grad_()
-    return q, k, v, tokens, torch.randn(2, 1, 1, length, device=DEVICE), None, [1, length, 0], kind, 0.5, False
+    mask, positions = torch.randn(2, 1, 1, length, device=DEVICE), torch.rand(1, 2, length, device=DEVICE)
+    return q, k, v, tokens, mask, positions, 0, kind, 0.5, False
 
 
 def test_the_operators_are_well_made():
@@ -282,7 +305,8 @@ def test_autocast_and_checkpointing():
     with torch.autocast(DEVICE, torch.bfloat16):
         out = attn(x)
         again = checkpoint(attn, x, use_reentrant=False)
-    plain, checkpointed = (torch.autograd.grad(y.square().sum(), list(attn.parameters())) for y in (out, again))
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the positional convolution
+        plain, checkpointed = (torch.autograd.grad(y.square().sum(), list(attn.parameters())) for y in (out, again))
     assert torch.equal(out, again)
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
     assert out.dtype == torch.bfloat16
@@ -344,7 +368,7 @@ def test_auto_takes_it_on_cuda_and_goes_on_where_it_cannot(monkeypatch):
     def chosen(**options):
         bias = options.pop("bias", ManhattanDecay(torch.zeros(1, 2, 72), Grid(9, 8)))
         inputs = checked_inputs(*torch.randn(3, 1, 2, 72, 8), bias, options.pop("mask", None), 0.0, None)
-        q = SimpleNamespace(**{name: getattr(inputs.q, name) for name in ("shape", "dtype")}, **options)
+        q = SimpleNamespace(**{name: getattr(inputs.q, name) for name in ("shape", "dtype", "stride")}, **options)
         q.device, q.is_cuda, q.requires_grad = torch.device("cuda"), True, False
         return choice.choose(dataclasses.replace(inputs, q=q), "auto")
 
@@ -383,7 +407,7 @@ def test_the_machine_code_has_not_become_worse():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=case_id)
-@pytest.mark.parametrize("num_prefix", [0, 1, 5])
+@pytest.mark.parametrize("num_prefix", [0, 5])
 @pytest.mark.parametrize("size", [(14, 14), (16, 16), (32, 32), (56, 56)], ids=case_id)
 @pytest.mark.parametrize("case", KINDS, ids=case_id)
 def test_real_sizes(case, size, num_prefix, dtype):

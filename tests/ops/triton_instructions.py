@@ -51,7 +51,7 @@ class Shape(NamedTuple):
     capability: int
     kind: str
     head_dim: int
-    num_patches: int = 256  # 16 rows, or 14
+    num_patches: int = 256
     num_prefix: int = 0
     has_key_mask: bool = False
     has_flags: bool = False  # Positions, of which some tokens have none
@@ -70,15 +70,14 @@ def compiled(shape, dtype=torch.bfloat16):
         return call
 
     length = shape.num_patches + shape.num_prefix
-    num_lines, height = (shape.num_patches, 1) if shape.is_line else (1, 14 if shape.num_patches == 196 else 16)
+    num_lines = shape.num_patches if shape.is_line else 1
     q, k, v, grad = (
         torch.empty(2, num_lines, length, 4, shape.head_dim, dtype=dtype).transpose(2, 3) for _ in range(4)
     )
     tokens = torch.zeros(max(KINDS[shape.kind], 1), q.shape[0] * q.shape[1], 4, length)
     mask = torch.zeros(2, 1, 1, length) if shape.has_key_mask else None
-    positions = torch.zeros(2, 3, length) if shape.has_flags else None
-    grid = [height, shape.num_patches // height, shape.num_prefix]
-    arguments = (q, k, v, tokens, mask, positions, grid, shape.kind, 0.125, False)
+    positions = torch.zeros(2, 3, length) if shape.has_flags else torch.zeros(1, 2, length)
+    arguments = (q, k, v, tokens, mask, positions, shape.num_prefix, shape.kind, 0.125, False)
     driver.set_active(NoDriver(shape.capability))
     with (
         patch.object(KernelInterface, "__getitem__", compile_only),
