@@ -12,6 +12,8 @@ import json
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -142,9 +144,15 @@ COMPILED = [
 ]
 
 
+def rows(shape):
+    """A row for each kernel of a shape."""
+    return [row(*found, shape) for found in compiled(shape)]
+
+
 def table():
     """A row for each kernel, and the Triton that compiled them."""
-    kernels = [row(*found, shape) for shape in COMPILED for found in compiled(shape)]
+    with ProcessPoolExecutor() as pool:
+        kernels = list(chain.from_iterable(pool.map(rows, COMPILED)))
     return {"triton": triton.__version__, "kernels": kernels}
 
 
