@@ -268,12 +268,12 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
         call = make_call(case, setting, name, which)
         try:
             found = call()
-        except Exception as error:
+        except Exception as error:  # a backend's reasons, out of memory, and whatever compilers raise
             notes[name] = reasons(error)
             continue
         try:
             calls[name] = call if arguments.eager else captured(call, setting.device)
-        except Exception as error:
+        except Exception as error:  # what cannot be captured says so in many ways
             notes[name] = f"not captured, timed with its launches: {reasons(error)}"
             calls[name] = call
         errors[name] = None if name in PLAIN else relative_error(found, wanted)

@@ -180,7 +180,7 @@ def measure(name: str, which: str, images: Tensor, dtype: torch.dtype, arguments
         call = make_call(name, build, which, images, dtype)
         try:
             call()
-        except Exception as error:
+        except Exception as error:  # a backend's reasons, out of memory, and whatever compilers raise
             notes[contender] = reasons(error)
         else:
             calls[contender] = call

@@ -24,12 +24,12 @@ class Launch:
     Args:
         step: Which kernel.
         features: The tensors (B, O, N, L, d) in its order, q first.
-        rows: Those of one number a token and head, in its order.
+        numbers: Those of one number a token and head, in its order.
+        kind: Of the decay.
         tokens: (numbers, B*O|1, N, L).
         key_bias: (B*O|1, N|1, 1, L).
         positions: Of positions_of.
         num_prefix: P.
-        kind: Of the decay.
         scale: Of the scores.
         tunes: Whether the schedule is timed.
     """
@@ -38,19 +38,19 @@ class Launch:
         self,
         step: Step,
         features: Sequence[Tensor],
-        rows: Sequence[Tensor],
+        numbers: Sequence[Tensor],
+        kind: str,
         tokens: Tensor,
         key_bias: Tensor | None,
         positions: Tensor,
         num_prefix: int,
-        kind: str,
         scale: float,
         tunes: bool,
     ) -> None:
         q = features[0]
         self._step, self._device, self._tunes = step, q.device, tunes
         bias = tokens if key_bias is None else key_bias  # not read where there is none
-        self._tensors = (*features, *rows, tokens, bias, positions)
+        self._tensors = (*features, *numbers, tokens, bias, positions)
         self._plan = _plan(
             step,
             _work(q, kind, num_prefix, key_bias is not None, positions.shape[1] == 3),
@@ -101,7 +101,9 @@ class _Plan:
         bias_strides = (0, *_strides(*bias)[:2], _strides(*bias)[3]) if work.has_key_mask else (0, 0, 0, 0)
         self.sizes = (
             *(tuple([stride // unit for stride in one]) for one in features),
-            *(_strides(*tokens), bias_strides, position_stride, num_outer, num_heads, self._length, scale),
+            *(_strides(*tokens), bias_strides),
+            *(() if step.startswith("short") else (position_stride,)),
+            *(num_outer, num_heads, self._length, scale),
         )
         first, rest = _parts(head_dim)
         self._constants: dict[str, Any] = {
@@ -211,8 +213,8 @@ def positions_of(layout: Grid | Positions, kind: str, q: Tensor) -> Tensor:
     """Where each token lies, for the kernels: reading a table is cheaper than dividing by W for each score.
 
     Returns:
-        (B|1, 2, L) float32: row and column; for a path 0 and the number along it. (B|1, 3, L) where tokens without a
-        position may be anywhere: 1.0 for those that have one.
+        (1, 2, L) float32: row and column; for a path 0 and the number along it. Of Positions (B|1, 3, L): also a flag,
+        1.0 for tokens that lie somewhere.
     """
     if isinstance(layout, Positions):
         return _placed(layout, kind, q.device)
@@ -243,8 +245,8 @@ def _placed(layout: Positions, kind: str, device: torch.device) -> Tensor:
     h, w = layout.positions(device=device, dtype=torch.float32)
     if kind == "path":
         w = layout.raster_order().argsort(-1)[:, None].to(device, torch.float32)
-    known = layout.has_position
-    return torch.cat([h, w] if known is None else [h, w, known.to(device, torch.float32)[:, None].expand_as(h)], 1)
+    known = torch.ones_like(h) if layout.has_position is None else layout.has_position[:, None].to(h).expand_as(h)
+    return torch.cat([h, w, known], 1)
 
 
 def _parts(head_dim: int) -> tuple[int, int]:

@@ -107,7 +107,8 @@ def forward(
     o_strides = in_elements(o_strides, UNIT)
     num_blocks = tl.cdiv(length, BLOCK_Q)
     index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
-    POSITIONS += image * position_stride
+    if HAS_FLAGS:
+        POSITIONS += image * position_stride
     i = index * BLOCK_Q + tl.arange(0, BLOCK_Q)
     K += offset(k_strides, image, line, head)
     V += offset(v_strides, image, line, head)
@@ -209,7 +210,8 @@ def backward_rows(
     dq_strides = in_elements(dq_strides, UNIT)
     num_blocks = tl.cdiv(length, BLOCK_Q)
     index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
-    POSITIONS += image * position_stride
+    if HAS_FLAGS:
+        POSITIONS += image * position_stride
     i = index * BLOCK_Q + tl.arange(0, BLOCK_Q)
     K += offset(k_strides, image, line, head)
     V += offset(v_strides, image, line, head)
@@ -323,7 +325,8 @@ def backward_columns(
     dv_strides = in_elements(dv_strides, UNIT)
     num_blocks = tl.cdiv(length, BLOCK_K)
     index, image, line, head = sequence_of(tl.program_id(0), num_blocks, num_heads, num_outer)
-    POSITIONS += image * position_stride
+    if HAS_FLAGS:
+        POSITIONS += image * position_stride
     j = index * BLOCK_K + tl.arange(0, BLOCK_K)
     row = row_offset(image, line, head, num_outer, num_heads, length)
     Q += offset(q_strides, image, line, head)

@@ -9,6 +9,7 @@ derivatives, no torch.func transforms.
 import math
 import os
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,8 +115,8 @@ def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
     kind, tokens = _lowered(inputs.bias, q)
     layout: Grid | Positions = Grid(1, inputs.length) if inputs.bias is None else inputs.bias.grid
     arguments = (
-        *(q, k, v, tokens, inputs.attn_mask, positions_of(layout, kind, q)),
-        *(layout.num_prefix_tokens, kind, inputs.scale, tunes),
+        *(q, k, v, kind, tokens, inputs.attn_mask, positions_of(layout, kind, q)),
+        *(layout.num_prefix_tokens, inputs.scale, tunes),
     )
     out = _short_forward(*arguments) if is_short(q, kind, layout) else _forward(*arguments)[0]
     return out if inputs.q.ndim == 5 else out[:, 0]
@@ -132,34 +133,20 @@ def _lowered(bias: PairwiseDecay | None, q: Tensor) -> tuple[str, Tensor]:
     return "manhattan" if isinstance(bias, ManhattanDecay) else "path", tokens[0][None]
 
 
-# Schemas are spelt out, and what torch calls back is left untyped, as in tiled.py.
+# Schemas are spelt out, and what torch calls back is left untyped, as in tiled.py. What an operator does not look at
+# itself, it hands on to Launch, whose arguments come in the same order.
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor? key_bias, Tensor positions, int num_prefix, str kind, "
+    "Tensor q, Tensor k, Tensor v, str kind, Tensor tokens, Tensor? key_bias, Tensor positions, int num_prefix, "
     "float scale, bool tunes"
 )
 
 
 @torch.library.custom_op("spatial_decay::triton", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor,
-    key_bias: Tensor | None,
-    positions: Tensor,
-    num_prefix: int,
-    kind: str,
-    scale: float,
-    tunes: bool,
-) -> tuple[Tensor, Tensor]:
-    """O, (B, O, N, L, d), and lse, (B, O, N, L), of sequences of any length.
-
-    q, k, v: (B, O, N, L, d). tokens: (numbers, B*O|1, N, L). key_bias: (B*O|1, N|1, 1, L). positions: (B|1, 2|3, L), or
-    None: on a grid. grid: H, W and P.
-    """
+def _forward(q: Tensor, k: Tensor, v: Tensor, kind: str, tokens: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """O, (B, O, N, L, d), and lse, (B, O, N, L), of sequences of any length."""
     out, lse = _empty_like(q), _empty_rows(q)
     q, k, v = (dense(x) for x in (q, k, v))
-    launch = Launch("forward", (q, k, v, out), (lse,), tokens, key_bias, positions, num_prefix, kind, scale, tunes)
+    launch = Launch("forward", (q, k, v, out), (lse,), kind, tokens, *others)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return out, lse
@@ -168,55 +155,31 @@ def _forward(
 @torch.library.custom_op(
     "spatial_decay::triton_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor,
-    key_bias: Tensor | None,
-    positions: Tensor,
-    num_prefix: int,
-    kind: str,
-    scale: float,
-    tunes: bool,
-    out: Tensor,
-    lse: Tensor,
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, kind: str, tokens: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and tokens from that of O."""
     dq, dk, dv = (_empty_like(q) for _ in range(3))
     q, k, v, grad = (dense(x) for x in (q, k, v, grad))
-    delta, dtokens = torch.empty_like(lse), _empty_token_gradient(q, tokens, kind)
-    others = ((lse, delta, dtokens), tokens, key_bias, positions, num_prefix, kind, scale, tunes)
-    rows = Launch("rows", (q, k, v, out, grad, dq), *others)
-    columns = Launch("columns", (q, k, v, grad, dk, dv), *others)
+    numbers = lse, torch.empty_like(lse), _empty_token_gradient(q, kind, tokens)  # the second is delta
+    rows = Launch("rows", (q, k, v, out, grad, dq), numbers, kind, tokens, *others)
+    columns = Launch("columns", (q, k, v, grad, dk, dv), numbers, kind, tokens, *others)
     with torch.cuda.device_of(q):
         # Both schedules first: whenever columns runs, also to be timed, it adds to what rows wrote.
         of_rows, of_columns = rows.schedule(), columns.schedule()
         rows(of_rows)
         columns(of_columns)
-    return dq, dk, dv, _summed_as(dtokens, tokens)
+    return dq, dk, dv, _summed_as(numbers[2], tokens)
 
 
 @torch.library.custom_op("spatial_decay::triton_short", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
-def _short_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor,
-    key_bias: Tensor | None,
-    positions: Tensor,
-    num_prefix: int,
-    kind: str,
-    scale: float,
-    tunes: bool,
-) -> Tensor:
+def _short_forward(q: Tensor, k: Tensor, v: Tensor, kind: str, tokens: Tensor, *others: Any) -> Tensor:
     """O of short sequences without prefix tokens."""
     out = _empty_like(q)
     q, k, v = (dense(x) for x in (q, k, v))
-    launch = Launch("short forward", (q, k, v, out), (), tokens, key_bias, positions, num_prefix, kind, scale, tunes)
+    launch = Launch("short forward", (q, k, v, out), (), kind, tokens, *others)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return out
@@ -228,24 +191,13 @@ def _short_forward(
     schema=f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _short_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor,
-    key_bias: Tensor | None,
-    positions: Tensor,
-    num_prefix: int,
-    kind: str,
-    scale: float,
-    tunes: bool,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kind: str, tokens: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and tokens from that of O."""
     dq, dk, dv = (_empty_like(q) for _ in range(3))
     q, k, v, grad = (dense(x) for x in (q, k, v, grad))
-    dtokens = _empty_token_gradient(q, tokens, kind)
-    features = (q, k, v, grad, dq, dk, dv)
-    launch = Launch("short backward", features, (dtokens,), tokens, key_bias, positions, num_prefix, kind, scale, tunes)
+    dtokens = _empty_token_gradient(q, kind, tokens)
+    launch = Launch("short backward", (q, k, v, grad, dq, dk, dv), (dtokens,), kind, tokens, *others)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return dq, dk, dv, _summed_as(dtokens, tokens)
@@ -262,32 +214,36 @@ def _(q, *others):  # type: ignore[no-untyped-def]
 
 
 @_backward.register_fake
+def _(grad, out, lse, *inputs):  # type: ignore[no-untyped-def]
+    return _fake_gradients(*inputs)
+
+
 @_short_backward.register_fake
-def _(grad, q, k, v, tokens, *others):  # type: ignore[no-untyped-def]
+def _(grad, *inputs):  # type: ignore[no-untyped-def]
+    return _fake_gradients(*inputs)
+
+
+def _fake_gradients(q: Tensor, k: Tensor, v: Tensor, kind: str, tokens: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return _empty_like(q), _empty_like(q), _empty_like(q), torch.empty(tokens.shape, device=tokens.device)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.num_prefix, ctx.kind, ctx.scale, ctx.tunes = inputs
-    if isinstance(output, tuple):
-        ctx.mark_non_differentiable(output[1])
-        tensors += output
-    ctx.save_for_backward(*tensors)
+    q, k, v, ctx.kind, tokens, key_bias, positions, *ctx.options = inputs
+    results = output if isinstance(output, tuple) else ()  # O and lse
+    if results:
+        ctx.mark_non_differentiable(results[1])
+    ctx.save_for_backward(*results, q, k, v, tokens, key_bias, positions)
 
 
 def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    *tensors, out, lse = ctx.saved_tensors
-    gradients = _backward(grad, *tensors, ctx.num_prefix, ctx.kind, ctx.scale, ctx.tunes, out, lse)
-    return *gradients, None, None, None, None, None, None
-
-
-def _differentiate_short(ctx, grad):  # type: ignore[no-untyped-def]
-    gradients = _short_backward(grad, *ctx.saved_tensors, ctx.num_prefix, ctx.kind, ctx.scale, ctx.tunes)
-    return *gradients, None, None, None, None, None, None
+    *results, q, k, v, tokens, key_bias, positions = ctx.saved_tensors
+    differentiate = _backward if results else _short_backward
+    dq, dk, dv, dtokens = differentiate(grad, *results, q, k, v, ctx.kind, tokens, key_bias, positions, *ctx.options)
+    return dq, dk, dv, None, dtokens, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-_short_forward.register_autograd(_differentiate_short, setup_context=_save)
+_short_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _empty_like(q: Tensor) -> Tensor:
@@ -305,7 +261,7 @@ def _empty_rows(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def _empty_token_gradient(q: Tensor, tokens: Tensor, kind: str) -> Tensor:
+def _empty_token_gradient(q: Tensor, kind: str, tokens: Tensor) -> Tensor:
     """(numbers, S, N, L), float32; zeros where there is no decay, since no kernel writes them."""
     if kind == "none":
         return torch.zeros_like(tokens)

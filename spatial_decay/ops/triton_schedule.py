@@ -59,7 +59,7 @@ def from_table(step: Step, work: Work) -> Schedule:
         return Schedule(32 if work.has_warp_groups else 16, 128, 8, 2)
     if is_wide:
         return Schedule(32, 64, 4, 2) if work.has_warp_groups else Schedule(32, 128, 8, 2)
-    return Schedule(64, 128, 8, 2)
+    return Schedule(64, 64, 4, 2) if work.kind == "gaussian" else Schedule(64, 128, 8, 2)
 
 
 def num_warps_of_short(work: Work) -> int:
@@ -76,6 +76,11 @@ def num_warps_of_short(work: Work) -> int:
     return 8 if length <= 128 and (head_dim <= 32 or work.has_warp_groups) else 0
 
 
+_FORWARD = ((128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 32))
+_ROWS = ((128, 64), (64, 64), (128, 32), (64, 32), (32, 32))
+_COLUMNS = ((64, 128), (64, 64), (32, 128), (32, 64), (16, 128), (32, 32))
+
+
 def candidates(step: Step, first: Schedule) -> list[Schedule]:
     """What timing chooses from: the table's own first."""
     if step in ("short forward", "short backward"):
@@ -87,10 +92,6 @@ def candidates(step: Step, first: Schedule) -> list[Schedule]:
         ]
     return [first, *(other for other in others if other != first)]
 
-
-_FORWARD = ((128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 32))
-_ROWS = ((128, 64), (64, 64), (128, 32), (64, 32), (32, 32))
-_COLUMNS = ((64, 128), (64, 64), (32, 128), (32, 64), (16, 128), (32, 32))
 
 _FASTEST: dict[Hashable, Schedule] = {}
 

@@ -50,7 +50,7 @@ def _softmax(
 @triton.jit
 def forward(
     Q, K, V, O, TOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, o_strides, token_strides,
-    key_bias_strides, position_stride, num_outer, num_heads, length, scale,
+    key_bias_strides, num_outer, num_heads, length, scale,
     KIND: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,6 @@ def forward(
     v_strides = in_elements(v_strides, UNIT)
     o_strides = in_elements(o_strides, UNIT)
     _, image, line, head = sequence_of(tl.program_id(0), 1, num_heads, num_outer)
-    POSITIONS += image * position_stride
     index = tl.arange(0, BLOCK)
     q = load_features(Q + offset(q_strides, image, line, head), index, q_strides[3], length, D, D1, D2, True)
     k = load_features(K + offset(k_strides, image, line, head), index, k_strides[3], length, D, D1, D2, True)
@@ -79,8 +78,7 @@ def forward(
 @triton.jit
 def backward(
     Q, K, V, DO, DQ, DK, DV, DTOKENS, TOKENS, KEY_BIAS, POSITIONS, q_strides, k_strides, v_strides, do_strides,
-    dq_strides, dk_strides, dv_strides, token_strides, key_bias_strides, position_stride, num_outer, num_heads, length,
-    scale,
+    dq_strides, dk_strides, dv_strides, token_strides, key_bias_strides, num_outer, num_heads, length, scale,
     KIND: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +91,6 @@ def backward(
     dk_strides = in_elements(dk_strides, UNIT)
     dv_strides = in_elements(dv_strides, UNIT)
     _, image, line, head = sequence_of(tl.program_id(0), 1, num_heads, num_outer)
-    POSITIONS += image * position_stride
     index = tl.arange(0, BLOCK)
     q = load_features(Q + offset(q_strides, image, line, head), index, q_strides[3], length, D, D1, D2, True)
     k = load_features(K + offset(k_strides, image, line, head), index, k_strides[3], length, D, D1, D2, True)

@@ -263,7 +263,7 @@ def arguments(length, kind="path"):
     q, k, v = (torch.randn(1, 2, 1, length, 8, device=DEVICE, requires_grad=True) for _ in range(3))
     tokens = torch.rand(1, 2, 1, length, device=DEVICE).cumsum(-1).requires_grad_()
     mask, positions = torch.randn(2, 1, 1, length, device=DEVICE), torch.rand(1, 2, length, device=DEVICE)
-    return q, k, v, tokens, mask, positions, 0, kind, 0.5, False
+    return q, k, v, kind, tokens, mask, positions, 0, 0.5, False
 
 
 def test_the_operators_are_well_made():
@@ -389,7 +389,7 @@ def test_auto_does_not_take_the_interpreter():
 
 
 def test_the_machine_code_has_not_become_worse():
-    """For GPUs that are not there: tensor cores, hardly a register spilled, no more instructions than in the table."""
+    """For GPUs that are not there: tensor cores, no or few registers spilled, no more instructions than in the table."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ops.triton_instructions"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -401,13 +401,14 @@ def test_the_machine_code_has_not_become_worse():
         costs, kept = now.pop("instructions_per_score"), before.pop("instructions_per_score")
         assert now == before
         assert now["tensor_cores"]
-        assert now["percent_spills"] <= 5
+        is_plain = not (now["num_prefix"] or now["has_key_mask"] or now["has_flags"])
+        assert now["percent_spills"] <= (0 if is_plain else 5)
         assert costs <= kept, now
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=case_id)
-@pytest.mark.parametrize("num_prefix", [0, 5])
+@pytest.mark.parametrize("num_prefix", [0, 1, 5])
 @pytest.mark.parametrize("size", [(14, 14), (16, 16), (32, 32), (56, 56)], ids=case_id)
 @pytest.mark.parametrize("case", KINDS, ids=case_id)
 def test_real_sizes(case, size, num_prefix, dtype):

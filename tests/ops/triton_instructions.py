@@ -79,7 +79,7 @@ def compiled(shape, dtype=torch.bfloat16):
     tokens = torch.zeros(max(KINDS[shape.kind], 1), q.shape[0] * q.shape[1], 4, length)
     mask = torch.zeros(2, 1, 1, length) if shape.has_key_mask else None
     positions = torch.zeros(2, 3, length) if shape.has_flags else torch.zeros(1, 2, length)
-    arguments = (q, k, v, tokens, mask, positions, shape.num_prefix, shape.kind, 0.125, False)
+    arguments = (q, k, v, shape.kind, tokens, mask, positions, shape.num_prefix, 0.125, False)
     driver.set_active(NoDriver(shape.capability))
     with (
         patch.object(KernelInterface, "__getitem__", compile_only),
@@ -90,7 +90,7 @@ def compiled(shape, dtype=torch.bfloat16):
             triton_op._short_backward._init_fn(grad, *arguments)
         else:
             out, lse = triton_op._forward._init_fn(*arguments)
-            triton_op._backward._init_fn(grad, *arguments, out, lse)
+            triton_op._backward._init_fn(grad, out, lse, *arguments)
     return found
 
 
