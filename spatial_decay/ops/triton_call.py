@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid, Layout, Positions
 from spatial_decay.ops import triton_schedule
 from spatial_decay.ops.triton_schedule import Schedule, Step, Work, power_of_two
-from spatial_decay.positions import Positions
 
 __all__ = ["Launch", "dense", "is_short", "positions_of"]
 
@@ -148,7 +147,7 @@ class _Plan:
 _plan = lru_cache(maxsize=1024)(_Plan)
 
 
-def is_short(q: Tensor, kind: str, layout: Grid | Positions) -> bool:
+def is_short(q: Tensor, kind: str, layout: Layout) -> bool:
     """Whether a program can hold a whole sequence of q, (B, O, N, L, d)."""
     if isinstance(layout, Positions) or layout.num_prefix_tokens or kind == "gaussian":
         return False
@@ -209,7 +208,7 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def positions_of(layout: Grid | Positions, kind: str, q: Tensor) -> Tensor:
+def positions_of(layout: Layout, kind: str, q: Tensor) -> Tensor:
     """Where each token lies, for the kernels: reading a table is cheaper than dividing by W for each score.
 
     Returns:
@@ -218,6 +217,7 @@ def positions_of(layout: Grid | Positions, kind: str, q: Tensor) -> Tensor:
     """
     if isinstance(layout, Positions):
         return _placed(layout, kind, q.device)
+    assert isinstance(layout, Grid)
     height, width = (1, layout.height * layout.width) if kind == "path" else layout.size
     if torch.compiler.is_compiling() or type(q) is not Tensor:  # a part of the graph, or nothing real
         return _on_grid(height, width, layout.num_prefix_tokens, q.device)

@@ -6,7 +6,6 @@ gradients is two numbers a token and head. Nothing is added atomically: results 
 derivatives, no torch.func transforms.
 """
 
-import math
 import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor
 
 from spatial_decay.decay import GaussianDecay, ManhattanDecay, PairwiseDecay, PathDecay
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid, Layout
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.triton_call import Launch, dense, is_short, positions_of
-from spatial_decay.positions import Positions
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
@@ -63,7 +61,7 @@ def _reasons_of_the_machine(device: torch.device) -> list[str]:
 
 
 def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
-    bias, mask, reasons = inputs.bias, inputs.attn_mask, []
+    decay, mask, reasons = inputs.decay, inputs.attn_mask, []
     if inputs.q.dtype not in _DTYPES:
         reasons.append(f"{inputs.q.dtype} (needs float32, float16 or bfloat16)")
     if inputs.head_dim > _MAX_HEAD_DIM:
@@ -72,14 +70,12 @@ def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
         reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
     if inputs.scale <= 0:
         reasons.append(f"scale={inputs.scale} (needs one above 0)")
-    if bias is not None and not isinstance(bias, _KINDS):
-        reasons.append(f"{type(bias).__name__} (needs None or a {', '.join(kind.__name__ for kind in _KINDS)})")
-    if isinstance(bias, PathDecay) and bias.causal:
+    if decay is not None and not isinstance(decay, _KINDS):
+        reasons.append(f"{type(decay).__name__} (needs None or a {', '.join(kind.__name__ for kind in _KINDS)})")
+    if isinstance(decay, PathDecay) and decay.causal:
         reasons.append("a causal PathDecay (needs causal=False)")
-    if isinstance(bias, GaussianDecay) and isinstance(bias.grid, Positions) and bias.max_distance != math.inf:
-        reasons.append(f"Positions with max_distance={bias.max_distance} (needs a Grid, or no max_distance)")
-    if isinstance(bias, GaussianDecay) and isinstance(bias.grid, Grid) and max(bias.grid.size) - 1 > bias.max_distance:
-        reasons.append(f"a grid wider than max_distance={bias.max_distance} (needs one within it)")
+    if isinstance(decay, GaussianDecay) and decay.layout.largest_step > decay.max_distance:
+        reasons.append(f"{decay.layout} with max_distance={decay.max_distance} (needs a Grid within it, or none)")
     if mask is not None and mask.requires_grad:
         reasons.append("attn_mask requires grad (needs one without)")
     if inputs.is_exporting_to_onnx:
@@ -106,14 +102,14 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
         return ["on cpu it runs in Triton's interpreter, which is for tests"]
     if inputs.is_exporting:
         return ["torch.export: the program would need this package"]
-    return ["without a decay PyTorch's own kernels are faster"] if inputs.bias is None else []
+    return ["without a decay PyTorch's own kernels are faster"] if inputs.decay is None else []
 
 
 def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in the dtype and shape of q; tunes: see triton_autotune.py."""
     q, k, v = (x if x.ndim == 5 else x[:, None] for x in (inputs.q, inputs.k, inputs.v))  # (B, O, N, L, d)
-    kind, tokens = _lowered(inputs.bias, q)
-    layout: Grid | Positions = Grid(1, inputs.length) if inputs.bias is None else inputs.bias.grid
+    kind, tokens = _lowered(inputs.decay, q)
+    layout: Layout = Grid(1, inputs.length) if inputs.decay is None else inputs.decay.layout
     arguments = (
         *(q, k, v, kind, tokens, inputs.attn_mask, positions_of(layout, kind, q)),
         *(layout.num_prefix_tokens, inputs.scale, tunes),
@@ -122,15 +118,15 @@ def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
     return out if inputs.q.ndim == 5 else out[:, 0]
 
 
-def _lowered(bias: PairwiseDecay | None, q: Tensor) -> tuple[str, Tensor]:
+def _lowered(decay: PairwiseDecay | None, q: Tensor) -> tuple[str, Tensor]:
     """The kernels' name of the kind, and its numbers of each token, (numbers, S|1, N, L) float32."""
-    if bias is None:
+    if decay is None:
         return "none", torch.zeros((), dtype=torch.float32, device=q.device).expand(1, 1, *q.shape[2:4])
-    tokens = tuple(token.to(torch.float32) for token in bias.tokens)
-    if isinstance(bias, GaussianDecay):
+    tokens = tuple(token.to(torch.float32) for token in decay.numbers)
+    if isinstance(decay, GaussianDecay):
         amplitude, variance_h, variance_w = tokens
         return "gaussian", torch.stack([amplitude, 0.5 / variance_h, 0.5 / variance_w])
-    return "manhattan" if isinstance(bias, ManhattanDecay) else "path", tokens[0][None]
+    return "manhattan" if isinstance(decay, ManhattanDecay) else "path", tokens[0][None]
 
 
 # Schemas are spelt out, and what torch calls back is left untyped, as in tiled.py. What an operator does not look at
