@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from spatial_decay import SpatialDecayAttention, explain_backend
 from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay
-from spatial_decay.layout import Grid, Positions
+from spatial_decay.grid import Grid
 from spatial_decay.ops import choice, decay_attention, triton_call, triton_op, triton_schedule
 from spatial_decay.ops.inputs import checked_inputs
 from spatial_decay.ops.triton_schedule import Schedule
+from spatial_decay.positions import Positions
 from tests.cases import AXIAL, PAIRWISE, case_id, make_gates
 
 pytestmark = pytest.mark.skipif(
@@ -346,7 +347,7 @@ def test_it_says_all_that_it_cannot():
     ],
 )
 def test_decays_that_it_cannot(bias, reason):
-    q = torch.randn(1, 1, decay.layout.num_tokens, 8)
+    q = torch.randn(1, 1, bias.grid.num_tokens, 8)
     inputs = checked_inputs(q, q, q, bias, None, 0.0, None)
     assert triton_op._reasons_of_the_inputs(inputs) == [reason]
 
