@@ -12,6 +12,7 @@ from spatial_decay.layers.core import AttentionCore, DecayAttention
 from spatial_decay.layers.depthwise_conv import DepthwiseConv
 from spatial_decay.layers.mask import SpatialDecayMask
 from spatial_decay.layers.output_gate import OutputGate
+from spatial_decay.layout import Layout
 from spatial_decay.ops import Backend
 from spatial_decay.swap.layout import TokenLayout, named
 
@@ -94,6 +95,7 @@ class _OwnSoftmax(DecayAttention):
         k: Tensor,
         v: Tensor,
         decay: Decay | None,
+        layout: Layout,  # noqa: ARG002  as in DecayAttention
         *,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
