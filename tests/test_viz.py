@@ -183,7 +183,7 @@ def test_a_swapped_model(kind):
     prefix = {} if kind not in AXIAL_KINDS else {"class_token": False, "global_pool": "avg"}
     num_prefix = 0 if prefix else 1
     model = make_vit(**prefix)
-    decay = {"kind": kind, "gate_bias_init": 0.0} if kind in GATES_OF_KIND and GATES_OF_KIND[kind] else kind
+    decay = {"kind": kind, "gate_bias_init": 0.0} if GATES_OF_KIND.get(kind) else kind
     swap_attention(model, decay, num_prefix_tokens=num_prefix)
     images = torch.randn(2, 3, 24, 32, dtype=torch.float64)
     seen = []  # q, k, v as timm makes them, and the tokens
@@ -215,7 +215,8 @@ def test_a_swapped_model(kind):
 
 
 def test_a_swapped_module_alone_has_the_name_of_its_class():
-    model = swap_attention(make_vit(), "full")
+    model = make_vit()
+    swap_attention(model, "full")
     host = model.blocks[0].attn
     model.forward_features(torch.zeros(1, 3, 24, 32, dtype=torch.float64))  # the layout is noted by the whole model
     assert [record.name for record in viz.record(host, torch.zeros(1, 13, DIM).double())] == [type(host).__name__]

@@ -136,7 +136,8 @@ def record(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[LayerRecord]:
         ValueError: the model holds no attention with decay, or its tokens fill no grid.
 
     Example:
-        >>> model = swap_attention(timm.create_model("vit_tiny_patch16_224"), "full")
+        >>> model = timm.create_model("vit_tiny_patch16_224")
+        >>> report = swap_attention(model, "full")
         >>> [layer.name for layer in record(model, torch.randn(1, 3, 224, 224))][:2]
         ['blocks.0.attn', 'blocks.1.attn']
     """
@@ -146,7 +147,7 @@ def record(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[LayerRecord]:
             f"model must hold attention with decay: got {type(model).__name__} without any. Build it with "
             "SpatialDecayAttention, or put decay into it with swap_attention."
         )
-    hosts = {added: name for name, added in added_decays(model).items()}
+    hosts: dict[nn.Module, str] = {added: name for name, added in added_decays(model).items()}
     records: list[LayerRecord] = []
     with ExitStack() as hooks:  # removes them again, also where the model raises
         for name, core in cores.items():
@@ -182,14 +183,12 @@ class _Watched:
             *,
             attn_mask: Tensor | None = None,
             scale: float | None = None,
-            dropout_p: float = 0.0,  # noqa: ARG001  weights are shown as they are without
+            dropout_p: float = 0.0,
         ) -> None:
             grid = layout.as_grid(f"a picture of {self.name}", "Record a call without dropped or packed patches.")
             # Copies: the model may go on to change its features in place, and views would keep the values alive.
             q, k, attn_mask = q.clone(), k.clone(), None if attn_mask is None else attn_mask.clone()
             gates, self.gate_outputs = self.gate_outputs, {}
-            self.records.append(
-                LayerRecord(self.name, self.kind, grid, q, k, decay, attn_mask, scale, gates)
-            )
+            self.records.append(LayerRecord(self.name, self.kind, grid, q, k, decay, attn_mask, scale, gates))
 
         keep(*args, **kwargs)
