@@ -119,7 +119,7 @@ def test_models(tmp_path, capsys):
     assert list(BACKENDS) == before
     assert all(row["note"] or row["images/s"] > 0 for row in rows)
     found = {(row["model"], row["contender"]) for row in rows}
-    assert found >= {(name, which) for name in models.MODELS for which in (models.FLOOR, "auto", models.SAME_LAYOUT)}
+    assert found >= {(name, which) for name in models.MODELS for which in (models.FLOOR, "auto", models.IN_ITS_PLACE)}
     assert found >= {("sdt_h_tiny", models.PEER), ("rmt_tiny", models.AUTHORS), ("locatvit_tiny", models.AUTHORS)}
     assert "Self CPU" in capsys.readouterr().out
     assert (tmp_path / "results.md").exists()
