@@ -67,9 +67,10 @@ class _Authors(_Plain):
 
 
 def _gaussian_mask(decay: GaussianDecay) -> Tensor:
-    num_prefix = decay.layout.num_prefix_tokens
+    grid = decay.layout.as_grid("LocAtViT's Gaussian")
+    num_prefix = grid.num_prefix_tokens
     amplitude, *variances = (number[..., num_prefix:, None] for number in decay.numbers)  # (B, N, H*W, 1)
-    position = torch.stack(decay.layout.positions(device=amplitude.device, dtype=amplitude.dtype), -1)  # (H*W, 2)
+    position = torch.stack(grid.positions(device=amplitude.device, dtype=amplitude.dtype), -1)  # (H*W, 2)
     numerator = -0.5 * (position[:, None] - position) ** 2  # (H*W, H*W, 2)
     mask = amplitude * (numerator / torch.stack(variances, -1)).sum(-1).exp()
     return F.pad(mask, (num_prefix, 0, num_prefix, 0))
@@ -89,7 +90,9 @@ def denoise(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return noise, F.mse_loss(noise[:, :4].float(), latents)
 
 
-def swapped_vit_tiny(num_classes: int, *, decay: DecayLike = "full", backend: Any = "auto", **options: Any) -> nn.Module:
+def swapped_vit_tiny(
+    num_classes: int, *, decay: DecayLike = "full", backend: Any = "auto", **options: Any
+) -> nn.Module:
     """timm's ViT after swap_attention; with decay "none", before."""
     model: nn.Module = importlib.import_module("timm").create_model(PEER[5:], num_classes=num_classes, **options)
     if decay != "none":
