@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--turns", type=int, default=5, help="runs of each (default: 5)")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/compare"), help="folder for results")
     arguments, options = parser.parse_known_args(argv)
+    if arguments.turns < 1:
+        parser.error(f"argument --turns: must be >= 1: got {arguments.turns}")
     sides: dict[Path, list[Measured]] = {arguments.before: [], arguments.after: []}
     for turn in range(arguments.turns):
         for folder in list(sides)[:: -1 if turn % 2 else 1]:  # A B, B A, ...
@@ -106,7 +108,8 @@ def _machine(measured: Measured) -> Row:
 
 
 ABOUT = f"""`ratio` is after / before of the time over the benchmark's floor, of the two runs of a turn: median
-(quartiles) over the turns. `slower`: its lower quartile is above {ALLOWED}. The times are medians over the turns."""
+(quartiles) over the turns. `slower`: its lower quartile is above {ALLOWED}. The times are medians over the turns.
+Contenders that are not of this package (`mask eager` and so on) have not changed: they show what chance does."""
 
 if __name__ == "__main__":
     main()

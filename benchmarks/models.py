@@ -202,9 +202,10 @@ def measure(name: str, which: str, images: Tensor, dtype: torch.dtype, arguments
     return rows
 
 
-def profile_step(images: Tensor, dtype: torch.dtype) -> str:
+def profile_step(images: Tensor, dtype: torch.dtype, *, quick: bool) -> str:
     """torch.profiler's table of a training step of sdt_h_tiny with backend auto, by operator."""
-    step = make_call("sdt_h_tiny", lambda: sdt_h_tiny(NUM_CLASSES), PASSES[1], images, dtype)
+    build = builders("sdt_h_tiny", images.shape[-1], quick=quick)["auto"]
+    step = make_call("sdt_h_tiny", build, PASSES[1], images, dtype)
     step()
     on_cuda = images.is_cuda
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_cuda
@@ -247,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         del BACKENDS[IN_ITS_PLACE], BACKENDS[AUTHORS]
     write_results(arguments.output, "Whole models", ABOUT, rows, where, by=["model", "pass"])
     if arguments.profile:
-        table = profile_step(images, dtype)
+        table = profile_step(images, dtype, quick=arguments.quick)
         print(table)
         (arguments.output / "profile.txt").write_text(table, encoding="utf-8")
     return rows
