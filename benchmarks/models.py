@@ -136,7 +136,7 @@ def builders(name: str, image_size: int, *, quick: bool) -> dict[str, Callable[[
         backend: build(backend=backend) for backend in ("auto", *BACKENDS) if backend not in AUTOTUNED
     }
     if not model.has_authors_code:
-        del found[AUTHORS]
+        found.pop(AUTHORS, None)
     if name == "sdt_h_tiny" and importlib.util.find_spec("timm"):
         timm = importlib.import_module("timm")
         found[PEER] = lambda: timm.create_model(PEER[5:], num_classes=NUM_CLASSES, img_size=image_size)
