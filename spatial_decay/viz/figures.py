@@ -88,7 +88,13 @@ def _panels(layer: LayerRecord, queries: Sequence[tuple[int, int, int]], heads: 
     attention = torch.stack([layer.attention((h, w))[image, heads] for image, h, w in queries])
     return [
         *(
-            _Panel(name.replace("_", "\n"), "G, nats\nper grid step", maps, "viridis", Normalize(maps.min().item(), maps.max().item()))
+            _Panel(
+                name.replace("_", "\n"),
+                "G, nats\nper grid step",
+                maps,
+                "viridis",
+                Normalize(maps.min().item(), maps.max().item()),
+            )
             for name, maps in gates.items()
         ),
         _Panel("decay", "exp(M), factor\non the weight", decay, "magma", Normalize(0, max(1.0, decay.max().item()))),
