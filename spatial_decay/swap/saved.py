@@ -84,12 +84,12 @@ def _options_of_swap(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
         if not isinstance(found, dict) or set(found) != expected:
-            raise ValueError(f"needs the options {', '.join(sorted(expected))}: got {', '.join(sorted(found))}")
+            raise ValueError(f"it needs {', '.join(sorted(expected))}, and has {', '.join(sorted(found))}.")
         as_kind(found["decay"])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is not what this version's save_swapped writes: {error}. Swap a model of {file.parent} anew, or "
-            "load the folder with the version of spatial-decay that has saved it."
+            f"{file} is not what this version's save_swapped writes. Load it with the version of spatial-decay "
+            f"that has saved it, or swap the model of its folder anew: {error}"
         ) from error
     return found
 

@@ -28,8 +28,7 @@ def host_of(module: nn.Module) -> Host | None:
 
 def looks_like_attention(module: nn.Module) -> bool:
     """Whether a report should mention it where it is left alone."""
-    name = type(module).__name__
-    return name.endswith(("Attention", "Attn", "SelfAttention", "AttentionPoolLatent", "AttentionPool2d"))
+    return type(module).__name__.endswith(("Attention", "Attn", "AttentionPoolLatent", "AttentionPool2d"))
 
 
 def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:

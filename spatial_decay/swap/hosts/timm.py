@@ -65,7 +65,7 @@ class _SwitchedClass:
 
 
 def _hook_dropout(module: nn.Module, calls: Calls) -> Sequence[Removable]:
-    """It does not tell which patches it keeps; its sibling does, and draws the same random numbers in the same order."""
+    """It does not say which patches it keeps; its sibling does, and draws the same random numbers in the same order."""
     sibling = importlib.import_module(type(module).__module__).PatchDropoutWithIndices
     return [_SwitchedClass(module, sibling), module.register_forward_hook(partial(_note_kept_and_leave_tokens, calls))]
 
