@@ -172,7 +172,7 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
             continue
         inside.append(name)
         nearest = _nearest(name, embeds)
-        if "temporal" in name:
+        if "temporal" in name:  # video models, diffusers' and those that are made of timm's attention
             left[name] = "it attends over time"
         elif "forward" in vars(module):
             left[name] = "its forward has been replaced on this very module (by hooks of accelerate?)"
