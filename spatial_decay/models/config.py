@@ -39,7 +39,10 @@ def keeps_config(**defaults: Unpack[AttentionOptions]) -> Callable[[Callable[P, 
         def init_with_config(*arguments: P.args, **keywords: P.kwargs) -> None:
             model: Any = arguments[0]
             _check_keywords(type(model).__name__, keywords, own)
-            bound = signature.bind(*arguments, **keywords)
+            try:
+                bound = signature.bind(*arguments, **keywords)
+            except TypeError as error:
+                raise TypeError(f"{type(model).__name__}: {error}.") from None
             bound.apply_defaults()
             bound.arguments["options"] = options = all_defaults | bound.arguments["options"]
             values = {name: as_json(bound.arguments[name]) for name in own} | options
