@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import spatial_decay as sd
-from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layers.kinds import KINDS
 
 
 def make(decay="full", **options):
@@ -15,7 +15,7 @@ def make(decay="full", **options):
     return sd.ViT(5, decay=decay, **options)
 
 
-@pytest.mark.parametrize("kind", DECAY_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains_at_any_size(kind):
     model = make(kind, num_registers=0 if "decomposed" in kind else 2)
     out = model(torch.randn(2, 3, 32, 48))
@@ -32,7 +32,7 @@ def test_tokens_are_prefix_then_patches_with_positions():
     torch.nn.init.normal_(model.cls_token)
     torch.nn.init.normal_(model.reg_token)
     x = torch.randn(2, 3, 32, 32)
-    patches = F.conv2d(x, model.patch_embed.weight, model.patch_embed.bias, stride=8).flatten(2).mT
+    patches = F.conv2d(x, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=8).flatten(2).mT
     prefix = torch.cat([model.cls_token, model.reg_token], 1).expand(2, -1, -1)
     expected = model.norm(torch.cat([prefix, patches], 1) + model.pos_embed)
     torch.testing.assert_close(model.forward_features(x), expected)
@@ -69,7 +69,7 @@ def test_pooling(class_token):
 
 def test_refinement_refuses_maps():
     with pytest.raises(ValueError, match=r"x must be \(B, L, D\) with D a multiple of num_heads = 2: got shape"):
-        sd.PatchRepresentationRefinement(2)(torch.randn(2, 3, 3, 8))
+        sd.layers.PatchRepresentationRefinement(2)(torch.randn(2, 3, 3, 8))
 
 
 def test_checkpointing_is_the_same():
@@ -83,7 +83,7 @@ def test_checkpointing_is_the_same():
 
 
 def test_config_and_weights_round_trip():
-    model = sd.locatvit_tiny(7, depth=2, img_size=64, patch_size=16, num_registers=1, lpe_kernel_size=3).eval()
+    model = sd.models.locatvit_tiny(7, depth=2, img_size=64, patch_size=16, num_registers=1, lpe_kernel_size=3).eval()
     other = sd.ViT(**model.config).eval()
     other.load_state_dict(model.state_dict())
     x = torch.randn(1, 3, 64, 64)
@@ -98,7 +98,7 @@ def test_a_new_classifier():
     model.reset_classifier(0)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 16)
     assert {"cls_token", "pos_embed", "norm.weight"} <= model.no_weight_decay()
-    assert "patch_embed.weight" not in model.no_weight_decay()
+    assert "patch_embed.proj.weight" not in model.no_weight_decay()
 
 
 @pytest.mark.parametrize(
