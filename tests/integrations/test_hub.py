@@ -81,9 +81,7 @@ def test_a_plain_model_is_saved_too_and_stays_as_it_is(name, tmp_path):
 def test_the_config_holds_class_and_arguments(tmp_path):
     hub.save_pretrained(build("ViT"), tmp_path)
     found = json.loads((tmp_path / "config.json").read_text())
-    assert found == {"class": "ViT", "config": sd.ViT(5, **VIT).config} | {
-        "spatial_decay": sd.__version__
-    }
+    assert found == {"class": "ViT", "config": sd.ViT(5, **VIT).config} | {"spatial_decay": sd.__version__}
 
 
 def test_the_builders_models(tmp_path):

@@ -162,10 +162,25 @@ def test_timm_loads_weights_for_other_images_and_classes(name, tmp_path):
     torch.testing.assert_close(other.forward_features(grey), expected, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_images_that_are_not_square():
+    model = make("locatvit_tiny", img_size=(64, 96), num_classes=3).eval()
+    assert model.config["img_size"] == [64, 96]
+    assert model.pos_embed.shape[1] == 1 + 4 * 6
+    assert model.blocks[0].attn.decay.gaussian.initial_grid_size == (4, 6)
+    assert model(torch.randn(1, 3, 64, 96)).shape == model(torch.randn(1, 3, 96, 64)).shape == (1, 3)
+    assert make("locatvit_tiny", img_size=64).config["img_size"] == 64
+
+
 def test_keywords_that_cannot_be_are_refused():
     for name, keywords, error, says in [
         ("locatvit_tiny", {"img_size": (64, 90)}, ValueError, r"img_size must be a multiple of .*img_size=\(64, 90\)"),
-        ("locatvit_tiny", {"img_size": (64,)}, ValueError, r"img_size must be one whole number or \(H, W\): got \(64,\)"),
+        (
+            "locatvit_tiny",
+            {"img_size": (64,)},
+            ValueError,
+            r"img_size must be one whole number or \(H, W\): got \(64,\)",
+        ),
         ("rmt_tiny", {"img_size": 64}, TypeError, "rmt_tiny has no keyword img_size: it takes images of any size"),
         ("rmt_tiny", {"global_pool": "max"}, ValueError, "global_pool must be one of 'avg', '': got 'max'"),
         ("sdt_h_tiny", {"window_size": 7}, TypeError, "SDTH has no keyword window_size"),
@@ -263,7 +278,9 @@ def test_training_in_timm(door):
 
 
 def test_options_keep_their_place():
-    model = vit(attn_layer=attention_layer(sd.kinds.Full(alpha=0.3), backend="math"), proj_drop_rate=0.2, dtype=torch.bfloat16)
+    model = vit(
+        attn_layer=attention_layer(sd.kinds.Full(alpha=0.3), backend="math"), proj_drop_rate=0.2, dtype=torch.bfloat16
+    )
     attn = model.blocks[0].attn
     assert (attn.decay.kind.alpha, attn.attention.backend, attn.proj_drop.p) == (0.3, "math", 0.2)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -46,7 +46,12 @@ def test_locatvit_equals_the_authors_code(backend):
 
 @pytest.mark.parametrize(
     ("build", "millions"),
-    [(sd.models.rmt_tiny, 14.33), (sd.models.rmt_small, 26.97), (sd.models.rmt_base, 54.15), (sd.models.rmt_large, 95.46)],
+    [
+        (sd.models.rmt_tiny, 14.33),
+        (sd.models.rmt_small, 26.97),
+        (sd.models.rmt_base, 54.15),
+        (sd.models.rmt_large, 95.46),
+    ],
 )
 def test_rmt_has_its_published_size(build, millions):
     with torch.device("meta"):
@@ -55,7 +60,11 @@ def test_rmt_has_its_published_size(build, millions):
 
 @pytest.mark.parametrize(
     ("build", "vit"),
-    [(sd.models.locatvit_tiny, 5_717_416), (sd.models.locatvit_small, 22_050_664), (sd.models.locatvit_base, 86_567_656)],
+    [
+        (sd.models.locatvit_tiny, 5_717_416),
+        (sd.models.locatvit_small, 22_050_664),
+        (sd.models.locatvit_base, 86_567_656),
+    ],
 )
 def test_locatvit_is_a_vit_and_three_rows_of_weights_a_block(build, vit):
     """timm's vit_*_patch16_224, and for 12 blocks (64 + 1) * 3 for the Gaussians; PRR has none."""

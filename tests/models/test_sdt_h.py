@@ -188,7 +188,11 @@ def test_impossible_images_are_refused(x, error, says):
         ({"embed_dims": [15, 32, 48, 64]}, ValueError, "must be even"),
         ({"decay": ["full", "full", "full", "gauss"]}, ValueError, "got 'gauss'"),
         ({"gate_ranks": 3}, TypeError, "SDTH has no keyword gate_ranks"),
-        ({"heads_range": 4.0}, TypeError, "SDTH has no keyword heads_range: its own are num_classes, in_chans, embed_d"),
+        (
+            {"heads_range": 4.0},
+            TypeError,
+            "SDTH has no keyword heads_range: its own are num_classes, in_chans, embed_d",
+        ),
         ({"heads_range": 4.0}, TypeError, "Options of a kind belong to decay, for instance decay=.*'heads_range'"),
         ({"num_prefix_tokens": 1}, TypeError, "SDTH has no keyword num_prefix_tokens"),
         ({"decay": ["full", "1d"]}, ValueError, "one value a stage: got 4 embed_dims, .* 2 decay. Pass lists"),

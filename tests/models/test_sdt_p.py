@@ -7,7 +7,7 @@ import spatial_decay as sd
 from spatial_decay.decay import GaussianDecay
 from spatial_decay.layers.kinds import KINDS
 from spatial_decay.layout import Grid
-from spatial_decay.models.sdt_p import sincos_positions
+from spatial_decay.models.sdt_p import SDTPBlock, sincos_positions
 from tests.golden import make_dit, read
 
 BUILDS = (sd.sdt_p_small, sd.sdt_p_base, sd.sdt_p_large, sd.sdt_p_xlarge)
@@ -59,7 +59,9 @@ def test_a_checkpoint_of_another_width():
     golden = read("dit")
     model = make_dit(golden, dim=96, **DIT)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"patch_embed.proj.weight: the model has \(96, 4, 2, 2\), the checkpoint \(48, "):
+    with pytest.raises(
+        ValueError, match=r"patch_embed.proj.weight: the model has \(96, 4, 2, 2\), the checkpoint \(48, "
+    ):
         sd.load_checkpoint(model, golden.state, origin="dit")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -162,7 +164,21 @@ def test_checkpointing_and_config():
 def test_gaussians_start_from_its_grid():
     model = small(decay="gaussian")
     assert model.blocks[0].attn.decay.gaussian.initial_grid_size == (4, 4)
+    wide = sd.SDTP((4, 8), 2, 4, 5, dim=48, depth=1, num_heads=3, decay="gaussian")
+    assert wide.blocks[0].attn.decay.gaussian.initial_grid_size == (2, 4)
     assert isinstance(model.blocks[0].attn.decay.describe(torch.randn(1, 16, 48), (4, 4)), GaussianDecay)
+
+
+@torch.no_grad()
+def test_a_block_takes_layouts_and_maps_as_sdtblock_does():
+    block = SDTPBlock(48, 3)
+    torch.nn.init.normal_(block.modulation.weight, std=0.1)
+    x, condition = torch.randn(2, 3, 5, 48), torch.randn(2, 48)
+    expected = block(x.flatten(1, 2), condition, Grid(3, 5))
+    assert torch.equal(block(x.flatten(1, 2), condition, (3, 5)), expected)
+    assert torch.equal(block(x, condition), expected.view_as(x))
+    with pytest.raises(ValueError, match="without layout, L - num_prefix_tokens must be a square: got L = 15"):
+        block(x.flatten(1, 2), condition)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +208,10 @@ def test_bad_inputs(change, error, says):
         ({"class_dropout_prob": 1.0}, ValueError, "class_dropout_prob must satisfy"),
         ({"num_register": 1}, TypeError, "SDTP has no keyword num_register"),
         ({"patch_size": 3}, ValueError, "input_size must be a multiple of patch_size"),
+        ({"input_size": (8, 7)}, ValueError, r"a multiple of patch_size: got input_size=\(8, 7\), patch_size=2"),
+        ({"input_size": (8,)}, ValueError, r"input_size must be one whole number or \(H, W\): got \(8,\)"),
     ],
 )
 def test_impossible_options(options, error, says):
     with pytest.raises(error, match=says):
-        sd.SDTP(input_size=8, **({"dim": 48, "depth": 1, "num_heads": 3} | options))
+        sd.SDTP(**({"input_size": 8, "dim": 48, "depth": 1, "num_heads": 3} | options))

@@ -52,6 +52,21 @@ def test_positions_are_interpolated():
 
 
 @torch.no_grad()
+def test_positions_of_images_that_are_not_square():
+    model = make("gaussian", img_size=(16, 40)).eval()
+    assert model.grid_size == model.blocks[0].attn.decay.gaussian.initial_grid_size == (2, 5)
+    assert model.pos_embed.shape == (1, 1 + 10, 16)
+    assert model._positions(sd.Grid(2, 5, 1)) is model.pos_embed
+    ramp = torch.linspace(0, 1, 5).expand(2, 5).reshape(1, 10, 1).expand(-1, -1, 16)
+    model.pos_embed[:, 1:] = ramp  # grows along w alone
+    high = model._positions(sd.Grid(4, 5, 1))
+    torch.testing.assert_close(high[0, 1:].reshape(4, 5, 16), ramp[0].reshape(2, 5, 16)[:1].expand(4, -1, -1))
+    assert model(torch.randn(1, 3, 16, 40)).shape == model(torch.randn(1, 3, 40, 16)).shape == (1, 5)
+    square = make("gaussian", img_size=32)
+    assert square.state_dict().keys() == make("gaussian", img_size=(32, 32)).state_dict().keys()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("class_token", [True, False])
 def test_pooling(class_token):
     x = torch.randn(2, 3, 32, 32)
@@ -107,6 +122,10 @@ def test_a_new_classifier():
         ({"global_pool": "max"}, ValueError, "global_pool must be one of 'token', 'avg', 'prr', '': got 'max'"),
         ({"class_token": False}, ValueError, "global_pool='token' needs class_token=True"),
         ({"img_size": 30}, ValueError, "img_size must be a multiple of patch_size: got img_size=30, patch_size=8"),
+        ({"img_size": (32, 30)}, ValueError, r"img_size must be a multiple of patch_size: got img_size=\(32, 30\)"),
+        ({"img_size": (8, 8, 8)}, ValueError, r"img_size must be one whole number or \(H, W\): got \(8, 8, 8\)"),
+        ({"img_size": 32.0}, ValueError, r"img_size must be one whole number or \(H, W\): got 32.0"),
+        ({"patch_size": 0}, ValueError, "img_size must be a multiple of patch_size: got img_size=32, patch_size=0"),
         ({"decays": ["full"]}, TypeError, "ViT has no keyword decays"),
     ],
 )
