@@ -4,8 +4,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from spatial_decay.ops import flex, math, sdpa, tiled, triton_autotune, triton_op
+from spatial_decay.ops import flex, math, sdpa, tiled, triton
 from spatial_decay.ops.inputs import Inputs
+from spatial_decay.ops.triton import autotune
 
 __all__ = ["BACKENDS", "Backend", "check_backend", "choose", "explain"]
 
@@ -24,12 +25,12 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, Backend] = {
-    "triton": triton_op,
+    "triton": triton,
     "tiled": tiled,
     "sdpa": sdpa,
     "math": math,
     "flex": flex,
-    "triton_autotune": triton_autotune,
+    "triton_autotune": autotune,
 }
 """In order of preference: "auto" takes the first that can run the inputs and has nothing to avoid. `math` runs
 everything and avoids nothing, so what stands behind it is taken by name only."""

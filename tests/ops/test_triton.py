@@ -18,14 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from spatial_decay import SpatialDecayAttention, explain_backend
 from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay
 from spatial_decay.grid import Grid
-from spatial_decay.ops import choice, decay_attention, triton_call, triton_op, triton_schedule
+from spatial_decay.ops import choice, decay_attention
+from spatial_decay.ops import triton as room
 from spatial_decay.ops.inputs import checked_inputs
-from spatial_decay.ops.triton_schedule import Schedule
+from spatial_decay.ops.triton import launch, operators, schedule
+from spatial_decay.ops.triton.schedule import Schedule
 from spatial_decay.positions import Positions
 from tests.cases import AXIAL, PAIRWISE, case_id, make_gates
 
 pytestmark = pytest.mark.skipif(
-    (triton_op._TRITON or (0, 0)) < triton_op._OLDEST_TRITON, reason="needs Triton 3.3 or newer: pip install triton"
+    (room._TRITON or (0, 0)) < room._OLDEST_TRITON, reason="needs Triton 3.3 or newer: pip install triton"
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,7 +137,7 @@ def test_what_stands_at_prefix_tokens_is_not_read(case):
 @pytest.mark.parametrize("case", AXIAL, ids=case_id)
 def test_rows_and_columns(monkeypatch, case, size, longest_short):
     """Both axes by the kernels for short sequences, one, or none."""
-    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda work: int(work.num_patches <= longest_short))
+    monkeypatch.setattr(schedule, "num_warps_of_short", lambda work: int(work.num_patches <= longest_short))
     check(make(case, Grid(*size), batch_size=2))
 
 
@@ -205,9 +207,9 @@ def test_without_decay():
 @pytest.mark.parametrize("size", [(5, 6), (9, 11)], ids=case_id)
 def test_short_and_long_kernels_agree(monkeypatch, size):
     inputs = make(PATH, Grid(*size))
-    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda work: 8)
+    monkeypatch.setattr(schedule, "num_warps_of_short", lambda work: 8)
     short = run(*inputs)
-    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda work: 0)
+    monkeypatch.setattr(schedule, "num_warps_of_short", lambda work: 0)
     for a, b in zip(short, run(*inputs), strict=True):
         assert error(a, b.double()) < TOLERANCE[torch.float32]
 
@@ -215,40 +217,40 @@ def test_short_and_long_kernels_agree(monkeypatch, size):
 @pytest.mark.parametrize("tile", [(64, 64), (128, 32), (16, 128)], ids=case_id)
 @pytest.mark.parametrize("case", [FULL, GAUSSIAN], ids=case_id)
 def test_any_tiles_give_the_same(monkeypatch, case, tile):
-    monkeypatch.setattr(triton_schedule, "from_table", lambda step, work: Schedule(*tile, 4, 2))
+    monkeypatch.setattr(schedule, "from_table", lambda step, work: Schedule(*tile, 4, 2))
     check(make(case, Grid(9, 15, 1), num_heads=1))
 
 
 @pytest.mark.parametrize("case", [FULL, AXIAL[0]], ids=case_id)
 def test_autotuned_takes_the_fastest_tiles(monkeypatch, case):
-    monkeypatch.setattr(triton_schedule, "_FASTEST", {})
+    monkeypatch.setattr(schedule, "_FASTEST", {})
     if not case.is_axial:  # few, because the interpreter is slow
         few = [Schedule(32, 32, 4, 2), Schedule(16, 64, 4, 2)]
-        monkeypatch.setattr(triton_schedule, "candidates", lambda step, first: few)
+        monkeypatch.setattr(schedule, "candidates", lambda step, first: few)
     inputs = make(case, Grid(2, 3) if case.is_axial else Grid(9, 8))
     check(inputs, backend="triton_autotune")
-    timed = dict(triton_schedule._FASTEST)
-    steps = {"short forward", "short backward"} if case.is_axial else {"forward", "rows", "columns"}
+    timed = dict(schedule._FASTEST)
+    steps = {"short forward", "short backward"} if case.is_axial else {"forward", "backward rows", "backward columns"}
     assert {step for step, *_ in timed} == steps
     run(*inputs, backend="triton_autotune")
-    assert timed == triton_schedule._FASTEST
+    assert timed == schedule._FASTEST
 
 
 def test_the_fastest_that_fits_is_kept(monkeypatch):
-    monkeypatch.setattr(triton_schedule, "_FASTEST", {})
+    monkeypatch.setattr(schedule, "_FASTEST", {})
     first = Schedule(128, 64, 8, 2)
-    choices = triton_schedule.candidates("rows", first)
+    choices = schedule.candidates("backward rows", first)
     assert choices[0] == first
     assert len(set(choices)) == len(choices) > 5
     times = {choices[0]: 3.0, choices[1]: None, choices[2]: 1.0}
-    assert triton_schedule.fastest("a key", choices, lambda choice: times.get(choice, 2.0)) == choices[2]
-    assert triton_schedule.fastest("a key", choices, lambda choice: pytest.fail("was timed before")) == choices[2]
+    assert schedule.fastest("a key", choices, lambda choice: times.get(choice, 2.0)) == choices[2]
+    assert schedule.fastest("a key", choices, lambda choice: pytest.fail("was timed before")) == choices[2]
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured. Call it once before"):
-        triton_call._seconds(pytest.fail, Schedule(64, 64, 4, 2), torch.device("cuda"))
+        launch._seconds(pytest.fail, Schedule(64, 64, 4, 2), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("grid", [Grid(9, 8, 1), Grid(4, 5)], ids=["long", "short"])
@@ -267,8 +269,8 @@ def arguments(length, kind="path"):
 
 
 def test_the_operators_are_well_made():
-    torch.library.opcheck(triton_op._short_forward, arguments(20))
-    torch.library.opcheck(triton_op._forward, arguments(40, "manhattan"))
+    torch.library.opcheck(operators.short_forward, arguments(20))
+    torch.library.opcheck(operators.forward, arguments(40, "manhattan"))
 
 
 @pytest.mark.parametrize("case", [FULL, AXIAL[0]], ids=case_id)
@@ -338,30 +340,30 @@ def test_it_says_all_that_it_cannot():
         (PathDecay(torch.zeros(1, 1, 4), Grid(2, 2), causal=True), "a causal PathDecay (needs causal=False)"),
         (
             GaussianDecay(*torch.ones(3, 1, 1, 4), Grid(1, 4), max_distance=2),
-            "a grid wider than max_distance=2 (needs one within it)",
+            "tokens may lie further apart than max_distance=2 (needs a Grid within it, or none)",
         ),
         (
             GaussianDecay(*torch.ones(3, 1, 1, 4), Positions(*torch.ones(2, 1, 4)), max_distance=2),
-            "Positions with max_distance=2 (needs a Grid, or no max_distance)",
+            "tokens may lie further apart than max_distance=2 (needs a Grid within it, or none)",
         ),
     ],
 )
 def test_decays_that_it_cannot(bias, reason):
     q = torch.randn(1, 1, bias.grid.num_tokens, 8)
     inputs = checked_inputs(q, q, q, bias, None, 0.0, None)
-    assert triton_op._reasons_of_the_inputs(inputs) == [reason]
+    assert room._reasons_of_the_inputs(inputs) == [reason]
 
 
 def test_machines_that_it_cannot(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert triton_op._reasons_of_the_machine(torch.device("cpu")) == ["q is on cpu (needs cuda)"]
+    assert room._reasons_of_the_machine(torch.device("cpu")) == ["q is on cpu (needs cuda)"]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7, minor=5))
-    assert triton_op._reasons_of_the_machine(cuda) == ["compute capability 7.5 (needs 8.0 or newer)"]
-    monkeypatch.setattr(triton_op, "_TRITON", (3, 2))
-    assert triton_op._reasons_of_the_machine(cuda) == ["Triton 3.2 (needs 3.3 or newer)"]
-    monkeypatch.setattr(triton_op, "_TRITON", None)
-    assert triton_op._reasons_of_the_machine(cuda) == ["Triton is not installed (pip install triton)"]
+    assert room._reasons_of_the_machine(cuda) == ["compute capability 7.5 (needs 8.0 or newer)"]
+    monkeypatch.setattr(room, "_TRITON", (3, 2))
+    assert room._reasons_of_the_machine(cuda) == ["Triton 3.2 (needs 3.3 or newer)"]
+    monkeypatch.setattr(room, "_TRITON", None)
+    assert room._reasons_of_the_machine(cuda) == ["Triton is not installed (pip install triton)"]
 
 
 def test_auto_takes_it_on_cuda_and_goes_on_where_it_cannot(monkeypatch):
@@ -389,7 +391,7 @@ def test_auto_does_not_take_the_interpreter():
 
 
 def test_the_machine_code_has_not_become_worse():
-    """For GPUs that are not there: tensor cores, no or few registers spilled, no more instructions than in the table."""
+    """For GPUs that are not there: tensor cores, few registers spilled, no more instructions than in the table."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ops.triton_instructions"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

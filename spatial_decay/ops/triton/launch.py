@@ -1,33 +1,36 @@
-"""One launch of the Triton kernels: what they take besides the tensors, and by which schedule they run."""
+"""One launch of the Triton kernel: what it takes besides the tensors, and by which schedule it runs."""
 
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_decay.grid import Grid
-from spatial_decay.ops import triton_schedule
-from spatial_decay.ops.triton_schedule import Schedule, Step, Work, power_of_two
+from spatial_decay.ops.triton import schedule as schedules
+from spatial_decay.ops.triton.formulas import FORMULAS
+from spatial_decay.ops.triton.schedule import Schedule, Step, Work, power_of_two
 from spatial_decay.positions import Positions
 
 __all__ = ["Launch", "dense", "is_short", "positions_of"]
 
+_Strided: TypeAlias = tuple[torch.Size, tuple[int, ...]]  # shape and strides
+
 
 class Launch:
-    """One kernel on its tensors.
+    """One step on its tensors.
 
     Args:
-        step: Which kernel.
+        step: Which.
         features: The tensors (B, O, N, L, d) in its order, q first.
-        numbers: Those of one number a token and head, in its order.
-        kind: Of the decay.
-        tokens: (numbers, B*O|1, N, L).
-        key_bias: (B*O|1, N|1, 1, L).
+        rows: Those of one number or a few a token and head, contiguous, in its order.
+        formula: Of the decay, a name in formulas.py.
+        numbers: (num_numbers, B*O|1, N, L).
+        key_mask: (B*O|1, N|1, 1, L).
         positions: Of positions_of.
         num_prefix: P.
         scale: Of the scores.
@@ -38,10 +41,10 @@ class Launch:
         self,
         step: Step,
         features: Sequence[Tensor],
-        numbers: Sequence[Tensor],
-        kind: str,
-        tokens: Tensor,
-        key_bias: Tensor | None,
+        rows: Sequence[Tensor],
+        formula: str,
+        numbers: Tensor,
+        key_mask: Tensor | None,
         positions: Tensor,
         num_prefix: int,
         scale: float,
@@ -49,33 +52,42 @@ class Launch:
     ) -> None:
         q = features[0]
         self._step, self._device, self._tunes = step, q.device, tunes
-        bias = tokens if key_bias is None else key_bias  # not read where there is none
-        self._tensors = (*features, *numbers, tokens, bias, positions)
+        mask = numbers if key_mask is None else key_mask  # not read where there is none
         self._plan = _plan(
             step,
-            _work(q, kind, num_prefix, key_bias is not None, positions.shape[1] == 3),
+            _work(q, formula, num_prefix, key_mask is not None, positions.shape[1] == 3),
             q.shape,
             tuple([x.stride() for x in features]),
-            (tokens.shape, tokens.stride()),
-            (bias.shape, bias.stride()),
+            (numbers.shape, numbers.stride()),
+            (mask.shape, mask.stride()),
             0 if len(positions) == 1 else positions.stride(0),
             scale,
+        )
+        # A tensor goes with its strides. A tuple of none would have no type: None.
+        plan = self._plan
+        self._arguments = (
+            tuple([(x, *strides) for x, strides in zip(features, plan.feature_strides, strict=True)]),
+            tuple(rows) or None,
+            (numbers, *plan.number_strides),
+            (mask, *plan.key_mask_strides),
+            (positions, plan.position_stride),
+            *plan.sizes,
         )
 
     def schedule(self) -> Schedule:
         """How it is to run: from the table, or timed by running it."""
         work = self._plan.work
-        first = triton_schedule.from_table(self._step, work)
+        first = schedules.from_table(self._step, work)
         if not self._tunes:
             return first
-        key = (self._step, work, self._plan.shape, self._plan.sizes, self._device)
-        choices = triton_schedule.candidates(self._step, first)
-        return triton_schedule.fastest(key, choices, lambda schedule: _seconds(self, schedule, self._device))
+        key = (self._step, work, self._plan.shape, self._plan.strides, self._device)
+        choices = schedules.candidates(self._step, first)
+        return schedules.fastest(key, choices, lambda schedule: _seconds(self, schedule, self._device))
 
     def __call__(self, schedule: Schedule) -> None:
         """Launch it."""
-        kernel, num_programs, options = self._plan.options(schedule)
-        kernel[num_programs](*self._tensors, *self._plan.sizes, **options)
+        num_programs, options = self._plan.options(schedule)
+        _kernels().attention[num_programs](*self._arguments, **options)
 
 
 class _Plan:
@@ -86,78 +98,78 @@ class _Plan:
         step: Step,
         work: Work,
         shape: torch.Size,
-        strides: tuple[tuple[int, ...], ...],
-        tokens: tuple[torch.Size, tuple[int, ...]],
-        bias: tuple[torch.Size, tuple[int, ...]],
+        feature_strides: tuple[tuple[int, ...], ...],
+        numbers: _Strided,
+        key_mask: _Strided,
         position_stride: int,
         scale: float,
     ) -> None:
         self.work, self.shape, self._step = work, shape, step
         batch_size, num_outer, num_heads, self._length, head_dim = shape
         self._num_sequences = batch_size * num_outer * num_heads
-        features = [_strides(shape, stride)[:-1] for stride in strides]
+        strides = [_strides(shape, stride)[:-1] for stride in feature_strides]
         unit = 16 // work.dtype.itemsize
-        unit = unit if all(stride % unit == 0 for one in features for stride in one) else 1
-        bias_strides = (0, *_strides(*bias)[:2], _strides(*bias)[3]) if work.has_key_mask else (0, 0, 0, 0)
-        self.sizes = (
-            *(tuple([stride // unit for stride in one]) for one in features),
-            *(_strides(*tokens), bias_strides),
-            *(() if step.startswith("short") else (position_stride,)),
-            *(num_outer, num_heads, self._length, scale),
-        )
+        unit = unit if all(stride % unit == 0 for one in strides for stride in one) else 1
+        self.feature_strides = [tuple([stride // unit for stride in one]) for one in strides]
+        self.number_strides = _strides(*numbers)
+        of_mask = _strides(*key_mask)
+        self.key_mask_strides = (*of_mask[:2], of_mask[3]) if work.has_key_mask else (0, 0, 0)
+        self.position_stride = position_stride
+        self.strides = (*self.feature_strides, self.number_strides, self.key_mask_strides, position_stride)
+        self.sizes = (num_outer, num_heads, self._length, scale)
         first, rest = _parts(head_dim)
         self._constants: dict[str, Any] = {
-            "KIND": ("none", "manhattan", "path", "gaussian").index(work.kind),
-            "HAS_KEY_BIAS": work.has_key_mask,
+            "STEP": step,
+            "FORMULA": work.formula,
+            "NUM_NUMBERS": work.num_numbers,
+            "READS_KEYS": FORMULAS[work.formula].reads_keys,
+            "HAS_KEY_MASK": work.has_key_mask,
+            "HAS_FLAGS": work.has_flags,
+            "NUM_PREFIX": work.num_prefix,
             "D": head_dim,
-            "UNIT": unit,
             "D1": first,
             "D2": rest,
+            "PREFIX_BLOCK": min(64, max(16, power_of_two(work.num_prefix))),
+            "UNIT": unit,
             "UPCAST": _kernels().are_interpreted and work.dtype == torch.bfloat16,
             "enable_fp_fusion": True,  # a product and a sum in one instruction
         }
-        self._options: dict[Schedule, tuple[Any, tuple[int], dict[str, Any]]] = {}
+        self._options: dict[Schedule, tuple[tuple[int], dict[str, Any]]] = {}
 
-    def options(self, schedule: Schedule) -> tuple[Any, tuple[int], dict[str, Any]]:
-        """The kernel, the number of its programs, and what they are compiled for."""
+    def options(self, schedule: Schedule) -> tuple[tuple[int], dict[str, Any]]:
+        """The number of programs, and what they are compiled for."""
         if schedule not in self._options:
             self._options[schedule] = self._new_options(schedule)
         return self._options[schedule]
 
-    def _new_options(self, schedule: Schedule) -> tuple[Any, tuple[int], dict[str, Any]]:
-        kernel = _kernels().by_step[self._step]
-        options = self._constants | {"num_warps": schedule.num_warps}
-        if self._step.startswith("short"):
-            return kernel, (self._num_sequences,), options | {"BLOCK": schedule.keys}
+    def _new_options(self, schedule: Schedule) -> tuple[tuple[int], dict[str, Any]]:
         owned, walked = schedule.queries, schedule.keys
-        if self._step == "columns":
+        if self._step == "backward columns":
             owned, walked = walked, owned
-        rest = self.work.num_patches % walked  # the last step of the walk is as small as can be
-        options |= {
-            "NUM_PREFIX": self.work.num_prefix,
-            "HAS_FLAGS": self.work.has_flags,
-            "PREFIX_BLOCK": min(64, max(16, power_of_two(self.work.num_prefix))),
+        rest = 0 if self._step.startswith("short") else self.work.num_patches % walked
+        return (self._num_sequences * -(-self._length // owned),), self._constants | {
             "BLOCK_Q": schedule.queries,
             "BLOCK_K": schedule.keys,
-            "TAIL_BLOCK": 0 if rest == 0 else max(16, power_of_two(rest)),
+            "TAIL_BLOCK": 0 if rest == 0 else max(16, power_of_two(rest)),  # as small as can be
+            "num_warps": schedule.num_warps,
             "num_stages": schedule.num_stages,
         }
-        return kernel, (self._num_sequences * -(-self._length // owned),), options
 
 
 _plan = lru_cache(maxsize=1024)(_Plan)
 
 
-def is_short(q: Tensor, kind: str, layout: Grid | Positions) -> bool:
+def is_short(q: Tensor, formula: str, layout: Grid | Positions) -> bool:
     """Whether a program can hold a whole sequence of q, (B, O, N, L, d)."""
-    if isinstance(layout, Positions) or layout.num_prefix_tokens or kind == "gaussian":
+    if isinstance(layout, Positions) or layout.num_prefix_tokens or FORMULAS[formula].num_numbers > 1:
         return False
-    return triton_schedule.num_warps_of_short(_work(q, kind, 0, False, False)) > 0
+    return schedules.num_warps_of_short(_work(q, formula, num_prefix=0, has_key_mask=False, has_flags=False)) > 0
 
 
-def _work(q: Tensor, kind: str, num_prefix: int, has_key_mask: bool, has_flags: bool) -> Work:
+def _work(q: Tensor, formula: str, num_prefix: int, has_key_mask: bool, has_flags: bool) -> Work:
+    num_numbers, num_patches = FORMULAS[formula].num_numbers, q.shape[3] - num_prefix
     groups = _has_warp_groups(q.device)
-    return Work(kind, q.dtype, q.shape[4], q.shape[3] - num_prefix, num_prefix, has_key_mask, has_flags, groups)
+    return Work(formula, num_numbers, q.dtype, q.shape[4], num_patches, num_prefix, has_key_mask, has_flags, groups)
 
 
 def _has_warp_groups(device: torch.device) -> bool:
@@ -188,20 +200,12 @@ def _seconds(run: Callable[[Schedule], None], schedule: Schedule, device: torch.
 
 @cache
 def _kernels() -> SimpleNamespace:
-    """The kernels, imported at the first use because Triton is large, and whether they run in its interpreter."""
+    """The kernel, imported at the first use because Triton is large, and whether it runs in Triton's interpreter."""
     import triton
 
-    from spatial_decay.ops import triton_kernels, triton_short
+    from spatial_decay.ops.triton.kernels import attention
 
-    by_step = {
-        "forward": triton_kernels.forward,
-        "rows": triton_kernels.backward_rows,
-        "columns": triton_kernels.backward_columns,
-        "short forward": triton_short.forward,
-        "short backward": triton_short.backward,
-    }
-    are_interpreted = not isinstance(triton_kernels.forward, triton.runtime.JITFunction)
-    return SimpleNamespace(by_step=by_step, are_interpreted=are_interpreted)
+    return SimpleNamespace(attention=attention, are_interpreted=not isinstance(attention, triton.runtime.JITFunction))
 
 
 def dense(x: Tensor) -> Tensor:
@@ -209,16 +213,17 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def positions_of(layout: Grid | Positions, kind: str, q: Tensor) -> Tensor:
+def positions_of(layout: Grid | Positions, formula: str, q: Tensor) -> Tensor:
     """Where each token lies, for the kernels: reading a table is cheaper than dividing by W for each score.
 
     Returns:
         (1, 2, L) float32: row and column; for a path 0 and the number along it. Of Positions (B|1, 3, L): also a flag,
         1.0 for tokens that lie somewhere.
     """
+    is_path = FORMULAS[formula].is_path
     if isinstance(layout, Positions):
-        return _placed(layout, kind, q.device)
-    height, width = (1, layout.height * layout.width) if kind == "path" else layout.size
+        return _placed(layout, is_path, q.device)
+    height, width = (1, layout.height * layout.width) if is_path else layout.size
     if torch.compiler.is_compiling() or type(q) is not Tensor:  # a part of the graph, or nothing real
         return _on_grid(height, width, layout.num_prefix_tokens, q.device)
     key = (height, width, layout.num_prefix_tokens, q.device)
@@ -241,9 +246,9 @@ def _on_grid(height: int, width: int, num_prefix: int, device: torch.device) -> 
     return F.pad(torch.stack(positions)[None], (num_prefix, 0))
 
 
-def _placed(layout: Positions, kind: str, device: torch.device) -> Tensor:
+def _placed(layout: Positions, is_path: bool, device: torch.device) -> Tensor:
     h, w = layout.positions(device=device, dtype=torch.float32)
-    if kind == "path":
+    if is_path:
         w = layout.raster_order().argsort(-1)[:, None].to(device, torch.float32)
     known = torch.ones_like(h) if layout.has_position is None else layout.has_position[:, None].to(h).expand_as(h)
     return torch.cat([h, w, known], 1)
