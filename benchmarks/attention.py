@@ -24,7 +24,8 @@ from benchmarks.report import DTYPES, Row, command_line, format_table, machine, 
 from benchmarks.timing import Call, captured, interleaved, peak_memory, reasons, relative_error
 from spatial_decay import AxialDecay, Grid, ManhattanDecay, PathDecay, decay_attention
 from spatial_decay.decay import Decay, PairwiseDecay, score_mod
-from spatial_decay.grid import columns_of_rows, from_columns, manhattan_distance, to_columns, to_rows
+from spatial_decay.features import columns_of_rows, from_columns, to_columns, to_rows
+from spatial_decay.layout import manhattan_distance
 from spatial_decay.ops import BACKENDS
 
 FLOOR, COMPILED, FLEX_AUTOTUNED = "plain SDPA", "mask compiled", "flex, max-autotune"

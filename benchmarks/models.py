@@ -66,9 +66,9 @@ class _Authors(_Plain):
 
 
 def _gaussian_mask(bias: GaussianDecay) -> Tensor:
-    num_prefix = bias.grid.num_prefix_tokens
-    amplitude, *variances = (token[..., num_prefix:, None] for token in bias.tokens)  # (B, N, H*W, 1)
-    position = torch.stack(bias.grid.positions(device=amplitude.device, dtype=amplitude.dtype), -1)  # (H*W, 2)
+    num_prefix = decay.layout.num_prefix_tokens
+    amplitude, *variances = (token[..., num_prefix:, None] for token in decay.numbers)  # (B, N, H*W, 1)
+    position = torch.stack(decay.layout.positions(device=amplitude.device, dtype=amplitude.dtype), -1)  # (H*W, 2)
     numerator = -0.5 * (position[:, None] - position) ** 2  # (H*W, H*W, 2)
     mask = amplitude * (numerator / torch.stack(variances, -1)).sum(-1).exp()
     return F.pad(mask, (num_prefix, 0, num_prefix, 0))

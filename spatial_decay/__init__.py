@@ -1,27 +1,25 @@
-"""Attention with spatial decay for vision: "Learning Spatial Decay for Vision Transformers" (Mao et al. 2025)."""
+"""Attention with spatial decay for vision: "Learning Spatial Decay for Vision Transformers" (Mao et al. 2025).
 
-from spatial_decay.checkpoint import CheckpointReport, load_checkpoint
-from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay
-from spatial_decay.grid import Grid
-from spatial_decay.layers import (
-    ContextAwareGate,
-    GaussianGate,
-    PatchRepresentationRefinement,
-    SDTBlock,
-    SpatialDecayAttention,
-    SpatialDecayMask,
-)
+| names | what they are for |
+|---|---|
+| `swap_attention`, `restore_attention`, `save_swapped`, `load_swapped` | decay in the ViT or DiT that you have |
+| `SpatialDecayAttention`, `SDTBlock`, `SpatialDecayMask`, `ContextAwareGate` | layers for your own model |
+| `decay_attention`, `explain_backend`, `Grid`, `Positions` | attention with a decay of your own |
+| `SDTH`, `sdt_h_*`, `SDTP`, `sdt_p_*`, `ViT`, `list_models`, `load_checkpoint` | backbones, and their weights |
+
+Modules: `kinds` (kinds of decay with their options), `decay` (what is added to the scores), `layers`, `models` (the peers
+RMT and LocAtViT too), `ops` (backends, attention_weights), and, imported when asked for, `integrations` and `viz`.
+"""
+
+from spatial_decay import decay, layers, models, ops
+from spatial_decay.checkpoint import load_checkpoint
+from spatial_decay.layers import ContextAwareGate, SDTBlock, SpatialDecayAttention, SpatialDecayMask, kinds
+from spatial_decay.layout import Grid, Positions
 from spatial_decay.models import (
     SDTH,
     SDTP,
     ViT,
-    locatvit_base,
-    locatvit_small,
-    locatvit_tiny,
-    rmt_base,
-    rmt_large,
-    rmt_small,
-    rmt_tiny,
+    list_models,
     sdt_h_base,
     sdt_h_small,
     sdt_h_tiny,
@@ -30,43 +28,32 @@ from spatial_decay.models import (
     sdt_p_small,
     sdt_p_xlarge,
 )
-from spatial_decay.ops import attention_weights, decay_attention, explain_backend
-from spatial_decay.positions import Positions
-from spatial_decay.swap import SwapReport, load_swapped, restore_attention, save_swapped, swap_attention
+from spatial_decay.ops import decay_attention, explain_backend
+from spatial_decay.swap import load_swapped, restore_attention, save_swapped, swap_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SDTH",
     "SDTP",
-    "AxialDecay",
-    "CheckpointReport",
     "ContextAwareGate",
-    "GaussianDecay",
-    "GaussianGate",
     "Grid",
-    "ManhattanDecay",
-    "PatchRepresentationRefinement",
-    "PathDecay",
     "Positions",
     "SDTBlock",
     "SpatialDecayAttention",
     "SpatialDecayMask",
-    "SwapReport",
     "ViT",
-    "attention_weights",
+    "decay",
     "decay_attention",
     "explain_backend",
+    "kinds",
+    "layers",
+    "list_models",
     "load_checkpoint",
     "load_swapped",
-    "locatvit_base",
-    "locatvit_small",
-    "locatvit_tiny",
+    "models",
+    "ops",
     "restore_attention",
-    "rmt_base",
-    "rmt_large",
-    "rmt_small",
-    "rmt_tiny",
     "save_swapped",
     "sdt_h_base",
     "sdt_h_small",

@@ -8,15 +8,19 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.models.sdt_p import sincos_positions
 
-__all__ = ["LAYOUTS", "CheckpointReport", "load_checkpoint"]
+__all__ = ["ORIGINS", "CheckpointReport", "Origin", "load_checkpoint"]
+
+
+Origin: TypeAlias = Literal["native", "rmt", "locatvit", "dit"]
+"""Whose names the weights of a checkpoint have."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class CheckpointReport:
     Args:
         loaded: By name in the model, the names in the checkpoint that it came from.
         derived: Names in the checkpoint that the model computes itself.
-        new: Names in the model that no checkpoint of this layout has, those of its decay; they keep their values.
+        new: Names in the model that no checkpoint of this origin has, those of its decay; they keep their values.
         missing: Names in the model that the checkpoint has not; they keep their values.
         unexpected: Names in the checkpoint that the model has not.
         mismatched: By name in the model, its shape and the checkpoint's; they keep their values.
@@ -57,7 +61,7 @@ def load_checkpoint(
     model: nn.Module,
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
-    layout: str = "native",
+    origin: Origin = "native",
     ema: bool = False,
     strict: bool = True,
 ) -> CheckpointReport:
@@ -69,7 +73,7 @@ def load_checkpoint(
         source: A file (torch.save, read with weights_only=True; or .safetensors, which needs the safetensors
             package), or what such a file holds. The weights may lie under "model" or "state_dict", and their names
             may begin with "module.", as DistributedDataParallel leaves them.
-        layout: Whose names the weights have: "native" (this library's), "rmt", "locatvit" or "dit"
+        origin: Whose names the weights have: "native" (this library's), "rmt", "locatvit" or "dit"
             (facebookresearch/DiT).
         ema: Take the averaged weights, under "model_ema" or "state_dict_ema".
         strict: Model and checkpoint must have the same weights. False loads what fits, for instance all but the
@@ -80,7 +84,7 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unknown layout; a file that is none of these; no weights in it; with strict, any difference.
+        ValueError: unknown origin; a file that is none of these; no weights in it; with strict, any difference.
         ImportError: .safetensors without the safetensors package.
 
     Example:
@@ -90,19 +94,19 @@ def load_checkpoint(
         >>> print(report)
         200 tensors loaded, 0 left to the model to compute
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}: got {layout!r}.")
+    if origin not in ORIGINS:
+        raise ValueError(f"origin must be one of {', '.join(ORIGINS)}: got {origin!r}.")
     found = source if isinstance(source, Mapping) else _read(Path(source))
-    state, origins, derived = LAYOUTS[layout](_weights(found, ema=ema))
+    state, sources, derived = ORIGINS[origin](_weights(found, ema=ema))
     own = model.state_dict()
-    is_new = re.compile(_NEW.get(layout, "$^")).search
+    is_new = re.compile(_NEW.get(origin, "$^")).search
     fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     report = CheckpointReport(
-        loaded={name: origins[name] for name in fitting},
+        loaded={name: sources[name] for name in fitting},
         derived=tuple(derived),
         new=tuple(name for name in own if name not in state and is_new(name)),
         missing=tuple(name for name in own if name not in state and not is_new(name)),
-        unexpected=tuple(origin for name in state if name not in own for origin in origins[name]),
+        unexpected=tuple(origin for name in state if name not in own for source in sources[name]),
         mismatched={
             name: (tuple(own[name].shape), tuple(value.shape))
             for name, value in state.items()
@@ -112,7 +116,7 @@ def load_checkpoint(
     if strict and not report.is_complete:
         raise ValueError(
             f"the checkpoint does not fit the model, which stays as it was: {report}\n"
-            "Build the model that the weights were trained with (size, classes, kind of decay, layout), or pass "
+            "Build the model that the weights were trained with (size, classes, kind of decay, origin), or pass "
             "strict=False to load what fits."
         )
     model.load_state_dict({**own, **fitting})
@@ -190,7 +194,7 @@ _RMT_NAMES = (
 def _rmt(weights: dict[str, Tensor]) -> Translated:
     """One matrix for q, k and v; downsampling at the start of a stage; positions and decays are made anew."""
     state: dict[str, Tensor] = {}
-    origins: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, tuple[str, ...]] = {}
     qkv: dict[str, dict[str, str]] = {}
     derived = [name for name in weights if ".Relpos." in name]
     for name, value in weights.items():
@@ -204,15 +208,15 @@ def _rmt(weights: dict[str, Tensor]) -> Translated:
             qkv.setdefault(f"{match[1]}.attn.qkv.{match[3]}", {})[match[2]] = name
         else:
             state[ours] = value.flatten() if ours.endswith(".gamma") else value
-            origins[ours] = (name,)
+            sources[ours] = (name,)
     for ours, parts in qkv.items():
         if set(parts) == set("qkv"):
-            origins[ours] = tuple(parts[part] for part in "qkv")
-            state[ours] = torch.cat([weights[name] for name in origins[ours]])
+            sources[ours] = tuple(parts[part] for part in "qkv")
+            state[ours] = torch.cat([weights[name] for name in sources[ours]])
         else:  # as it is, to be reported as unexpected
             state |= {name: weights[name] for name in parts.values()}
-            origins |= {name: (name,) for name in parts.values()}
-    return state, origins, derived
+            sources |= {name: (name,) for name in parts.values()}
+    return state, sources, derived
 
 
 def _locatvit(weights: dict[str, Tensor]) -> Translated:
@@ -252,7 +256,7 @@ def _is_sincos(positions: Tensor) -> bool:
     return torch.allclose(sincos_positions(positions.shape[2], Grid(side, side)), positions[0].float(), atol=1e-3)
 
 
-LAYOUTS: dict[str, Callable[[dict[str, Tensor]], Translated]] = {
+ORIGINS: dict[str, Callable[[dict[str, Tensor]], Translated]] = {
     "native": _native,
     "rmt": _rmt,
     "locatvit": _locatvit,
@@ -261,4 +265,4 @@ LAYOUTS: dict[str, Callable[[dict[str, Tensor]], Translated]] = {
 """By name, whose names of the weights are understood."""
 
 _NEW = {"dit": r"\.attn\.(decay|lpe|output_gate)\."}
-"""By layout, what a model may have and no checkpoint has: the shared weights are a DiT's, the rest starts afresh."""
+"""By origin, what a model may have and no checkpoint has: the shared weights are a DiT's, the rest starts afresh."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay, fixed_rates
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS
 from tests import references
 

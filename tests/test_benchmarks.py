@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import attention, models, report, timing
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS, decay_attention
 from tests.cases import CASES, make_gates
 
@@ -137,6 +137,6 @@ def test_the_authors_formulas_give_the_same(case, monkeypatch):
     monkeypatch.setitem(BACKENDS, models.AUTHORS, models._Authors())
     grid = Grid(3, 4, 0 if case.is_axial else 1)
     q, k, v = torch.randn(3, 2, 3, grid.num_tokens, 8)
-    bias = case.build(make_gates(case, 2, 3, grid.num_tokens, torch.float32), 3, grid)
-    out, expected = (decay_attention(q, k, v, bias, backend=backend) for backend in (models.AUTHORS, "math"))
+    decay = case.build(make_gates(case, 2, 3, grid.num_tokens, torch.float32), 3, grid)
+    out, expected = (decay_attention(q, k, v, decay, backend=backend) for backend in (models.AUTHORS, "math"))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

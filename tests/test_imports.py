@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "spatial_decay"
 # From the ground up.
 FLOORS = [
     "precision",
-    "grid",
-    "positions",
+    "layout",
+    "features",
     "decay",
     "ops",
     "layers",

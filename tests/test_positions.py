@@ -7,9 +7,8 @@ import torch
 
 import spatial_decay as sd
 from spatial_decay.decay import dense
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import BACKENDS, decay_attention
-from spatial_decay.positions import Positions
 from tests import references
 from tests.cases import PAIRWISE, case_id, make_gates, reference_of_head, relative_error
 
@@ -73,14 +72,14 @@ def test_backends_agree_or_say_why_not(case, backend):
     dtype = torch.float32 if backend == "flex" else torch.float64
     gates = make_gates(case, 2, 2, positions.num_tokens, dtype=dtype)
     q, k, v = torch.randn(3, 2, 2, positions.num_tokens, 8, dtype=dtype)
-    bias = case.build(gates, 2, positions)
+    decay = case.build(gates, 2, positions)
     if backend == "tiled":
         with pytest.raises(NotImplementedError, match=r"Positions of their own \(needs those of a Grid\)"):
-            decay_attention(q, k, v, bias, backend=backend)
+            decay_attention(q, k, v, decay, backend=backend)
         return
     mask = expected_mask(case, [gate.double() for gate in gates], positions)
     with torch.no_grad():
-        out = decay_attention(q, k, v, bias, backend=backend)
+        out = decay_attention(q, k, v, decay, backend=backend)
     for b in range(2):
         for n in range(2):
             head = [x[b, n].double().tolist() for x in (q, k, v)]

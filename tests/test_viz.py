@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from spatial_decay import SDTH, SDTBlock, SpatialDecayAttention, viz
-from spatial_decay.grid import Grid
 from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layout import Grid
 from tests.cases import GATED, GATES_OF_KIND, case_id, reference_of_head
 
 DIM, HEADS, SIZE = 8, 2, (3, 4)

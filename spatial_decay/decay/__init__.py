@@ -1,9 +1,9 @@
-"""What is added to the attention scores: tensors and pair formulas, no parameters, no backends."""
+"""What is added to the attention scores: numbers of the tokens and pair formulas, no parameters, no backends."""
 
 from typing import TypeAlias
 
 from spatial_decay.decay.axial import AxialDecay
-from spatial_decay.decay.base import PairwiseDecay, dense, score_mod
+from spatial_decay.decay.base import FactoredDecay, PairwiseDecay, dense, factor, score_mod
 from spatial_decay.decay.gaussian import GaussianDecay
 from spatial_decay.decay.manhattan import ManhattanDecay, fixed_rates
 from spatial_decay.decay.path import PathDecay
@@ -14,11 +14,13 @@ Decay: TypeAlias = PairwiseDecay | AxialDecay
 __all__ = [
     "AxialDecay",
     "Decay",
+    "FactoredDecay",
     "GaussianDecay",
     "ManhattanDecay",
     "PairwiseDecay",
     "PathDecay",
     "dense",
+    "factor",
     "fixed_rates",
     "score_mod",
 ]

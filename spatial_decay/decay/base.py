@@ -2,20 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_decay.grid import Grid, Position
-from spatial_decay.positions import Positions
+from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
 
-__all__ = ["PairwiseDecay", "ScoreMod", "Tokens", "dense", "score_mod"]
+__all__ = ["FactoredDecay", "Numbers", "PairwiseDecay", "ScoreMod", "dense", "factor", "register_factor", "score_mod"]
 
-Tokens: TypeAlias = tuple[Tensor, ...]
-"""What a kind knows of each token: one or more tensors, (B, N, L) whole, or broadcast against the other side."""
+Numbers: TypeAlias = tuple[Tensor, ...]
+"""What a decay knows of each token: one or more tensors, (B, N, L) whole, or broadcast against the other side."""
 
 ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """score, batch, head, query index, key index -> score, as torch.nn.attention.flex_attention takes it."""
@@ -24,99 +23,128 @@ ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 class PairwiseDecay(ABC):
     """What is added to the score of a query and a key, as a function of these two tokens alone.
 
-    A kind is a frozen dataclass with a grid, or the Positions of tokens that fill none, that implements `tokens` and
-    `pairwise`; `dense` and `score_mod` do the rest. Prefix tokens have no position: nothing is added to any score that
-    they take part in, whatever `pairwise` says of them.
+    A decay is a frozen dataclass of tensors (B, N, L), in the order in which `pairwise` takes them, and of the layout
+    of the L tokens; B may be 1 where images share the numbers. `dense` and `score_mod` do the rest. Prefix tokens and
+    others that lie nowhere have no position: nothing is added to any score that they take part in, whatever `pairwise`
+    says of them.
     """
 
-    grid: Grid | Positions
+    layout: Layout
 
     @property
-    @abstractmethod
-    def tokens(self) -> Tokens:
-        """The tensors (B, N, L) that `pairwise` needs of each token; B may be 1 where images share them."""
+    def numbers(self) -> Numbers:
+        """The tensors (B, N, L), in the order of the fields."""
+        fields: tuple[str, ...] = self.__match_args__  # type: ignore[attr-defined]  # a dataclass has it
+        values = [getattr(self, name) for name in fields]
+        return tuple([value for value in values if isinstance(value, Tensor)])
 
     @abstractmethod
-    def pairwise(self, q_token: Tokens, k_token: Tokens, q_position: Position, k_position: Position) -> Tensor:
-        """What is added to the scores, in nats, for tensors of queries and of keys that broadcast together."""
+    def pairwise(self, query: Numbers, key: Numbers, *steps: Tensor) -> Tensor:
+        """What is added to the scores, in nats, for numbers of queries and of keys and the steps between them.
 
-    def profiles(self, tokens: Tokens, position: Position) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002  kinds override it
-        """Where M[i, j] is a product of what row and what column of the grid j is in: the two factors of each query.
-
-        Args:
-            tokens: (B, N, H*W) each, without prefix tokens.
-            position: Of these tokens, (H*W,) each.
-
-        Returns:
-            (B, N, H*W, H) and (B, N, H*W, W); None for a kind that is no such product. H + W exponentials a query
-            are far fewer than H * W.
+        All broadcast together; on a grid each step has the size of its own axis, so that what is done to one axis alone
+        is done H + W times a query and not H * W times.
         """
-        return None
 
 
-def dense(bias: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multiple: int = 1) -> Tensor:
+class FactoredDecay(PairwiseDecay):
+    """M[i, j] = (t_i + s * t_j) * F(steps), with one number t a token: the form that backend `tiled` runs.
+
+    Attributes:
+        sign: s, 1 or -1.
+        factor: Name of F, see register_factor.
+    """
+
+    sign: ClassVar[int]
+    factor: ClassVar[str]
+
+    @property
+    def hides_later(self) -> bool:
+        """Whether a query may not attend to tokens with F > 0."""
+        return False
+
+    def pairwise(self, query: Numbers, key: Numbers, *steps: Tensor) -> Tensor:
+        f = factor(self.factor, *steps)
+        (of_query,), (of_key,) = query, key
+        decay = (of_query + of_key if self.sign > 0 else of_query - of_key) * f
+        return decay.masked_fill(f > 0, float("-inf")) if self.hides_later else decay
+
+
+_FACTORS: dict[str, Callable[..., Tensor]] = {}
+
+
+def register_factor(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make F known under its own name, as which operators pass it on; F takes the steps."""
+    _FACTORS[function.__name__] = function
+    return function
+
+
+def factor(name: str, *steps: Tensor) -> Tensor:
+    """F(steps) of the registered name."""
+    return _FACTORS[name](*steps)
+
+
+def dense(decay: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multiple: int = 1) -> Tensor:
     """The decay as a mask.
 
     Args:
-        bias: Any pairwise decay.
+        decay: Any pairwise decay.
         dtype: Of the mask. The pair formula itself is computed in float32 at least: half precision holds neither
             positions above 256 (bf16) nor long sums. None: that of the formula.
         row_multiple: Each row starts at a multiple of so many elements in memory. CUDA's memory-efficient
             attention copies the mask where that is not a multiple of 8.
 
     Returns:
-        (B, N, L, L), zero wherever a prefix token takes part. B is 1 where all images share the decay.
+        (B, N, L, L), zero wherever a token takes part that lies nowhere. B is 1 where all images share the decay.
     """
-    num_prefix, num_tokens = bias.grid.num_prefix_tokens, bias.grid.num_tokens
-    tokens = tuple(at_least_float32(token)[..., num_prefix:] for token in bias.tokens)
-    position = bias.grid.positions(device=tokens[0].device, dtype=tokens[0].dtype)
-    padding = -num_tokens % row_multiple
-    profiles = bias.profiles(tokens, position)
-    if profiles is not None:
-        mask = (profiles[0][..., :, None] * profiles[1][..., None, :]).flatten(-2)
-        mask = F.pad(mask, (0, padding)) if padding else mask
-    else:
-        mask = bias.pairwise(
-            tuple(token[..., :, None] for token in tokens),
-            tuple(F.pad(token, (0, padding))[..., None, :] for token in tokens),
-            (position[0][..., :, None], position[1][..., :, None]),
-            (F.pad(position[0], (0, padding))[..., None, :], F.pad(position[1], (0, padding))[..., None, :]),
-        )  # (B, N, H*W, H*W + padding)
-    if isinstance(bias.grid, Positions) and (pairs := bias.grid.pairs()) is not None:
-        mask = mask.masked_fill(~F.pad(pairs, (0, padding)), 0.0)
+    layout = decay.layout
+    num_prefix, num_tokens = layout.num_prefix_tokens, layout.num_tokens
+    numbers = tuple(at_least_float32(x)[..., num_prefix:] for x in decay.numbers)
+    # Prefix tokens are padded in at the end, and the rows with them; without, keys past the end cost no copy.
+    multiple = 1 if num_prefix else row_multiple
+    mask = decay.pairwise(
+        tuple(layout.queries(x) for x in numbers),
+        tuple(layout.keys(x, row_multiple=multiple) for x in numbers),
+        *layout.steps(device=numbers[0].device, dtype=numbers[0].dtype, row_multiple=multiple),
+    ).flatten(3)  # (B, N, L - P, L - P and more)
+    if (known := layout.known) is not None:
+        pairs = layout.queries(known[:, None]) & layout.keys(known[:, None], row_multiple=multiple)
+        mask = mask.masked_fill(~pairs, 0.0)
     mask = mask if dtype is None else mask.to(dtype)
-    mask = F.pad(mask, (num_prefix, 0, num_prefix, 0)) if num_prefix else mask  # (B, N, L, L + padding)
-    return mask[..., :num_tokens] if padding else mask
+    if num_prefix:
+        mask = F.pad(mask, (num_prefix, -num_tokens % row_multiple, num_prefix, 0))
+    return mask if mask.shape[-1] == num_tokens else mask[..., :num_tokens]
 
 
-def score_mod(bias: PairwiseDecay) -> ScoreMod:
+def score_mod(decay: PairwiseDecay) -> ScoreMod:
     """The decay as a score function, for FlexAttention or anything else that asks for one score at a time.
 
     The indices may be scalars, as FlexAttention gives them, or tensors that broadcast together.
     """
-    num_prefix = bias.grid.num_prefix_tokens
+    layout = decay.layout
+    num_prefix, known = layout.num_prefix_tokens, layout.known
     # Inductor cannot build its kernel for the CPU over strided views (torch 2.15).
-    q_tokens = tuple(at_least_float32(token).contiguous() for token in bias.tokens)
+    of_queries = tuple(at_least_float32(x).contiguous() for x in decay.numbers)
     # FlexAttention refuses to index one tensor twice where a gradient is asked for (and adds up captured
     # tensors' gradients by themselves), so that the key side has its own.
-    k_tokens = tuple(token.clone() for token in q_tokens)
-    positions = bias.grid.positions(device=q_tokens[0].device, dtype=q_tokens[0].dtype)
-    h, w = (F.pad(position, (num_prefix, 0)).reshape(-1, bias.grid.num_tokens) for position in positions)  # (B|1, L)
-    known = bias.grid.has_position if isinstance(bias.grid, Positions) else None
+    of_keys = tuple(x.clone() for x in of_queries)
+    positions = tuple(
+        F.pad(axis, (num_prefix, 0)).reshape(-1, layout.num_tokens)
+        for axis in layout.positions(device=of_queries[0].device, dtype=of_queries[0].dtype)
+    )  # (B|1, L) each
 
     def add_decay(score: Tensor, batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         first = torch.zeros_like(batch)
-        image = first if q_tokens[0].shape[0] == 1 else batch
-        place = first if h.shape[0] == 1 else batch
-        added = bias.pairwise(
-            tuple(token[image, head, q_index] for token in q_tokens),
-            tuple(token[image, head, k_index] for token in k_tokens),
-            (h[place, q_index], w[place, q_index]),
-            (h[place, k_index], w[place, k_index]),
+        image = first if of_queries[0].shape[0] == 1 else batch
+        place = first if positions[0].shape[0] == 1 else batch
+        added = decay.pairwise(
+            tuple(x[image, head, q_index] for x in of_queries),
+            tuple(x[image, head, k_index] for x in of_keys),
+            *(axis[place, k_index] - axis[place, q_index] for axis in positions),
         )
         if num_prefix:
-            has_position = (q_index >= num_prefix) & (k_index >= num_prefix)
-            added = torch.where(has_position, added, torch.zeros_like(added))
+            lie_somewhere = (q_index >= num_prefix) & (k_index >= num_prefix)
+            added = torch.where(lie_somewhere, added, torch.zeros_like(added))
         elif known is not None:
             row = first if known.shape[0] == 1 else batch
             added = torch.where(known[row, q_index] & known[row, k_index], added, torch.zeros_like(added))

@@ -1,21 +1,30 @@
 """Decay with the Manhattan distance: SDT Eq. 7-9 (`full`, content-aware) and RMT's constant rates (`fixed`)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from spatial_decay.decay.base import PairwiseDecay, Tokens
-from spatial_decay.grid import Grid, Position, manhattan_distance
-from spatial_decay.positions import Positions
+from spatial_decay.decay.base import FactoredDecay, register_factor
+from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
 
-__all__ = ["ManhattanDecay", "fixed_rates"]
+__all__ = ["ManhattanDecay", "fixed_rates", "manhattan_distance"]
+
+
+@register_factor
+def manhattan_distance(*steps: Tensor) -> Tensor:
+    """d_M = |dh| + |dw| in grid steps (SDT Eq. 7); on a grid one sum a pair."""
+    first, *others = (step.abs() for step in steps)
+    for other in others:
+        first = first + other
+    return first
 
 
 @dataclass(frozen=True)
-class ManhattanDecay(PairwiseDecay):
+class ManhattanDecay(FactoredDecay):
     """M[i, j] = (a_i + a_j) * d_M(i, j).
 
     With a = alpha * G / 2 this is SDT Eq. 8-9, -|(G_i + G_j) / 2 * d_M * alpha|, because G <= 0 and alpha > 0.
@@ -23,29 +32,25 @@ class ManhattanDecay(PairwiseDecay):
 
     Args:
         strength: a, (B, N, L), <= 0, nats per grid step; B may be 1. Its values at prefix tokens are not used.
-        grid: The grid of the L tokens, or their Positions.
+        layout: Where the L tokens lie.
     """
 
     strength: Tensor
-    grid: Grid | Positions
+    layout: Layout
+
+    sign: ClassVar[int] = 1
+    factor: ClassVar[str] = "manhattan_distance"
 
     @classmethod
-    def from_gate(cls, gate: Tensor, grid: Grid | Positions, *, alpha: float = 0.1) -> Self:
+    def from_gate(cls, gate: Tensor, layout: Layout, *, alpha: float = 0.1) -> Self:
         """SDT Eq. 8-9 from a gate G (B, N, L) <= 0 and the scale alpha > 0."""
-        return cls(at_least_float32(gate) * (alpha / 2), grid)
+        return cls(at_least_float32(gate) * (alpha / 2), layout)
 
     @classmethod
-    def constant(cls, rates: Tensor, grid: Grid | Positions) -> Self:
+    def constant(cls, rates: Tensor, layout: Layout) -> Self:
         """-|lambda_n| * d_M from one rate a head, (N,), nats per grid step."""
         strength = at_least_float32(rates).abs() / -2
-        return cls(strength[None, :, None].expand(1, -1, grid.num_tokens), grid)
-
-    @property
-    def tokens(self) -> Tokens:
-        return (self.strength,)
-
-    def pairwise(self, q_token: Tokens, k_token: Tokens, q_position: Position, k_position: Position) -> Tensor:
-        return (q_token[0] + k_token[0]) * manhattan_distance(q_position, k_position)
+        return cls(strength[None, :, None].expand(1, -1, layout.num_tokens), layout)
 
 
 def fixed_rates(

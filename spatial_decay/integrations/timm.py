@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from spatial_decay import models
-from spatial_decay.grid import GridSize
 from spatial_decay.layers import SDTBlock, SpatialDecayAttention
-from spatial_decay.positions import Positions
+from spatial_decay.layers.kinds import DecayLike
+from spatial_decay.layout import LayoutLike
 
 try:
     from timm.data import (
@@ -79,19 +79,18 @@ class TimmAttention(SpatialDecayAttention):
     def forward(
         self,
         x: Tensor,
-        grid_size: GridSize | None = None,
+        layout: LayoutLike = None,
         attn_mask: Tensor | None = None,
-        positions: Positions | None = None,
         *,
         is_causal: bool = False,
     ) -> Tensor:
         """Tokens (B, L, D) -> (B, L, D), as SpatialDecayAttention.forward.
 
         Raises:
-            ValueError: is_causal; or no grid_size, and L - P is no square.
+            ValueError: is_causal; or no layout, and L - P is no square.
         """
-        _check_call(x, grid_size or positions, self.num_prefix_tokens, is_causal=is_causal)
-        return super().forward(x, grid_size, attn_mask, positions)
+        _check_call(x, layout, self.num_prefix_tokens, is_causal=is_causal)
+        return super().forward(x, layout, attn_mask)
 
 
 class TimmBlock(SDTBlock):
@@ -173,22 +172,21 @@ class TimmBlock(SDTBlock):
     def forward(
         self,
         x: Tensor,
-        grid_size: GridSize | None = None,
+        layout: LayoutLike = None,
         attn_mask: Tensor | None = None,
-        positions: Positions | None = None,
         *,
         is_causal: bool = False,
     ) -> Tensor:
         """Tokens (B, L, D) -> (B, L, D), as SDTBlock.forward.
 
         Raises:
-            ValueError: is_causal; or no grid_size, and L - P is no square.
+            ValueError: is_causal; or no layout, and L - P is no square.
         """
-        _check_call(x, grid_size or positions, self.attn.num_prefix_tokens, is_causal=is_causal)
-        return super().forward(x, grid_size, attn_mask, positions)
+        _check_call(x, layout, self.attn.num_prefix_tokens, is_causal=is_causal)
+        return super().forward(x, layout, attn_mask)
 
 
-def attention_layer(decay: str = "full", *, num_prefix_tokens: int = 1, **options: Any) -> type[TimmAttention]:
+def attention_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **options: Any) -> type[TimmAttention]:
     """A class for the attn_layer= of timm's vision transformers.
 
     Args:
@@ -212,7 +210,7 @@ def attention_layer(decay: str = "full", *, num_prefix_tokens: int = 1, **option
     return _bound(TimmAttention, {"decay": decay, "num_prefix_tokens": num_prefix_tokens, **options})
 
 
-def block_layer(decay: str = "full", *, num_prefix_tokens: int = 1, **options: Any) -> type[TimmBlock]:
+def block_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **options: Any) -> type[TimmBlock]:
     """A class for the block_fn= of timm's vision transformers.
 
     Args:

@@ -1,11 +1,13 @@
 """The modules: from features to decays, attention and blocks."""
 
+from spatial_decay.layers import kinds
 from spatial_decay.layers.attention import AttentionOptions, SpatialDecayAttention
 from spatial_decay.layers.block import SDTBlock
+from spatial_decay.layers.core import AttentionCore
+from spatial_decay.layers.depthwise_conv import DepthwiseConv
 from spatial_decay.layers.gate import ContextAwareGate
 from spatial_decay.layers.gaussian import GaussianGate
-from spatial_decay.layers.local_position import DepthwiseConv
-from spatial_decay.layers.mask import DECAY_KINDS, SpatialDecayMask
+from spatial_decay.layers.mask import SpatialDecayMask
 from spatial_decay.layers.mlp import ConvMlp
 from spatial_decay.layers.output_gate import OutputGate
 from spatial_decay.layers.patch import ConvStem, Downsample
@@ -14,7 +16,7 @@ from spatial_decay.layers.residual import DropPath, LayerScale
 from spatial_decay.layers.rotary import RotaryEmbedding
 
 __all__ = [
-    "DECAY_KINDS",
+    "AttentionCore",
     "AttentionOptions",
     "ContextAwareGate",
     "ConvMlp",
@@ -30,4 +32,5 @@ __all__ = [
     "SDTBlock",
     "SpatialDecayAttention",
     "SpatialDecayMask",
+    "kinds",
 ]

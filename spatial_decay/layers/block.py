@@ -3,12 +3,13 @@
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from spatial_decay.grid import Grid, GridSize
+from spatial_decay.features import as_tokens
 from spatial_decay.layers.attention import AttentionOptions, SpatialDecayAttention
-from spatial_decay.layers.local_position import DepthwiseConv
+from spatial_decay.layers.depthwise_conv import DepthwiseConv
+from spatial_decay.layers.kinds import DecayLike
 from spatial_decay.layers.mlp import ConvMlp
 from spatial_decay.layers.residual import DropPath, LayerScale
-from spatial_decay.positions import Positions, as_placed_tokens
+from spatial_decay.layout import LayoutLike
 
 __all__ = ["SDTBlock"]
 
@@ -20,13 +21,12 @@ class SDTBlock(nn.Module):
         dim: D.
         num_heads: N.
         mlp_ratio: Width of the MLP over D.
-        decay: Kind of decay, see SpatialDecayMask.
+        decay: Kind of decay with its options, see SpatialDecayMask.
         drop_path: Stochastic depth of the two branches.
         init_values: First value of LayerScale on the two branches; None leaves it out.
         pos_kernel_size: Of the depthwise convolution at the block's start, odd; 0 turns it off.
         mlp_kernel_size: Of the depthwise convolution inside the MLP, odd; 0 turns it off.
         num_prefix_tokens: P, class and register tokens, first in the sequence.
-        heads_range: Fixed kinds only, see SpatialDecayMask.
         options: Further keywords of SpatialDecayAttention.
 
     Raises:
@@ -44,42 +44,30 @@ class SDTBlock(nn.Module):
         num_heads: int,
         *,
         mlp_ratio: float = 3.0,
-        decay: str = "full",
+        decay: DecayLike = "full",
         drop_path: float = 0.0,
         init_values: float | None = None,
         pos_kernel_size: int = 3,
         mlp_kernel_size: int = 3,
         num_prefix_tokens: int = 0,
-        heads_range: float = 4.0,
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__()
         self.pos = DepthwiseConv(dim, pos_kernel_size) if pos_kernel_size else None
         self.norm1: nn.Module = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SpatialDecayAttention(
-            dim, num_heads, decay=decay, num_prefix_tokens=num_prefix_tokens, heads_range=heads_range, **options
-        )
+        self.attn = SpatialDecayAttention(dim, num_heads, decay=decay, num_prefix_tokens=num_prefix_tokens, **options)
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.norm2: nn.Module = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), kernel_size=mlp_kernel_size)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path = DropPath(drop_path)
 
-    def forward(
-        self,
-        x: Tensor,
-        grid_size: GridSize | None = None,
-        attn_mask: Tensor | None = None,
-        positions: Positions | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, layout: LayoutLike = None, attn_mask: Tensor | None = None) -> Tensor:
         """Tokens (B, L, D) or a map (B, H, W, D) -> the same shape; arguments as in SpatialDecayAttention.forward."""
         attn = self.attn
-        tokens, grid = as_placed_tokens(
-            x, positions, dim=attn.dim, grid_size=grid_size, num_prefix_tokens=attn.num_prefix_tokens
-        )
+        tokens, layout = as_tokens(x, layout, dim=attn.dim, num_prefix_tokens=attn.num_prefix_tokens)
         if self.pos is not None:
-            tokens = tokens + self.pos(tokens, grid)
-        size = grid.size if isinstance(grid, Grid) else None
-        tokens = tokens + self.drop_path(self.ls1(attn(self.norm1(tokens), size, attn_mask, positions)))
-        tokens = tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens), grid)))
+            tokens = tokens + self.pos(tokens, layout)
+        tokens = tokens + self.drop_path(self.ls1(attn(self.norm1(tokens), layout, attn_mask)))
+        tokens = tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens), layout)))
         return tokens.reshape(x.shape)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spatial_decay.decay import GaussianDecay
-from spatial_decay.grid import Grid, GridSize
+from spatial_decay.layout import Grid, GridSize
 from spatial_decay.precision import autocast_disabled
 
 __all__ = ["GaussianGate"]

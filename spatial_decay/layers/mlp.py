@@ -3,9 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatial_decay.grid import Grid
-from spatial_decay.layers.local_position import DepthwiseConv
-from spatial_decay.positions import Positions
+from spatial_decay.layers.depthwise_conv import DepthwiseConv
+from spatial_decay.layout import Layout
 
 __all__ = ["ConvMlp"]
 
@@ -27,9 +26,9 @@ class ConvMlp(nn.Module):
         self.conv = DepthwiseConv(hidden_dim, kernel_size) if kernel_size else None
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor, grid: Grid | Positions) -> Tensor:
-        """Tokens (B, L, D) of a grid -> (B, L, D)."""
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Tokens (B, L, D) -> (B, L, D)."""
         z = F.gelu(self.fc1(x), approximate=self.approximate)  # (B, L, hidden_dim)
         if self.conv is not None:
-            z = z + self.conv(z, grid)
+            z = z + self.conv(z, layout)
         return self.fc2(z)

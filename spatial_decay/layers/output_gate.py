@@ -16,11 +16,16 @@ class OutputGate(nn.Module):
 
     Args:
         dim: D.
-        rank: r, width between W_u1 and W_u2.
+        rank: r, width between W_u1 and W_u2, >= 1.
+
+    Raises:
+        ValueError: rank < 1.
     """
 
     def __init__(self, dim: int, rank: int) -> None:
         super().__init__()
+        if rank < 1:
+            raise ValueError(f"gate_rank must be >= 0 (0 turns the output gate off): got {rank}.")
         self.down = nn.Parameter(torch.empty(rank, dim))
         self.up = nn.Parameter(torch.empty(dim, rank))
         self.reset_parameters()

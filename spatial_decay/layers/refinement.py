@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from spatial_decay.ops import decay_attention
+from spatial_decay.ops import Backend, decay_attention
 
 __all__ = ["PatchRepresentationRefinement"]
 
@@ -25,7 +25,7 @@ class PatchRepresentationRefinement(nn.Module):
         torch.Size([2, 197, 192])
     """
 
-    def __init__(self, num_heads: int, *, backend: str = "auto") -> None:
+    def __init__(self, num_heads: int, *, backend: Backend = "auto") -> None:
         super().__init__()
         if num_heads < 1:
             raise ValueError(f"num_heads must be >= 1: got {num_heads}.")

@@ -1,16 +1,17 @@
 """Rotary position embedding of queries and keys, R(.) of SDT Eq. 13: along both axes, or along the raster (RMT)."""
 
+from typing import Literal, TypeAlias, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatial_decay.grid import Grid
-from spatial_decay.positions import Positions
+from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
 
-__all__ = ["ROPE_MODES", "RotaryEmbedding"]
+__all__ = ["RopeMode", "RotaryEmbedding"]
 
-ROPE_MODES = ("axial", "flat", "none")
+RopeMode: TypeAlias = Literal["axial", "flat", "none"]
 
 
 class RotaryEmbedding(nn.Module):
@@ -30,10 +31,10 @@ class RotaryEmbedding(nn.Module):
         ValueError: unknown mode; d not a multiple of 4 ("axial") or 2 ("flat").
     """
 
-    def __init__(self, head_dim: int, mode: str = "axial") -> None:
+    def __init__(self, head_dim: int, mode: RopeMode = "axial") -> None:
         super().__init__()
-        if mode not in ROPE_MODES:
-            raise ValueError(f"rope must be one of {', '.join(ROPE_MODES)}: got {mode!r}.")
+        if mode not in get_args(RopeMode):
+            raise ValueError(f"rope must be one of {', '.join(get_args(RopeMode))}: got {mode!r}.")
         needed = {"axial": 4, "flat": 2, "none": 1}[mode]
         if head_dim % needed:
             raise ValueError(
@@ -42,34 +43,34 @@ class RotaryEmbedding(nn.Module):
             )
         self.head_dim, self.mode = head_dim, mode
 
-    def forward(self, q: Tensor, k: Tensor, grid: Grid | Positions) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, N, L, d) of a grid -> the same, turned; angles in float32 at least.
+    def forward(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, N, L, d) -> the same, turned; angles in float32 at least.
 
         Raises:
             ValueError: Positions in mode "flat", whose raster numbers need a whole grid.
         """
         if self.mode == "none":
             return q, k
-        angles = self._angles(grid, q)
+        angles = self._angles(layout, q)
         return _turn(q, angles), _turn(k, angles)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, mode={self.mode!r}"
 
-    def _angles(self, grid: Grid | Positions, like: Tensor) -> Tensor:
+    def _angles(self, layout: Layout, like: Tensor) -> Tensor:
         """One for each token and pair of channels, (L, d/2); (B, 1, L, d/2) of Positions."""
-        if isinstance(grid, Positions) and self.mode == "flat":
-            raise ValueError(
-                "rope='flat' numbers the tokens of a whole grid: got Positions. Use rope='axial' or 'none'."
-            )
         dtype = torch.promote_types(like.dtype, torch.float32)
-        h, w = grid.positions(device=like.device, dtype=dtype)
-        axes = (h * grid.width + w,) if self.mode == "flat" and isinstance(grid, Grid) else (h, w)
+        h, w = layout.positions(device=like.device, dtype=dtype)
+        if self.mode == "flat":
+            width = layout.as_grid("rope='flat'", "Use rope='axial' or 'none'.").width
+            axes: tuple[Tensor, ...] = (h * width + w,)
+        else:
+            axes = (h, w)
         num_frequencies = self.head_dim // (2 * len(axes))
         exponents = torch.linspace(0, 1, num_frequencies, device=like.device, dtype=dtype)
         frequencies = 10000.0**-exponents
         angles = torch.cat([axis[..., None] * frequencies for axis in axes], dim=-1)  # (H*W, d/2)
-        return F.pad(angles, (0, 0, grid.num_prefix_tokens, 0))
+        return F.pad(angles, (0, 0, layout.num_prefix_tokens, 0))
 
 
 def _turn(x: Tensor, angles: Tensor) -> Tensor:

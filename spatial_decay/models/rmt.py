@@ -2,12 +2,22 @@
 
 from typing_extensions import Unpack
 
+from spatial_decay.layers import kinds
 from spatial_decay.models.sdt_h import SDTH, SDTHOptions
 
 __all__ = ["rmt_base", "rmt_large", "rmt_small", "rmt_tiny"]
 
+
+def _decay(*heads_ranges: float, whole_from: int = 3) -> tuple[kinds.Kind, ...]:
+    """Rows and columns in the first stages, the whole grid from one on."""
+    return tuple(
+        (kinds.Fixed if i >= whole_from else kinds.FixedDecomposed)(heads_range=heads_range)
+        for i, heads_range in enumerate(heads_ranges)
+    )
+
+
 _RMT: SDTHOptions = {
-    "decays": ("fixed_decomposed", "fixed_decomposed", "fixed_decomposed", "fixed"),
+    "decay": _decay(4, 4, 6, 6),
     "rope": "flat",
     "gate_rank": 0,
 }
@@ -16,7 +26,7 @@ _TINY: SDTHOptions = _RMT | {
     "depths": (2, 2, 8, 2),
     "num_heads": (4, 4, 8, 16),
     "mlp_ratios": (3, 3, 3, 3),
-    "decays": ("fixed_decomposed", "fixed_decomposed", "fixed", "fixed"),
+    "decay": _decay(4, 4, 6, 6, whole_from=2),
     "drop_path_rate": 0.1,
 }
 _SMALL: SDTHOptions = _RMT | {
@@ -31,14 +41,14 @@ _BASE: SDTHOptions = _RMT | {
     "depths": (4, 8, 25, 8),
     "num_heads": (5, 5, 10, 16),
     "mlp_ratios": (4, 4, 3, 3),
-    "heads_ranges": (5, 5, 6, 6),
+    "decay": _decay(5, 5, 6, 6),
     "init_values": (None, None, 1e-6, 1e-6),
     "drop_path_rate": 0.4,
 }
 _LARGE: SDTHOptions = _BASE | {
     "embed_dims": (112, 224, 448, 640),
     "num_heads": (7, 7, 14, 20),
-    "heads_ranges": (6, 6, 6, 6),
+    "decay": _decay(6, 6, 6, 6),
     "drop_path_rate": 0.5,
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, SDTBlock
+from spatial_decay.layers.kinds import as_kind
 from spatial_decay.models.backbone import Backbone, block_numbers
 from spatial_decay.models.common import check_images, check_options, checkpoint_block, init_linear
 
@@ -22,8 +23,7 @@ class SDTHOptions(AttentionOptions, total=False):
     depths: Sequence[int]
     num_heads: Sequence[int]
     mlp_ratios: Sequence[float]
-    decays: Sequence[str]
-    heads_ranges: Sequence[float]
+    decay: Any
     init_values: Sequence[float | None]
     global_pool: str
     drop_rate: float
@@ -46,8 +46,7 @@ class SDTH(Backbone):
         depths: Blocks of each stage.
         num_heads: N of each stage.
         mlp_ratios: Width of the MLP over D, of each stage.
-        decays: Kind of decay of each stage, see SpatialDecayMask.
-        heads_ranges: heads_range of each stage, for the fixed kinds.
+        decay: Kind of decay of each stage, see SpatialDecayMask.
         init_values: First value of LayerScale of each stage; None leaves it out.
         global_pool: "avg", the mean over the map, or "", none: the head gives a map, and num_classes must be 0.
         drop_rate: Dropout before the classifier.
@@ -75,8 +74,7 @@ class SDTH(Backbone):
         depths: Sequence[int] = (2, 2, 8, 2),
         num_heads: Sequence[int] = (4, 4, 8, 16),
         mlp_ratios: Sequence[float] = (3, 3, 3, 3),
-        decays: Sequence[str] = ("decomposed", "decomposed", "full", "full"),
-        heads_ranges: Sequence[float] = (4, 4, 6, 6),
+        decay: Any = ("decomposed", "decomposed", "full", "full"),
         init_values: Sequence[float | None] = (None, None, None, None),
         global_pool: str = "avg",
         drop_rate: float = 0.0,
@@ -91,8 +89,7 @@ class SDTH(Backbone):
             "depths": depths,
             "num_heads": num_heads,
             "mlp_ratios": mlp_ratios,
-            "decays": decays,
-            "heads_ranges": heads_ranges,
+            "decay": [as_kind(d).resolved().config for d in decay],
             "init_values": init_values,
         }
         _check_stages(stages)
@@ -125,9 +122,8 @@ class SDTH(Backbone):
                 num_heads[i],
                 drop_paths=drop_paths[ends[i] - depths[i] : ends[i]],
                 mlp_ratio=mlp_ratios[i],
-                decay=decays[i],
+                decay=decay[i],
                 init_values=init_values[i],
-                heads_range=heads_ranges[i],
                 **options,
             )
             for i in range(len(depths))
@@ -285,7 +281,7 @@ class _Stage(nn.Module):
         return x
 
 
-_PER_STAGE = ("embed_dims", "depths", "num_heads", "mlp_ratios", "decays", "heads_ranges", "init_values")
+_PER_STAGE = ("embed_dims", "depths", "num_heads", "mlp_ratios", "decay", "init_values")
 
 
 def _check_stages(stages: dict[str, Sequence[Any]]) -> None:
@@ -322,7 +318,6 @@ _BASE: SDTHOptions = {
     "depths": (4, 8, 25, 8),
     "num_heads": (5, 5, 10, 16),
     "mlp_ratios": (4, 4, 3, 3),
-    "heads_ranges": (5, 5, 6, 6),
     "init_values": (None, None, 1e-6, 1e-6),
     "drop_path_rate": 0.4,
     "gate_rank": 4,

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from spatial_decay.grid import Grid, GridSize
+from spatial_decay.features import as_tokens
 from spatial_decay.layers import AttentionOptions, ConvMlp, SpatialDecayAttention
+from spatial_decay.layers.kinds import DecayLike, as_kind
+from spatial_decay.layout import Grid, LayoutLike
 from spatial_decay.models.common import check_images, check_options, checkpoint_block
 
 __all__ = [
@@ -37,8 +39,7 @@ class SDTPOptions(AttentionOptions, total=False):
     depth: int
     num_heads: int
     mlp_ratio: float
-    decay: str
-    heads_range: float
+    decay: DecayLike
     class_dropout_prob: float
     learn_sigma: bool
 
@@ -54,7 +55,6 @@ class SDTPBlock(nn.Module):
         num_heads: N.
         mlp_ratio: Width of the MLP over D.
         decay: Kind of decay, see SpatialDecayMask.
-        heads_range: Fixed kinds only, see SpatialDecayMask.
         options: Further keywords of SpatialDecayAttention.
     """
 
@@ -64,22 +64,22 @@ class SDTPBlock(nn.Module):
         num_heads: int,
         *,
         mlp_ratio: float = 4.0,
-        decay: str = "full",
-        heads_range: float = 4.0,
+        decay: DecayLike = "full",
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = SpatialDecayAttention(dim, num_heads, decay=decay, heads_range=heads_range, **options)
+        self.attn = SpatialDecayAttention(dim, num_heads, decay=decay, **options)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), kernel_size=0, approximate="tanh")
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x: Tensor, condition: Tensor, grid_size: GridSize) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, layout: LayoutLike = None) -> Tensor:
         """Tokens (B, L, D) of a grid and the condition (B, D) -> (B, L, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, grid_size)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2, Grid(*grid_size))
+        x, layout = as_tokens(x, layout, dim=self.attn.dim)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, layout)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2, layout)
 
 
 class SDTP(nn.Module):
@@ -96,7 +96,6 @@ class SDTP(nn.Module):
         num_heads: N.
         mlp_ratio: Width of the MLP over D.
         decay: Kind of decay, see SpatialDecayMask.
-        heads_range: Fixed kinds only, see SpatialDecayMask.
         class_dropout_prob: In training, the share of labels replaced by the "no class" num_classes, which
             classifier-free guidance needs. 0: there is no such class.
         learn_sigma: Twice as many channels come out.
@@ -127,8 +126,7 @@ class SDTP(nn.Module):
         depth: int = 28,
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
-        decay: str = "full",
-        heads_range: float = 4.0,
+        decay: DecayLike = "full",
         class_dropout_prob: float = 0.1,
         learn_sigma: bool = True,
         **options: Unpack[AttentionOptions],
@@ -143,6 +141,8 @@ class SDTP(nn.Module):
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must satisfy 0 <= class_dropout_prob < 1: got {class_dropout_prob}.")
         check_options("SDTP", options)
+        side = input_size // patch_size
+        kind = as_kind(decay).resolved(initial_grid_size=(side, side))
         self.config: dict[str, Any] = {
             "input_size": input_size,
             "patch_size": patch_size,
@@ -152,8 +152,7 @@ class SDTP(nn.Module):
             "depth": depth,
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
-            "decay": decay,
-            "heads_range": heads_range,
+            "decay": kind.config,
             "class_dropout_prob": class_dropout_prob,
             "learn_sigma": learn_sigma,
             **options,
@@ -167,11 +166,9 @@ class SDTP(nn.Module):
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.t_embed = nn.Sequential(nn.Linear(_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.y_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), dim) if num_classes else None
-        side = input_size // patch_size
-        defaults: AttentionOptions = {"lpe_kernel_size": 3, "gate_rank": 48, "initial_grid_size": (side, side)}
+        defaults: AttentionOptions = {"lpe_kernel_size": 3, "gate_rank": 48}
         self.blocks = nn.ModuleList(
-            SDTPBlock(dim, num_heads, mlp_ratio=mlp_ratio, decay=decay, heads_range=heads_range, **(defaults | options))
-            for _ in range(depth)
+            SDTPBlock(dim, num_heads, mlp_ratio=mlp_ratio, decay=kind, **(defaults | options)) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(dim, 2 * dim)
@@ -197,9 +194,9 @@ class SDTP(nn.Module):
         condition = self._condition(x, t, y)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                tokens = checkpoint_block(block, tokens, condition, grid.size)
+                tokens = checkpoint_block(block, tokens, condition, grid)
             else:
-                tokens = block(tokens, condition, grid.size)
+                tokens = block(tokens, condition, grid)
         shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, -1)
         return self._to_latents(self.head(self.norm(tokens) * (1 + scale) + shift), grid)
 

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from spatial_decay.grid import Grid, GridSize, tokens_to_map
+from spatial_decay.features import tokens_to_map
 from spatial_decay.layers import AttentionOptions, PatchRepresentationRefinement, SDTBlock
+from spatial_decay.layers.kinds import DecayLike, as_kind
+from spatial_decay.layout import Grid, GridSize
 from spatial_decay.models.backbone import Backbone, block_numbers
 from spatial_decay.models.common import check_images, check_options, checkpoint_block, init_linear
 
@@ -27,8 +29,7 @@ class ViTOptions(AttentionOptions, total=False):
     depth: int
     num_heads: int
     mlp_ratio: float
-    decay: str
-    heads_range: float
+    decay: DecayLike
     class_token: bool
     num_registers: int
     global_pool: str
@@ -53,7 +54,6 @@ class ViT(Backbone):
         num_heads: N.
         mlp_ratio: Width of the MLP over D.
         decay: Kind of decay, see SpatialDecayMask. The decomposed kinds need class_token=False and no registers.
-        heads_range: Fixed kinds only, see SpatialDecayMask.
         class_token: Have one, first in the sequence.
         num_registers: Register tokens, behind it.
         global_pool: What the classifier reads: "token", the class token; "avg", the mean of the patches; "prr", after
@@ -90,8 +90,7 @@ class ViT(Backbone):
         depth: int = 12,
         num_heads: int = 3,
         mlp_ratio: float = 4.0,
-        decay: str = "none",
-        heads_range: float = 4.0,
+        decay: DecayLike = "none",
         class_token: bool = True,
         num_registers: int = 0,
         global_pool: str = "token",
@@ -106,6 +105,8 @@ class ViT(Backbone):
                 f"img_size must be a multiple of patch_size: got img_size={img_size}, patch_size={patch_size}."
             )
         check_options("ViT", options)
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        kind = as_kind(decay).resolved(initial_grid_size=self.grid_size)
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "in_chans": in_chans,
@@ -115,8 +116,7 @@ class ViT(Backbone):
             "depth": depth,
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
-            "decay": decay,
-            "heads_range": heads_range,
+            "decay": kind.config,
             "class_token": class_token,
             "num_registers": num_registers,
             "global_pool": global_pool,
@@ -129,7 +129,6 @@ class ViT(Backbone):
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.feature_info = [{"module": f"blocks.{i}", "num_chs": dim, "reduction": patch_size} for i in range(depth)]
         self.num_prefix_tokens = int(class_token) + num_registers
-        self.grid_size = (img_size // patch_size, img_size // patch_size)
 
         self.patch_embed = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
@@ -142,14 +141,13 @@ class ViT(Backbone):
                 dim,
                 num_heads,
                 mlp_ratio=mlp_ratio,
-                decay=decay,
+                decay=kind,
                 drop_path=drop_path_rate * i / max(depth - 1, 1),
                 init_values=init_values,
                 pos_kernel_size=0,
                 mlp_kernel_size=0,
                 num_prefix_tokens=self.num_prefix_tokens,
-                heads_range=heads_range,
-                **({"initial_grid_size": self.grid_size} | defaults | options),
+                **(defaults | options),
             )
             for i in range(depth)
         )
@@ -316,8 +314,8 @@ class ViT(Backbone):
 
     def _run(self, block: nn.Module, tokens: Tensor, grid: Grid) -> Tensor:
         if self.grad_checkpointing and self.training:
-            return checkpoint_block(block, tokens, grid.size)
-        return block(tokens, grid.size)
+            return checkpoint_block(block, tokens, grid)
+        return block(tokens, grid)
 
 
 def _is_known_equal(a: GridSize, b: GridSize) -> bool:

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from spatial_decay.decay import AxialDecay, Decay
-from spatial_decay.grid import from_columns, to_rows
-from spatial_decay.ops import math
-from spatial_decay.ops.choice import BACKENDS, check_backend, choose, explain
+from spatial_decay.features import from_columns, to_rows
+from spatial_decay.ops.choice import BACKENDS, Backend, check_backend, choose, explain
 from spatial_decay.ops.inputs import Inputs, along_columns, along_rows, checked_inputs
+from spatial_decay.ops.math import weights
 
 __all__ = ["attention_weights", "decay_attention", "explain_backend"]
 
@@ -16,12 +16,12 @@ def decay_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Decay | None = None,
+    decay: Decay | None = None,
     *,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Softmax attention with an additive decay.
 
@@ -35,7 +35,7 @@ def decay_attention(
         q: Queries, (B, N, L, d), floating point.
         k: Keys, same shape, dtype and device as q.
         v: Values, same shape, dtype and device as q.
-        bias: What is added to the scores, in nats: a ManhattanDecay, PathDecay or AxialDecay. None: nothing.
+        decay: What is added to the scores, in nats: a ManhattanDecay, PathDecay or AxialDecay. None: nothing.
         attn_mask: Added to the decay: bool (True = may attend) or floating point, broadcastable to (B, N, L, L).
             A query that may attend to nothing gets zeros. An AxialDecay uses the pairs that share a row, then those
             that share a column.
@@ -52,7 +52,7 @@ def decay_attention(
 
     Raises:
         TypeError: q, k, v or attn_mask have a dtype that cannot be used.
-        ValueError: shapes, dtypes, devices or grid disagree; the backend is unknown; dropout_p is out of range.
+        ValueError: shapes, dtypes, devices or layout disagree; the backend is unknown; dropout_p is out of range.
         NotImplementedError: the named backend cannot run these inputs.
 
     Example:
@@ -62,17 +62,17 @@ def decay_attention(
         torch.Size([2, 4, 49, 16])
     """
     check_backend(backend)
-    inputs = checked_inputs(q, k, v, bias, attn_mask, dropout_p, scale)
-    if not isinstance(bias, AxialDecay):
+    inputs = checked_inputs(q, k, v, decay, attn_mask, dropout_p, scale)
+    if not isinstance(decay, AxialDecay):
         return _attend(inputs, backend)
-    v_rows = _attend(along_rows(inputs, bias), backend)  # (B, H, N, W, d)
-    return from_columns(_attend(along_columns(inputs, bias, v_rows), backend))
+    v_rows = _attend(along_rows(inputs, decay), backend)  # (B, H, N, W, d)
+    return from_columns(_attend(along_columns(inputs, decay, v_rows), backend))
 
 
 def attention_weights(
     q: Tensor,
     k: Tensor,
-    bias: Decay | None = None,
+    decay: Decay | None = None,
     *,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
@@ -82,7 +82,7 @@ def attention_weights(
     Args:
         q: Queries, (B, N, L, d), floating point.
         k: Keys, same shape, dtype and device as q.
-        bias: As in decay_attention. An AxialDecay's two softmaxes become the one matrix that they multiply to.
+        decay: As in decay_attention. An AxialDecay's two softmaxes become the one matrix that they multiply to.
         attn_mask: As in decay_attention.
         scale: As in decay_attention.
 
@@ -92,12 +92,12 @@ def attention_weights(
     Raises:
         TypeError, ValueError: as in decay_attention.
     """
-    inputs = checked_inputs(q, k, k, bias, attn_mask, 0.0, scale)
-    if not isinstance(bias, AxialDecay):
-        return math.weights(inputs)
-    rows = math.weights(along_rows(inputs, bias)).unflatten(0, (-1, bias.grid.height))  # (B, H, N, W, W)
-    v_rows = to_rows(k, bias.grid)  # not looked at
-    columns = math.weights(along_columns(inputs, bias, v_rows)).unflatten(0, (-1, bias.grid.width))  # (B, W, N, H, H)
+    inputs = checked_inputs(q, k, k, decay, attn_mask, 0.0, scale)
+    if not isinstance(decay, AxialDecay):
+        return weights(inputs)
+    rows = weights(along_rows(inputs, decay)).unflatten(0, (-1, decay.layout.height))  # (B, H, N, W, W)
+    v_rows = to_rows(k, decay.layout)  # not looked at
+    columns = weights(along_columns(inputs, decay, v_rows)).unflatten(0, (-1, decay.layout.width))  # (B, W, N, H, H)
     # From query (h, w) down its column to (g, w), then along row g to (g, u).
     together = torch.einsum("b w n h g, b g n w u -> b n h w g u", columns, rows)
     return together.flatten(4, 5).flatten(2, 3)
@@ -107,7 +107,7 @@ def explain_backend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Decay | None = None,
+    decay: Decay | None = None,
     *,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -119,7 +119,7 @@ def explain_backend(
         q: As all the others as in decay_attention. It counts whether gradients are enabled and required.
         k: The same.
         v: The same.
-        bias: The same.
+        decay: The same.
         attn_mask: The same.
         dropout_p: The same.
         scale: The same.
@@ -140,10 +140,10 @@ def explain_backend(
           flex could: it is compiled for each new shape
           triton_autotune cannot: q is on cpu (needs cuda)
     """
-    inputs = checked_inputs(q, k, v, bias, attn_mask, dropout_p, scale)
-    if not isinstance(bias, AxialDecay):
+    inputs = checked_inputs(q, k, v, decay, attn_mask, dropout_p, scale)
+    if not isinstance(decay, AxialDecay):
         return str(explain(inputs))
-    rows, columns = along_rows(inputs, bias), along_columns(inputs, bias, to_rows(v, bias.grid))
+    rows, columns = along_rows(inputs, decay), along_columns(inputs, decay, to_rows(v, decay.layout))
     return f"along rows: {explain(rows)}\nalong columns: {explain(columns)}"
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from spatial_decay.grid import Grid, to_columns, to_rows
+from spatial_decay.features import to_columns, to_rows
+from spatial_decay.layout import Grid
 
 __all__ = ["as_float_mask", "columns_of_mask", "rows_of_mask"]
 

@@ -1,18 +1,22 @@
 """The table of backends, and which one "auto" takes."""
 
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 from torch import Tensor
 
-from spatial_decay.ops import flex, math, sdpa, tiled, triton
+from spatial_decay.ops import flex, sdpa, tiled, triton
+from spatial_decay.ops import math as written_out
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.triton import autotune
 
-__all__ = ["BACKENDS", "Backend", "check_backend", "choose", "explain"]
+__all__ = ["BACKENDS", "Backend", "Room", "check_backend", "choose", "explain"]
+
+Backend: TypeAlias = Literal["auto", "triton", "tiled", "sdpa", "math", "flex", "triton_autotune"]
+"""What `backend=` takes."""
 
 
-class Backend(Protocol):
-    """What a file of a backend offers."""
+class Room(Protocol):
+    """What the room of a backend offers."""
 
     def unsupported_reasons(self, inputs: Inputs) -> list[str]:
         """Why these inputs cannot run there; empty where they can."""
@@ -24,11 +28,11 @@ class Backend(Protocol):
         """softmax(scale * Q K^T + M) V in the dtype of v, as q is or as `Inputs.sequences` are, (S, N, L, d)."""
 
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[str, Room] = {
     "triton": triton,
     "tiled": tiled,
     "sdpa": sdpa,
-    "math": math,
+    "math": written_out,
     "flex": flex,
     "triton_autotune": autotune,
 }
@@ -38,7 +42,7 @@ everything and avoids nothing, so what stands behind it is taken by name only.""
 
 def check_backend(backend: str) -> None:
     """Raise ValueError where no backend has this name."""
-    if backend != "auto" and backend not in BACKENDS:
+    if backend not in get_args(Backend):
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}: got {backend!r}.")
 
 

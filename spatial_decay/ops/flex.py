@@ -69,7 +69,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 def _score_mod(inputs: Inputs) -> ScoreMod | None:
     """Decay and attn_mask as one score function."""
-    add_decay = None if inputs.bias is None else score_mod(inputs.bias)
+    add_decay = None if inputs.decay is None else score_mod(inputs.decay)
     mask = inputs.attn_mask
     if mask is None:
         return add_decay

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_decay.decay import AxialDecay, Decay, PairwiseDecay, dense
-from spatial_decay.grid import columns_of_rows, to_columns, to_rows
+from spatial_decay.features import columns_of_rows, to_columns, to_rows
 from spatial_decay.ops.attn_mask import as_float_mask, columns_of_mask, rows_of_mask
-from spatial_decay.positions import Positions
 from spatial_decay.precision import autocast_dtype
 
 __all__ = ["Inputs", "along_columns", "along_rows", "checked_inputs", "total_mask"]
@@ -22,10 +21,10 @@ class Inputs:
 
     Args:
         q: Queries, (B, N, L, d), floating point; or, along an axis of the grid, (B, O, N, L, d): the O rows or columns
-            of each image as they lie in memory. Then bias and attn_mask are those of B * O sequences.
+            of each image as they lie in memory. Then decay and attn_mask are those of B * O sequences.
         k: Keys, the same.
         v: Values, the same.
-        bias: The decay, or None.
+        decay: What is added to the scores, or None.
         attn_mask: In the dtype of q, (B|1, N|1, L|1, L), -inf where a query may not attend, or None.
         dropout_p: 0 <= dropout_p < 1.
         scale: Multiplies Q K^T.
@@ -34,7 +33,7 @@ class Inputs:
     q: Tensor
     k: Tensor
     v: Tensor
-    bias: PairwiseDecay | None
+    decay: PairwiseDecay | None
     attn_mask: Tensor | None
     dropout_p: float
     scale: float
@@ -62,8 +61,8 @@ class Inputs:
     @property
     def needs_grad(self) -> bool:
         """Whether anything but attn_mask will get a gradient."""
-        tokens = () if self.bias is None else self.bias.tokens
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v, *tokens))
+        numbers = () if self.decay is None else self.decay.numbers
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v, *numbers))
 
     @property
     def is_exporting(self) -> bool:
@@ -95,7 +94,7 @@ def checked_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Decay | None,
+    decay: Decay | None,
     attn_mask: Tensor | None,
     dropout_p: float,
     scale: float | None,
@@ -109,42 +108,42 @@ def checked_inputs(
     if dtype is not None:
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     _check_heads(q, k, v)
-    _check_bias(q, bias)
+    _check_decay(q, decay)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must satisfy 0 <= dropout_p < 1: got {dropout_p}.")
     return Inputs(
         q,
         k,
         v,
-        bias=None if isinstance(bias, AxialDecay) else bias,
+        decay=None if isinstance(decay, AxialDecay) else decay,
         attn_mask=None if attn_mask is None else as_float_mask(attn_mask, q),
         dropout_p=dropout_p,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
 
 
-def along_rows(whole: Inputs, bias: AxialDecay) -> Inputs:
+def along_rows(whole: Inputs, decay: AxialDecay) -> Inputs:
     """The first softmax of Eq. 12: H sequences of W tokens in each image."""
-    grid, mask = bias.grid, whole.attn_mask
+    grid, mask = decay.layout, whole.attn_mask
     return Inputs(
         to_rows(whole.q, grid),
         to_rows(whole.k, grid),
         to_rows(whole.v, grid),
-        bias=bias.rows,
+        decay=decay.rows,
         attn_mask=None if mask is None else rows_of_mask(mask, whole.q.shape[0], grid),
         dropout_p=whole.dropout_p,
         scale=whole.scale,
     )
 
 
-def along_columns(whole: Inputs, bias: AxialDecay, v_rows: Tensor) -> Inputs:
+def along_columns(whole: Inputs, decay: AxialDecay, v_rows: Tensor) -> Inputs:
     """The second softmax of Eq. 12: W sequences of H tokens; v_rows is the first one's output, (B, H, N, W, d)."""
-    grid, mask = bias.grid, whole.attn_mask
+    grid, mask = decay.layout, whole.attn_mask
     return Inputs(
         to_columns(whole.q, grid),
         to_columns(whole.k, grid),
         columns_of_rows(v_rows),
-        bias=bias.columns,
+        decay=decay.columns,
         attn_mask=None if mask is None else columns_of_mask(mask, whole.q.shape[0], grid),
         dropout_p=whole.dropout_p,
         scale=whole.scale,
@@ -165,11 +164,11 @@ def total_mask(inputs: Inputs, *, dtype: torch.dtype, row_multiple: int = 1) -> 
         Which rows these were, bool, broadcastable to (B, N, L, 1); None where there can be none. The caller
         gives them an output of zero.
     """
-    decay = None if inputs.bias is None else dense(inputs.bias, dtype=dtype, row_multiple=row_multiple)
+    mask = None if inputs.decay is None else dense(inputs.decay, dtype=dtype, row_multiple=row_multiple)
     if inputs.attn_mask is None:
-        return decay, None  # a decay alone leaves each query itself
+        return mask, None  # a decay alone leaves each query itself
     attn_mask = inputs.attn_mask.to(dtype)
-    total = attn_mask if decay is None else decay + attn_mask
+    total = attn_mask if mask is None else mask + attn_mask
     is_empty = total.detach().amax(-1, keepdim=True) == float("-inf")
     total = total.masked_fill(is_empty, 0.0)
     padding = -total.shape[-1] % row_multiple  # the sum has lost the alignment of the decay
@@ -193,49 +192,34 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
                 )
 
 
-def _check_bias(q: Tensor, bias: Decay | None) -> None:
-    if bias is None:
+def _check_decay(q: Tensor, decay: Decay | None) -> None:
+    if decay is None:
         return
-    if not isinstance(bias, (PairwiseDecay, AxialDecay)):
+    if not isinstance(decay, (PairwiseDecay, AxialDecay)):
         raise TypeError(
-            f"bias must be a decay, for instance a ManhattanDecay, or None: got {type(bias).__name__}. "
+            f"decay must be a description, for instance a ManhattanDecay, or None: got {type(decay).__name__}. "
             "Pass a mask that is a tensor as attn_mask."
         )
     batch_size, num_heads, num_tokens, _ = q.shape
-    if bias.grid.num_tokens != num_tokens:
-        raise ValueError(
-            f"the grid of the bias must have the L tokens of q: got {_readable(bias.grid)} with {bias.grid.num_tokens} "
-            f"tokens, and L = {num_tokens}. Build the bias for the grid of this call."
-        )
-    if isinstance(bias.grid, Positions):
-        _check_positions(bias.grid, batch_size, q.device)
-    if isinstance(bias, AxialDecay):
-        height, width = bias.grid.size
-        _check_tokens("bias.rows", bias.rows, (batch_size * height, num_heads, width), q.device)
-        _check_tokens("bias.columns", bias.columns, (batch_size * width, num_heads, height), q.device)
+    decay.layout.check("q", batch_size=batch_size, num_tokens=num_tokens, device=q.device)
+    if isinstance(decay, AxialDecay):
+        height, width = decay.layout.size
+        _check_numbers("decay.rows", decay.rows, (batch_size * height, num_heads, width), q.device)
+        _check_numbers("decay.columns", decay.columns, (batch_size * width, num_heads, height), q.device)
     else:
-        _check_tokens("bias", bias, (batch_size, num_heads, num_tokens), q.device)
+        _check_numbers("decay", decay, (batch_size, num_heads, num_tokens), q.device)
 
 
-def _check_tokens(name: str, bias: PairwiseDecay, shape: tuple[int, int, int], device: torch.device) -> None:
-    for token in bias.tokens:
-        if tuple(token.shape) not in (shape, (1, *shape[1:])):
+def _check_numbers(name: str, decay: PairwiseDecay, shape: tuple[int, int, int], device: torch.device) -> None:
+    for numbers in decay.numbers:
+        if tuple(numbers.shape) not in (shape, (1, *shape[1:])):
             raise ValueError(
                 f"the tensors of {name} must have shape {shape}, or 1 in place of {shape[0]}: got "
-                f"{tuple(token.shape)}. They belong to the images, heads and tokens of q."
+                f"{tuple(numbers.shape)}. They belong to the images, heads and tokens of q."
             )
-        if token.device != device:
-            raise ValueError(f"{name} must be on the device of q: got {token.device} and {device}. Move one.")
-
-
-def _check_positions(positions: Positions, batch_size: int, device: torch.device) -> None:
-    if len(positions.h) not in (1, batch_size):
-        raise ValueError(f"Positions must be those of B = {batch_size} images, or of 1: got {len(positions.h)}.")
-    if positions.h.device != device:
-        raise ValueError(f"Positions must be on the device of q, {device}: got {positions.h.device}. Move one.")
+        if numbers.device != device:
+            raise ValueError(f"{name} must be on the device of q: got {numbers.device} and {device}. Move one.")
 
 
 def _readable(value: object) -> str:
-    if isinstance(value, Positions):
-        return "Positions"
     return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

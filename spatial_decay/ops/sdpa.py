@@ -15,18 +15,18 @@ __all__ = ["attention", "avoid_reasons", "row_multiple", "unsupported_reasons"]
 
 def unsupported_reasons(inputs: Inputs) -> list[str]:
     """On CUDA, something else than the mask must require a gradient."""
-    q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
-    masks = (() if bias is None else bias.tokens) + (() if inputs.attn_mask is None else (inputs.attn_mask,))
+    q, k, v, decay = inputs.q, inputs.k, inputs.v, inputs.decay
+    masks = (() if decay is None else decay.numbers) + (() if inputs.attn_mask is None else (inputs.attn_mask,))
     mask_needs_grad = torch.is_grad_enabled() and any(mask.requires_grad for mask in masks)
     if q.is_cuda and mask_needs_grad and not any(x.requires_grad for x in (q, k, v)):
         # The kernel reads a log-sum-exp that the forward did not save (PyTorch issue 148476).
-        return ["on cuda, only the bias requires grad (needs q, k or v to require grad too)"]
+        return ["on cuda, only the decay requires grad (needs q, k or v to require grad too)"]
     return []
 
 
 def avoid_reasons(inputs: Inputs) -> list[str]:
     """On the CPU, uncompiled: small masks cost more than the softmax written out, and torch.func has no rule."""
-    has_mask = inputs.bias is not None or inputs.attn_mask is not None
+    has_mask = inputs.decay is not None or inputs.attn_mask is not None
     if not has_mask or inputs.q.device.type != "cpu" or torch.compiler.is_compiling():
         return []
     if inputs.is_inside_torch_func:

@@ -1,27 +1,11 @@
 """Backend `tiled`: exact attention by blocks in bounded scratch memory, with the decay's gradient; tuned for CPUs.
 
-The decays it knows have one form,
-
-    M[i, j] = (t_i + s * t_j) * F[i, j]
-
-with t a number a token and F a matrix that only the grid decides:
-
-    Manhattan   t = a,  s = +1,  F = d_M                    (SDT Eq. 8-9, RMT)
-    path        t = c,  s = -1,  F = sign(j - i)            (SDT Eq. 6, 11; c grows with i, so this is -|c_i - c_j|)
-
-and F = 0 wherever a prefix token takes part; or, with h_j and w_j the row and the column of the key,
-
-    Gaussian    M[i, j] = a_i * exp(u_i[h_j]) * exp(v_i[w_j])   (LocAtViT)
-
-No L x L matrix is stored: blocks of rows (or, forward on long sequences,
-of keys) go through two buffers that stay in cache. The backward pass computes each block again. With P the softmax of
-a block, dO the output's gradient and o the product by elements:
+The decays that it knows, and their gradients, stand in tiled_decays.py. No L x L matrix is stored: blocks of rows (or,
+forward on long sequences, of keys) go through two buffers that stay in cache. The backward pass computes each block
+again. With P the softmax of a block, dO the output's gradient and o the product by elements:
 
     dP = dO V^T        dS = P o (dP - rowsum(P o dP))
     dV = P^T dO        dQ = scale * dS K        dK = scale * dS^T Q
-    dt_i = sum_j dS[i, j] F[i, j] + s * sum_j dS[j, i] F[j, i]
-    da_i = sum_j Z[i, j]    du_i[h] = a_i * sum_{j: h_j = h} Z[i, j]    dv_i[w] = a_i * sum_{j: w_j = w} Z[i, j]
-    with Z = dS o M / a
 
 Both passes are torch.library operators, so torch.compile and torch.export take them as they are. No second derivatives,
 no torch.func transforms.
@@ -29,16 +13,15 @@ no torch.func transforms.
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_decay.decay import GaussianDecay, ManhattanDecay, PathDecay
-from spatial_decay.grid import Grid
+from spatial_decay.decay import FactoredDecay, GaussianDecay
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.math import avoid_reasons_on_small_inputs
-from spatial_decay.positions import Positions
+from spatial_decay.ops.tiled_decays import Factored, Gaussian, gaussian_numbers
 from spatial_decay.precision import at_least_float32
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
@@ -46,8 +29,6 @@ __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 _softmax = partial(torch.ops.aten._softmax.out, dim=-1, half_to_float=False)
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-_KINDS = (ManhattanDecay, PathDecay, GaussianDecay)
 
 # Elements of a block of scores. Two float32 buffers of so many whole sequences stay in the cache of two cores; the
 # rows of longer sequences make long matrix products instead, and the buffers (32 MB) are read from further away.
@@ -61,12 +42,12 @@ _KEYS = 256
 
 
 def unsupported_reasons(inputs: Inputs) -> list[str]:
-    """It needs a decay that it knows, and neither dropout nor a gradient of attn_mask."""
+    """It needs a decay that it knows on a grid, and neither dropout nor a gradient of attn_mask."""
     reasons = []
-    if not isinstance(inputs.bias, _KINDS):
-        what = "no decay" if inputs.bias is None else type(inputs.bias).__name__
-        reasons.append(f"{what} (needs a {', '.join(kind.__name__ for kind in _KINDS)})")
-    elif isinstance(inputs.bias.grid, Positions):
+    if not isinstance(inputs.decay, (FactoredDecay, GaussianDecay)):
+        what = "no decay" if inputs.decay is None else type(inputs.decay).__name__
+        reasons.append(f"{what} (needs a FactoredDecay, as ManhattanDecay and PathDecay are, or a GaussianDecay)")
+    elif not inputs.decay.layout.is_grid:
         reasons.append("tokens with Positions of their own (needs those of a Grid)")
     if inputs.dropout_p:
         reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
@@ -93,55 +74,42 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
 
 def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in float32 at least inside, in the dtype of q outside."""
-    bias = inputs.bias
-    assert isinstance(bias, _KINDS)
-    assert isinstance(bias.grid, Grid)
-    if isinstance(bias, GaussianDecay):
-        kind, tokens = "gaussian", _gaussian_tokens(bias, bias.grid)
+    decay = inputs.decay
+    assert isinstance(decay, (FactoredDecay, GaussianDecay))
+    grid = decay.layout.as_grid("backend 'tiled'")
+    if isinstance(decay, GaussianDecay):
+        numbers, form = gaussian_numbers(decay, grid), (_GAUSSIAN, 0, False)
     else:
-        kind = "manhattan" if isinstance(bias, ManhattanDecay) else "causal" if bias.causal else "path"
-        tokens = at_least_float32(bias.tokens[0])
-    grid = [*bias.grid.size, bias.grid.num_prefix_tokens]
-    return _forward(*inputs.sequences(), tokens, inputs.attn_mask, grid, kind, inputs.scale)
-
-
-def _gaussian_tokens(bias: GaussianDecay, grid: Grid) -> Tensor:
-    """a, u and v of each query side by side, (B, N, L, 1 + H + W); zero for prefix tokens."""
-    num_prefix = grid.num_prefix_tokens
-    tokens = tuple(at_least_float32(token)[..., num_prefix:] for token in bias.tokens)
-    position = grid.positions(device=tokens[0].device, dtype=tokens[0].dtype)
-    side_by_side = torch.cat([tokens[0][..., None], *bias.exponents(tokens, position, grid)], -1)
-    return F.pad(side_by_side, (0, 0, num_prefix, 0))
+        numbers, form = at_least_float32(decay.numbers[0]), (decay.factor, decay.sign, decay.hides_later)
+    sizes = [*grid.size, grid.num_prefix_tokens]
+    return _forward(*inputs.sequences(), numbers, inputs.attn_mask, inputs.scale, sizes, *form)
 
 
 # Schemas are spelt out: torch 2.6 does not infer them from today's annotations. The functions that torch calls back are
-# left untyped (no-untyped-def): it passes them what the schema says. Both operators must repeat the signature for it.
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor? attn_mask, SymInt[] grid, str kind, float scale"
+# left untyped (no-untyped-def): it passes them what the schema says. What an operator does not look at itself, it hands
+# on to _Blocks, whose arguments come in the same order.
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor numbers, Tensor? attn_mask, float scale, SymInt[] grid, str factor, "
+    "int sign, bool hides_later"
+)
+_GAUSSIAN = ""  # in place of a factor's name
 
 
 @torch.library.custom_op("spatial_decay::tiled", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor,
-    attn_mask: Tensor | None,
-    grid: list[int],
-    kind: str,
-    scale: float,
-) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, attn_mask: Tensor | None, *others: Any) -> Tensor:
     """O, (B, N, L, d).
 
-    tokens: t (B|1, N, L), or a, u and v (B|1, N, L, 1 + H + W). attn_mask: (B|1, N|1, L|1, L). grid: H, W and P.
+    numbers: t (B|1, N, L), or those of gaussian_numbers. attn_mask: (B|1, N|1, L|1, L). grid: H, W and P. factor, sign
+    and hides_later: of FactoredDecay.
     """
-    blocks = _Blocks(q, k, v, tokens, attn_mask, grid, kind, scale)
-    by_keys = q.shape[2] > _SHORT and attn_mask is None and kind != "causal" and q.device.type == "cpu"
+    blocks = _Blocks(q, k, v, numbers, attn_mask, *others)
+    by_keys = q.shape[2] > _SHORT and attn_mask is None and not blocks.hides_later and q.device.type == "cpu"
     out = blocks.forward_by_keys() if by_keys else blocks.forward_by_rows()
     return out.view(q.shape).to(q.dtype)
 
 
 @_forward.register_fake
-def _(q, k, v, tokens, attn_mask, grid, kind, scale):  # type: ignore[no-untyped-def]
+def _(q, *others):  # type: ignore[no-untyped-def]
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
@@ -151,37 +119,29 @@ def _(q, k, v, tokens, attn_mask, grid, kind, scale):  # type: ignore[no-untyped
     schema=f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor,
-    attn_mask: Tensor | None,
-    grid: list[int],
-    kind: str,
-    scale: float,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and tokens from that of O."""
-    dq, dk, dv, dt = _Blocks(q, k, v, tokens, attn_mask, grid, kind, scale).backward(grad)
-    dt = dt.view(*q.shape[:3], *tokens.shape[3:])
-    dt = dt.sum(0, keepdim=True) if tokens.shape[0] == 1 and q.shape[0] > 1 else dt  # shared by all images
+    """Gradients of q, k, v and numbers from that of O."""
+    dq, dk, dv, dt = _Blocks(q, k, v, numbers, *others).backward(grad)
+    dt = dt.view(*q.shape[:3], *numbers.shape[3:])
+    dt = dt.sum(0, keepdim=True) if numbers.shape[0] == 1 and q.shape[0] > 1 else dt  # shared by all images
     dq, dk, dv = (x.view(q.shape).to(q.dtype) for x in (dq, dk, dv))
-    return dq, dk, dv, dt.to(tokens.dtype)
+    return dq, dk, dv, dt.to(numbers.dtype)
 
 
 @_backward.register_fake
-def _(grad, q, k, v, tokens, attn_mask, grid, kind, scale):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, tokens))
+def _(grad, q, k, v, numbers, *others):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, numbers))
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.grid, ctx.kind, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.grid, ctx.factor, ctx.sign, ctx.hides_later = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
-    gradients = _backward(grad, *ctx.saved_tensors, ctx.grid, ctx.kind, ctx.scale)
-    return *gradients, None, None, None, None
+    gradients = _backward(grad, *ctx.saved_tensors, ctx.scale, ctx.grid, ctx.factor, ctx.sign, ctx.hides_later)
+    return *gradients, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -190,8 +150,8 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 class _Blocks:
     """The tensors of one call in their working form, and the loops over blocks.
 
-    The heads of all images are one list of S = B * N sequences: q, k, v are (S, L, d), t is (S, L), or a, u and v
-    side by side, (S, L, 1 + H + W). In the loops s, i and j are slices: some sequences, some queries, some keys.
+    The heads of all images are one list of S = B * N sequences: q, k, v are (S, L, d), and so are the decay's numbers.
+    In the loops s, i and j are slices: some sequences, some queries, some keys.
     """
 
     def __init__(
@@ -199,100 +159,31 @@ class _Blocks:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        tokens: Tensor,
+        numbers: Tensor,
         attn_mask: Tensor | None,
-        grid: list[int],
-        kind: str,
         scale: float,
+        grid: list[int],
+        factor: str,
+        sign: int,
+        hides_later: bool,
     ) -> None:
         batch_size, self.num_heads, self.length, self.head_dim = q.shape
         self.num_sequences = batch_size * self.num_heads
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.q, self.k, self.v = (self.as_sequences(x) for x in (q, k, v))
-        t = tokens.to(self.dtype).expand(batch_size, *tokens.shape[1:])
-        self.t = t.reshape(self.num_sequences, *tokens.shape[2:])
-        self.attn_mask, self.scale, self.kind = attn_mask, scale, kind
-        self.sign = 1.0 if kind == "manhattan" else -1.0
-        self.height, self.width, self.num_prefix = grid
-        if kind == "gaussian":
-            self.amplitude, rows, columns = self.t.split((1, self.height, self.width), -1)
-            self.rows, self.columns = rows.exp(), columns.exp()
-            # Which of "the grid", its rows and its columns a key is in, 0 or 1, (L, 1 + H + W).
-            one, row, column = (torch.eye(n, dtype=self.dtype, device=q.device) for n in (1, self.height, self.width))
-            lines = (
-                one.expand(self.height * self.width, -1),
-                row.repeat_interleave(self.width, 0),
-                column.repeat(self.height, 1),
-            )
-            self.lines = F.pad(torch.cat(lines, -1), (0, 0, self.num_prefix, 0))
-        self.positions = torch.arange(self.length, dtype=self.dtype, device=q.device)
+        self.attn_mask, self.scale, self.hides_later = attn_mask, scale, hides_later
+        t = numbers.to(self.dtype).expand(batch_size, *numbers.shape[1:])
+        t = t.reshape(self.num_sequences, *numbers.shape[2:])
+        self.decay: Factored | Gaussian = (
+            Gaussian(t, *grid) if factor == _GAUSSIAN else Factored(t, *grid, factor, sign)
+        )
 
     def as_sequences(self, x: Tensor) -> Tensor:
         """(B, N, L, d) -> (S, L, d) in the working dtype."""
         return x.reshape(self.num_sequences, self.length, self.head_dim).to(self.dtype).contiguous()
 
     def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.t.device)
-
-    def factor(self, i: slice, j: slice) -> Tensor | None:
-        """F of the queries i and the keys j, of which one is all tokens; None for a product of profiles."""
-        if self.kind == "gaussian":
-            return None
-        first_i, first_j = (min(max(0, self.num_prefix - x.start), x.stop - x.start) for x in (i, j))
-        if self.kind != "manhattan":
-            out = (self.positions[j] - self.positions[i, None]).sign_()
-        else:
-            out = self.empty(i.stop - i.start, j.stop - j.start)
-            inner, size = out[first_i:, first_j:], (self.height, self.width)  # inner: without prefix tokens
-            # One sum over the block: each token's distances to the rows and to the columns of the grid.
-            if j.stop - j.start == self.length:
-                down, along = self.distances(i.start + first_i, i.stop)  # (i, H), (i, W)
-                torch.add(down[:, :, None], along[:, None, :], out=inner.unflatten(1, size))
-            else:
-                down, along = self.distances(j.start + first_j, j.stop)
-                torch.add(down.T[:, None, :], along.T[None], out=inner.unflatten(0, size))
-        out[:first_i] = 0
-        out[:, :first_j] = 0
-        return out
-
-    def decay(self, s: slice, i: slice, j: slice, f: Tensor | None, out: Tensor) -> None:
-        """M of a block into out, (s, i, j)."""
-        t = self.t[s]
-        if f is not None:
-            torch.add(t[:, i, None], t[:, None, j], alpha=self.sign, out=out).mul_(f)
-            return
-        rows, columns = self.rows[s, i].mul(self.amplitude[s, i]), self.columns[s, i]
-        if j.stop - j.start == self.length:
-            self.outer(rows, columns, out)
-        else:
-            patch = (torch.arange(j.start, j.stop, device=t.device) - self.num_prefix).clamp_(min=0)
-            torch.mul(rows[..., patch // self.width], columns[..., patch % self.width], out=out)
-            out[..., : max(0, self.num_prefix - j.start)] = 0
-
-    def outer(self, rows: Tensor, columns: Tensor, out: Tensor) -> None:
-        """rows[h_j] * columns[w_j] for all keys j into out, (s, i, L); zero for prefix keys."""
-        maps = out[..., self.num_prefix :].unflatten(-1, (self.height, self.width))
-        torch.mul(rows[..., :, None], columns[..., None, :], out=maps)
-        out[..., : self.num_prefix] = 0
-
-    def differentiate_decay(
-        self, s: slice, i: slice, f: Tensor | None, ds: Tensor, dt: Tensor, scratch: Tensor
-    ) -> None:
-        """Add to dt what dS of a block, (s, i, L), says of it; ds is spent."""
-        if f is not None:
-            ds.mul_(f)
-            dt[s].add_(ds.sum(1), alpha=self.sign)
-            dt[s, i].add_(ds.sum(2))
-            return
-        self.outer(self.rows[s, i], self.columns[s, i], scratch)
-        dt[s, i] = ds.mul_(scratch) @ self.lines
-        dt[s, i, 1:].mul_(self.amplitude[s, i])
-
-    def distances(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """From the tokens start .. stop - 1 to each row of the grid, (n, H), and to each of its columns, (n, W)."""
-        patch = torch.arange(start, stop, device=self.t.device) - self.num_prefix
-        rows, columns = self.positions[: self.height], self.positions[: self.width]
-        return (rows - (patch // self.width)[:, None]).abs_(), (columns - (patch % self.width)[:, None]).abs_()
+        return torch.empty(shape, dtype=self.dtype, device=self.q.device)
 
     def sequence_blocks(self, num_rows: int) -> list[tuple[slice, Tensor | None]]:
         """Blocks of sequences for blocks of num_rows queries, with their part of attn_mask, (heads|1, L|1, L).
@@ -334,13 +225,12 @@ class _Blocks:
         self, q: Tensor, s: slice, i: slice, f: Tensor | None, mask: Tensor | None, scores: Tensor, out: Tensor
     ) -> None:
         """P of a block into out, (s, i, L); scores is scratch of that shape, q is scaled."""
-        self.decay(s, i, slice(0, self.length), f, scores)
+        self.decay.write(s, i, slice(0, self.length), f, scores)
         if mask is not None:
             scores.add_(mask[:, i] if mask.shape[1] > 1 else mask)
-        if self.kind == "causal":
-            later = (self.positions > self.positions[i, None]) & (self.positions >= self.num_prefix)
-            later[: max(0, self.num_prefix - i.start)] = False  # prefix tokens have no position
-            scores.masked_fill_(later, float("-inf"))
+        if self.hides_later:
+            assert f is not None
+            scores.masked_fill_(f > 0, float("-inf"))
         scores.baddbmm_(q[s, i], self.k[s].transpose(1, 2))
         if mask is None:
             _softmax(scores, out=out)
@@ -356,7 +246,7 @@ class _Blocks:
         sequences = self.sequence_blocks(rows[0].stop)
         buffers = self.buffers(rows, sequences)
         for i in rows:
-            f = self.factor(i, slice(0, self.length))
+            f = self.decay.of_grid(i, slice(0, self.length))
             for s, mask in sequences:
                 scores, p = (self.view(buffer, s, i) for buffer in buffers)
                 self.probabilities(q, s, i, f, mask, scores, p)
@@ -370,11 +260,11 @@ class _Blocks:
         keys, count = (self.length, 1) if self.length <= 1280 else (_KEYS, torch.get_num_threads())
         buffer = self.empty(count * self.length * keys)
         for j in _slices(0, self.length, keys):
-            f = self.factor(slice(0, self.length), j)
+            f = self.decay.of_grid(slice(0, self.length), j)
             for s in _slices(0, self.num_sequences, count):
                 shape = (s.stop - s.start, self.length, j.stop - j.start)
                 mask = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-                self.decay(s, slice(0, self.length), j, f, mask)
+                self.decay.write(s, slice(0, self.length), j, f, mask)
                 q, k, v = self.q[None, s], self.k[None, s, j], self.v[None, s, j]
                 (part,), (part_lse,) = _flash(q, k, v, attn_mask=mask[None], scale=self.scale)
                 if j.start == 0:
@@ -387,15 +277,15 @@ class _Blocks:
         return out
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dQ, dK, dV, (S, L, d), and dt, as t; the equations are at the top of the file."""
+        """dQ, dK, dV, (S, L, d), and dt, as the decay's t; the equations are at the top of the file."""
         grad, q = self.as_sequences(grad), self.q * self.scale
         dq, dk, dv = (torch.empty_like(self.q) for _ in range(3))
-        dt = torch.zeros_like(self.t)
+        dt = torch.zeros_like(self.decay.t)
         rows = self.row_blocks()
         sequences = self.sequence_blocks(rows[0].stop)
         buffers = self.buffers(rows, sequences)
         for i in rows:
-            f = self.factor(i, slice(0, self.length))
+            f = self.decay.of_grid(i, slice(0, self.length))
             for s, mask in sequences:
                 ds, p = (self.view(buffer, s, i) for buffer in buffers)
                 self.probabilities(q, s, i, f, mask, ds, p)
@@ -404,7 +294,7 @@ class _Blocks:
                 _softmax_backward(ds, p, -1, self.dtype, grad_input=ds)
                 torch.bmm(ds, self.k[s], out=dq[s, i])
                 _add_product(dk[s], ds.transpose(1, 2), q[s, i], is_first=i.start == 0)
-                self.differentiate_decay(s, i, f, ds, dt, p)
+                self.decay.differentiate(s, i, f, ds, dt, p)
         return dq.mul_(self.scale), dk, dv, dt
 
 

@@ -7,20 +7,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from spatial_decay.layers import SpatialDecayMask
-from spatial_decay.layers.local_position import DepthwiseConv
+from spatial_decay.decay import Decay
+from spatial_decay.layers.core import AttentionCore, DecayAttention
+from spatial_decay.layers.depthwise_conv import DepthwiseConv
+from spatial_decay.layers.mask import SpatialDecayMask
 from spatial_decay.layers.output_gate import OutputGate
-from spatial_decay.ops import decay_attention
+from spatial_decay.ops import Backend
 from spatial_decay.swap.layout import TokenLayout, named
 
 __all__ = ["AddedDecay", "Decayed", "added_decays", "decayed_class", "original_class"]
 
 
-class AddedDecay(nn.Module):
+class AddedDecay(AttentionCore):
     """What an attention module gets as its submodule `spatial_decay`: gates, LPE and output gate of SDT Eq. 13.
 
     Args:
-        mask: The decay; its gates read the tokens that the module is given, or for kind `gaussian` the queries.
+        decay: Its gates read the tokens that the module is given, or for kind `gaussian` the queries.
         layout: Where the tokens of a call lie.
         parameters_of_forward: Names of what the module's forward takes; the tokens come first.
         mask_name: Which of them is the mask.
@@ -33,7 +35,7 @@ class AddedDecay(nn.Module):
 
     def __init__(
         self,
-        mask: SpatialDecayMask,
+        decay: SpatialDecayMask,
         layout: TokenLayout,
         *,
         parameters_of_forward: Sequence[str],
@@ -41,16 +43,17 @@ class AddedDecay(nn.Module):
         num_channels: int,
         lpe_kernel_size: int = 0,
         gate_rank: int = 0,
-        backend: str = "auto",
+        backend: Backend = "auto",
         options: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.mask, self.layout, self.backend, self.options = mask, layout, backend, options
+        self.decay, self.layout, self.options = decay, layout, options
+        self.attention = _OwnSoftmax(backend) if decay.kind.name == "none" else DecayAttention(backend)
         self.parameters_of_forward, self.mask_name = tuple(parameters_of_forward), mask_name
         self.lpe = DepthwiseConv(num_channels, lpe_kernel_size) if lpe_kernel_size else None
         self.output_gate = OutputGate(num_channels, gate_rank) if gate_rank else None
 
-    def attend(
+    def attend_as_host(
         self,
         tokens: Tensor,
         query: Tensor,
@@ -74,27 +77,35 @@ class AddedDecay(nn.Module):
                 + ("is_causal=True" if is_causal else f"queries {tuple(query.shape)} and keys {tuple(key.shape)}")
                 + ". Leave this module out, see layers of swap_attention."
             )
-        grid = self.layout.of(tokens)
-        if self.mask.kind == "none":
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale)
-        else:
-            features = _merge_heads(query) if self.mask.kind == "gaussian" else tokens
-            bias = self.mask.describe(features, grid)
-            out = decay_attention(
-                query, key, value, bias, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale, backend=self.backend
-            )
-        if self.lpe is not None:
-            out = out + self._split_heads(self.lpe(_merge_heads(value), grid))
-        if self.output_gate is not None:
-            out = out * self._split_heads(self.output_gate(tokens))
-        return out
+        layout = self.layout.of(tokens)
+        decay = self.describe(tokens, query, layout)
+        out = self.attend(
+            query, key, value, decay, tokens, layout, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
+        )
+        return rearrange(out, "b l (n d) -> b n l d", n=self.decay.num_heads)
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b l (n d) -> b n l d", n=self.mask.num_heads)
+
+class _OwnSoftmax(DecayAttention):
+    """PyTorch's own: kind `none` is the model as it was, bit for bit."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Decay | None,
+        *,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> Tensor:
+        """As F.scaled_dot_product_attention."""
+        assert decay is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, scale=scale)
 
 
 class _Mask:
-    """Stands for the attn_mask that a module hands to F.scaled_dot_product_attention, which then is AddedDecay.attend.
+    """Stands for the attn_mask that a module hands to F.scaled_dot_product_attention, which then is AddedDecay.attend_as_host.
 
     PyTorch asks any argument with a __torch_function__ what the call shall do, as torch.nn.attention.bias does it.
 
@@ -115,7 +126,7 @@ class _Mask:
         bound = named(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, kwargs or {})
         mask = bound.pop("attn_mask")
         mask.num_calls += 1
-        return mask.added.attend(mask.tokens, attn_mask=mask.attn_mask, **bound)
+        return mask.added.attend_as_host(mask.tokens, attn_mask=mask.attn_mask, **bound)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -130,7 +141,7 @@ class _Mask:
     @property
     def shape(self) -> tuple[int, int, int]:
         batch_size, num_tokens = self.tokens.shape[:2]
-        return batch_size * self.added.mask.num_heads, 1, num_tokens
+        return batch_size * self.added.decay.num_heads, 1, num_tokens
 
     def view(self, *shape: int) -> "_Mask":  # noqa: ARG002  it has one shape
         return self
@@ -167,7 +178,7 @@ class Decayed(nn.Module):
             return attn_mask
         batch_size, num_tokens = tokens.shape[:2]
         prepared: Tensor = cast(Any, self).prepare_attention_mask(attn_mask, num_tokens, batch_size)
-        return prepared.view(batch_size, self.spatial_decay.mask.num_heads, -1, num_tokens)
+        return prepared.view(batch_size, self.spatial_decay.decay.num_heads, -1, num_tokens)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (original_class(self),), self.__dict__.copy()
@@ -199,7 +210,3 @@ def _empty(cls: type[nn.Module]) -> nn.Module:
     """For copy and pickle, which fill in the rest."""
     decayed = decayed_class(cls)
     return decayed.__new__(decayed)
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    return rearrange(x, "b n l d -> b l (n d)")

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatial_decay.grid import Grid
-from spatial_decay.positions import Positions
+from spatial_decay.layout import Grid, Layout, Positions
 
 __all__ = ["TokenLayout", "named"]
 
@@ -26,7 +25,7 @@ class _Call:
     It lives as long as the autograd graph of that pass, and while it is its thread's last.
     """
 
-    def __init__(self, layout: Grid | Positions, *, with_grad: bool) -> None:
+    def __init__(self, layout: Layout, *, with_grad: bool) -> None:
         self.layout, self.with_grad = layout, with_grad
         self.backward = _backward()
 
@@ -90,7 +89,7 @@ class TokenLayout:
         tokens, grid_size = output
         if given.get("patch_coord") is None:
             height, width = grid_size
-            layout: Grid | Positions = Grid(height, width, self.num_prefix_tokens)
+            layout: Layout = Grid(height, width, self.num_prefix_tokens)
         else:
             layout = Positions.of_coordinates(
                 given["patch_coord"], given.get("patch_valid"), num_prefix_tokens=self.num_prefix_tokens
@@ -103,15 +102,7 @@ class TokenLayout:
         whole = self._current().layout
         if indices is None:
             return
-        if isinstance(whole, Grid):
-            self._begin(Positions.of_subset(indices, whole), tokens)
-            return
-        prefix = torch.arange(self.num_prefix_tokens, device=indices.device).expand(len(indices), -1)
-        rows = torch.cat([prefix, indices + self.num_prefix_tokens], 1)
-        known = whole.has_position
-        h, w = (x.expand(len(rows), -1).gather(1, rows) for x in (whole.h, whole.w))
-        known = None if known is None else known.expand(len(rows), -1).gather(1, rows)
-        self._begin(Positions(h, w, known), tokens)
+        self._begin(whole.subset(indices, self.num_prefix_tokens), tokens)
 
     def note_kept_and_leave_tokens(
         self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
@@ -120,7 +111,7 @@ class TokenLayout:
         self.note_kept(module, args, output)
         return output[0]
 
-    def of(self, x: Tensor) -> Grid | Positions:
+    def of(self, x: Tensor) -> Layout:
         """The layout of tokens (B, L, D) that an attention of this call is given.
 
         Raises:
@@ -132,7 +123,7 @@ class TokenLayout:
         layout = self._current().layout
         if layout.num_tokens != x.shape[1]:
             raise RuntimeError(
-                f"the tokens must be those of the last patch embedding: it gave {_readable(layout)}, and attention got "
+                f"the tokens must be those of the last patch embedding: it gave {layout}, and attention got "
                 f"L = {x.shape[1]} tokens. Pass swap_attention the model's num_prefix_tokens, or the name of the right "
                 "patch embedding as patch_embed; attention over other tokens has to be left out, see layers."
             )
@@ -147,7 +138,7 @@ class TokenLayout:
             self._reentrant = [other for other in self._reentrant if other.layout != call.layout] + [call]
         call.keep_with(x)
 
-    def _begin(self, layout: Grid | Positions, tokens: Tensor) -> None:
+    def _begin(self, layout: Layout, tokens: Tensor) -> None:
         is_eager = not torch.compiler.is_compiling()
         self._thread.slot.call = call = _Call(layout, with_grad=is_eager and torch.is_grad_enabled())
         if call.with_grad:
@@ -167,8 +158,8 @@ class TokenLayout:
             )
         return self._thread.slot.call
 
-    def _of_recomputed(self, x: Tensor) -> Grid | Positions:
-        found: list[Grid | Positions] = []
+    def _of_recomputed(self, x: Tensor) -> Layout:
+        found: list[Layout] = []
         if self._reentrant:
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         for call in [*self._alive, *self._reentrant]:
@@ -178,7 +169,7 @@ class TokenLayout:
             raise RuntimeError(
                 "gradient checkpointing computes attention again, and must find one forward pass with a live graph and "
                 f"L = {x.shape[1]} tokens: found {len(found)}"
-                + (f" that differ, {', '.join(map(_readable, found))}" if found else "")
+                + (f" that differ, {', '.join(map(str, found))}" if found else "")
                 + ". Run backward before the next forward pass, and checkpoint with use_reentrant=False."
             )
         return found[0]
@@ -196,9 +187,3 @@ def _backward() -> int:
 
 def _is_in_backward() -> bool:
     return _backward() != -1
-
-
-def _readable(layout: Grid | Positions) -> str:
-    if isinstance(layout, Positions):
-        return f"Positions of {layout.num_tokens} tokens"
-    return f"{layout.height} x {layout.width} patches behind {layout.num_prefix_tokens} prefix tokens"

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from spatial_decay.grid import GridSize
-from spatial_decay.layers import SpatialDecayMask
+from spatial_decay.layers.kinds import DecayLike, Kind, as_kind
+from spatial_decay.layers.mask import SpatialDecayMask
+from spatial_decay.ops import Backend
 from spatial_decay.ops.choice import check_backend
 from spatial_decay.swap.decayed import AddedDecay, added_decays, decayed_class, original_class
 from spatial_decay.swap.hosts import Host, PatchEmbed, class_names, host_of, looks_like_attention, patch_embeds_of
@@ -23,35 +24,30 @@ class SwapReport:
     """What swap_attention did.
 
     Args:
-        decay: Kind of decay.
+        decay: Kind of decay, with every option.
         replaced: Names of the attention modules that have it now, in the order of the model.
         left: Names of the other attention modules, and why each was left as it was.
     """
 
-    decay: str
+    decay: Kind
     replaced: tuple[str, ...]
     left: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"decay {self.decay!r} in {len(self.replaced)} attention modules: {', '.join(self.replaced)}"]
+        lines = [f"decay {self.decay.name!r} in {len(self.replaced)} attention modules: {', '.join(self.replaced)}"]
         return "\n".join(lines + [f"left as it was: {name}, because {reason}" for name, reason in self.left.items()])
 
 
 def swap_attention(
     model: nn.Module,
-    decay: str = "full",
+    decay: DecayLike = "full",
     *,
-    gate_bias_init: float | None = None,
-    alpha: float = 0.1,
-    initial_value: float = 2.0,
-    heads_range: float = 4.0,
-    initial_grid_size: GridSize = (14, 14),
     lpe_kernel_size: int = 0,
     gate_rank: int = 0,
     layers: Sequence[int] | None = None,
     num_prefix_tokens: int | None = None,
     patch_embed: str | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> SwapReport:
     """Put spatial decay into the attention of a model, in place; with gates it starts from the behaviour that it has.
 
@@ -66,13 +62,9 @@ def swap_attention(
     Args:
         model: Changed in place. Swap before torch.compile, before wrapping it for several processes, and before making
             the optimizer.
-        decay: Kind of decay, see SpatialDecayMask.
-        gate_bias_init: First value of the gates' trained bias. None: next to no decay, 6 for `full`, and 9 for the
-            kinds that add up along a path. 0 starts with a strong one. The fixed kinds and `gaussian` have no gates.
-        alpha: Kind `full` only, see SpatialDecayMask.
-        initial_value: Fixed kinds only, see SpatialDecayMask.
-        heads_range: Fixed kinds only, see SpatialDecayMask.
-        initial_grid_size: Kind `gaussian` only, see GaussianGate.
+        decay: Kind of decay, see SpatialDecayMask. Options that are left out are those of a quiet start, with next to no
+            decay: gates have a trained bias that begins at 6 for `full`, and at 9 for the kinds that add up along a
+            path. kinds.Full(gate_bias_init=0.0) starts with a strong one. The fixed kinds and `gaussian` have no gates.
         lpe_kernel_size: Add an LPE, see SpatialDecayAttention; it starts at random.
         gate_rank: Add an output gate, see SpatialDecayAttention; it starts near one.
         layers: Which of the attention modules that can take a decay, by number in the order of the model, negative
@@ -96,6 +88,8 @@ def swap_attention(
         12
     """
     check_backend(backend)
+    kind = as_kind(decay)
+    kind = kind.resolved(**kind.quiet)
     _check_not_wrapped(model)
     if added_decays(model):
         raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")
@@ -109,12 +103,7 @@ def swap_attention(
             + "\nFor attention of your own, add SpatialDecayMask or decay_attention to its code."
         )
     options: dict[str, Any] = {
-        "decay": decay,
-        "gate_bias_init": (6.0 if decay == "full" else 9.0) if gate_bias_init is None else gate_bias_init,
-        "alpha": alpha,
-        "initial_value": initial_value,
-        "heads_range": heads_range,
-        "initial_grid_size": list(initial_grid_size),
+        "decay": kind.config,
         "lpe_kernel_size": lpe_kernel_size,
         "gate_rank": gate_rank,
         "layers": None if layers is None else list(layers),
@@ -134,16 +123,10 @@ def swap_attention(
             )
         attn = modules[name]
         mask = SpatialDecayMask(
-            host.num_channels(attn) if decay == "gaussian" else host.dim(attn),
+            host.num_channels(attn) if kind.reads_queries else host.dim(attn),
             host.num_heads(attn),
-            kind=decay,
-            alpha=alpha,
+            decay=kind,
             num_prefix_tokens=prefix,
-            gate_bias=True,
-            gate_bias_init=options["gate_bias_init"],
-            initial_value=initial_value,
-            heads_range=heads_range,
-            initial_grid_size=initial_grid_size,
         )
         if gate_rank and host.num_channels(attn) != host.dim(attn):
             raise ValueError(
@@ -170,7 +153,7 @@ def swap_attention(
     for embed in {able[name][1].name: able[name][1] for name in chosen}.values():
         behind = [name for name in chosen if able[name][1].name == embed.name]
         _install_hooks(model, embed, behind, layouts[embed.name])
-    return SwapReport(decay, tuple(chosen), left)
+    return SwapReport(kind, tuple(chosen), left)
 
 
 def restore_attention(model: nn.Module) -> tuple[str, ...]:

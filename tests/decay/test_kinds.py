@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from spatial_decay.decay import AxialDecay, ManhattanDecay, PathDecay, dense, score_mod
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.ops import decay_attention
 from tests.cases import AXIAL, GRIDS, PAIRWISE, case_id, make_gates, reference_mask, reference_of_head
 
@@ -29,9 +29,9 @@ def test_axial_masks_are_the_equation(case, size):
     grid = Grid(*size)
     height, width = size
     gates = make_gates(case, 1, 2, grid.num_tokens)
-    bias = case.build(gates, 2, grid)
-    columns = dense(bias.columns).expand(width, -1, -1, -1)  # (W, N, H, H), one image
-    rows = dense(bias.rows).expand(height, -1, -1, -1)
+    decay = case.build(gates, 2, grid)
+    columns = dense(decay.columns).expand(width, -1, -1, -1)  # (W, N, H, H), one image
+    rows = dense(decay.rows).expand(height, -1, -1, -1)
     for n in range(2):
         expected_columns, expected_rows = reference_of_head(case, gates, 0, n, 2, grid)
         for got, expected in ((columns, expected_columns), (rows, expected_rows)):
@@ -74,21 +74,21 @@ def test_paths_by_hand_on_1x3():
 def test_decomposed_by_hand_on_2x2():
     gate_h = torch.tensor([[[-1.0, -2.0, -4.0, -8.0]]], dtype=torch.float64)
     gate_w = torch.tensor([[[-16.0, -32.0, -64.0, -128.0]]], dtype=torch.float64)
-    bias = AxialDecay.from_gates(gate_h, gate_w, Grid(2, 2))
+    decay = AxialDecay.from_gates(gate_h, gate_w, Grid(2, 2))
     # Down column w from row 0 to row 1 costs gate_h at (0, w); along row h from column 0 to 1 costs gate_w at (h, 0).
-    assert dense(bias.columns)[:, 0, 0, 1].tolist() == [-1.0, -2.0]
-    assert dense(bias.rows)[:, 0, 0, 1].tolist() == [-16.0, -64.0]
+    assert dense(decay.columns)[:, 0, 0, 1].tolist() == [-1.0, -2.0]
+    assert dense(decay.rows)[:, 0, 0, 1].tolist() == [-16.0, -64.0]
 
 
 @pytest.mark.parametrize("num_prefix", [0, 2])
 @pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
 def test_score_mod_is_dense(case, num_prefix):
     grid = Grid(3, 4, num_prefix)
-    bias = case.build(make_gates(case, 2, 3, grid.num_tokens), 3, grid)
+    decay = case.build(make_gates(case, 2, 3, grid.num_tokens), 3, grid)
     index = [torch.arange(n) for n in (2, 3, grid.num_tokens, grid.num_tokens)]
     batch, head, q_index, k_index = torch.meshgrid(*index, indexing="ij")
     scores = torch.randn(batch.shape, dtype=torch.float64)
-    torch.testing.assert_close(score_mod(bias)(scores, batch, head, q_index, k_index), scores + dense(bias))
+    torch.testing.assert_close(score_mod(decay)(scores, batch, head, q_index, k_index), scores + dense(decay))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
@@ -96,10 +96,10 @@ def test_score_mod_is_dense(case, num_prefix):
 @pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
 def test_score_mod_runs_in_flex_attention(case, num_prefix):
     grid = Grid(3, 5, num_prefix)
-    bias = case.build(make_gates(case, 2, 3, grid.num_tokens, torch.float32), 3, grid)
+    decay = case.build(make_gates(case, 2, 3, grid.num_tokens, torch.float32), 3, grid)
     q, k, v = torch.randn(3, 2, 3, grid.num_tokens, 16)
-    out = flex_attention(q, k, v, score_mod=score_mod(bias))
-    torch.testing.assert_close(out, decay_attention(q, k, v, bias, backend="math"), rtol=1e-5, atol=1e-5)
+    out = flex_attention(q, k, v, score_mod=score_mod(decay))
+    torch.testing.assert_close(out, decay_attention(q, k, v, decay, backend="math"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1])
@@ -118,11 +118,11 @@ def test_gradients_to_the_gates(case, num_prefix):
 def test_rows_of_the_mask_can_be_aligned(num_prefix):
     grid = Grid(14, 14, num_prefix)
     gate = -torch.rand(2, 3, grid.num_tokens)
-    bias = ManhattanDecay.from_gate(gate, grid)
-    aligned = dense(bias, dtype=torch.bfloat16, row_multiple=8)
+    decay = ManhattanDecay.from_gate(gate, grid)
+    aligned = dense(decay, dtype=torch.bfloat16, row_multiple=8)
     assert aligned.stride(-1) == 1
     assert all(stride % 8 == 0 for stride in aligned.stride()[:-1])
-    assert torch.equal(aligned, dense(bias, dtype=torch.bfloat16))
+    assert torch.equal(aligned, dense(decay, dtype=torch.bfloat16))
 
 
 def test_half_precision_tensors_of_ones_own_lose_nothing_but_their_own_digits():
@@ -144,9 +144,9 @@ def test_impossible_grids_are_refused(size):
 @pytest.mark.parametrize("case", [case for case in PAIRWISE if case.kind != "gaussian"], ids=case_id)  # sums nothing
 def test_gates_in_half_precision_are_summed_in_float32(case):
     grid = Grid(4, 4)
-    bias = case.build(make_gates(case, 1, 2, 16, torch.bfloat16), 2, grid)
-    assert all(token.dtype in (torch.float32, torch.float64) for token in bias.tokens)
-    assert dense(bias, dtype=torch.bfloat16).dtype == torch.bfloat16
+    decay = case.build(make_gates(case, 1, 2, 16, torch.bfloat16), 2, grid)
+    assert all(token.dtype in (torch.float32, torch.float64) for token in decay.numbers)
+    assert dense(decay, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_axial_decay_refuses_prefix_tokens():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from spatial_decay import SpatialDecayAttention
-from spatial_decay.grid import Grid
 from spatial_decay.layers import DECAY_KINDS, AttentionOptions
+from spatial_decay.layout import Grid
 from tests import references
 from tests.cases import (
     EXACT_BACKENDS,

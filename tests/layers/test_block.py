@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from spatial_decay import SDTBlock
-from spatial_decay.grid import Grid
 from spatial_decay.layers import DECAY_KINDS, ConvMlp, DepthwiseConv, DropPath, LayerScale
+from spatial_decay.layout import Grid
 from tests import references
 
 

@@ -7,7 +7,7 @@ import torch
 
 from spatial_decay import GaussianGate, SpatialDecayAttention, SpatialDecayMask
 from spatial_decay.decay import dense
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from tests import references
 
 

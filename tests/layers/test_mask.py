@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from spatial_decay import SpatialDecayMask
-from spatial_decay.grid import Grid
 from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layout import Grid
 from tests.cases import AXIAL, GATED, GATES_OF_KIND, GRIDS, case_id, reference_mask, reference_of_head
 
 DIM, HEADS = 6, 2

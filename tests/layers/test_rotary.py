@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from spatial_decay.grid import Grid
 from spatial_decay.layers import RotaryEmbedding
+from spatial_decay.layout import Grid
 from tests import references
 
 

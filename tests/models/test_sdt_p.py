@@ -5,8 +5,8 @@ import torch
 
 import spatial_decay as sd
 from spatial_decay.decay import GaussianDecay
-from spatial_decay.grid import Grid
 from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layout import Grid
 from spatial_decay.models.sdt_p import sincos_positions
 from tests.golden import make_dit, read
 

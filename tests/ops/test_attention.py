@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from spatial_decay.decay import ManhattanDecay, dense
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.ops import attention_weights, decay_attention
 from tests import references
 from tests.cases import (
@@ -79,10 +79,10 @@ def test_without_decay_it_is_attention(backend):
 def test_equals_math(case, size, dtype, backend):
     grid = Grid(*size, 0 if case.is_axial else 1)
     q, k, v, gates = inputs(case, grid, batch_size=1, num_heads=2, head_dim=32, dtype=dtype)
-    bias = case.build(gates, 2, grid)
-    out = decay_attention(q, k, v, bias, backend=backend)
+    decay = case.build(gates, 2, grid)
+    out = decay_attention(q, k, v, decay, backend=backend)
     assert out.dtype == dtype
-    assert relative_error(out, decay_attention(q, k, v, bias, backend="math")) < TOLERANCE[dtype]
+    assert relative_error(out, decay_attention(q, k, v, decay, backend="math")) < TOLERANCE[dtype]
 
 
 @backends
@@ -90,11 +90,11 @@ def test_equals_math(case, size, dtype, backend):
 def test_under_autocast(case, backend):
     grid = Grid(5, 6)
     q, k, v, gates = inputs(case, grid, dtype=torch.float32)
-    bias = case.build(gates, 3, grid)
+    decay = case.build(gates, 3, grid)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = decay_attention(q, k, v, bias, backend=backend)
+        out = decay_attention(q, k, v, decay, backend=backend)
     assert out.dtype == torch.bfloat16
-    expected = decay_attention(q, k, v, bias, backend="math")
+    expected = decay_attention(q, k, v, decay, backend="math")
     assert relative_error(out, expected) < TOLERANCE[torch.bfloat16]
 
 
@@ -120,9 +120,9 @@ def test_attn_mask_adds_to_the_decay(case, as_float, backend):
         extra = extra + torch.randn(extra.shape, dtype=torch.float64)
     attn_mask = extra if as_float else may_attend
     expected = reference(case, q, k, v, gates, grid, extra)
-    bias = case.build(gates, 3, grid)
+    decay = case.build(gates, 3, grid)
     for shaped in (attn_mask, attn_mask.expand(2, 3, -1, -1), attn_mask[None]):
-        out = decay_attention(q, k, v, bias, attn_mask=shaped, backend=backend)
+        out = decay_attention(q, k, v, decay, attn_mask=shaped, backend=backend)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     assert out[:, :, 1].abs().max() == 0 or case.is_axial  # a column of rows that are not empty may still fill it
 
@@ -151,11 +151,11 @@ def test_key_padding_hides_the_padding(case, backend):
     keys = torch.ones(2, grid.num_tokens, dtype=torch.bool)
     keys[0, 8:] = False  # the last row of image 0 is padding
     keys[1, 3::4] = False  # the last column of image 1 is padding
-    bias = case.build(gates, 3, grid)
-    masked = decay_attention(q, k, v, bias, attn_mask=keys[:, None, None, :], backend=backend)
+    decay = case.build(gates, 3, grid)
+    masked = decay_attention(q, k, v, decay, attn_mask=keys[:, None, None, :], backend=backend)
     hidden = ~keys[:, None, :, None]
     poisoned = [x.masked_fill(hidden, 1e3) for x in (k, v)]
-    again = decay_attention(q, *poisoned, bias, attn_mask=keys[:, None, None, :], backend=backend)
+    again = decay_attention(q, *poisoned, decay, attn_mask=keys[:, None, None, :], backend=backend)
     shown = keys[:, None, :, None].expand_as(masked)
     torch.testing.assert_close(masked[shown], again[shown])
 
@@ -218,11 +218,11 @@ def test_math_has_second_derivatives(case):
 def test_attention_weights_are_those_of_the_values(case, masked):
     grid = Grid(3, 4)
     q, k, v, gates = inputs(case, grid)
-    bias = case.build(gates, 3, grid)
+    decay = case.build(gates, 3, grid)
     attn_mask = padding_mask(grid) if masked else None
-    weights = attention_weights(q, k, bias, attn_mask=attn_mask)
+    weights = attention_weights(q, k, decay, attn_mask=attn_mask)
     assert weights.shape == (2, 3, grid.num_tokens, grid.num_tokens)
-    torch.testing.assert_close(weights @ v, decay_attention(q, k, v, bias, attn_mask=attn_mask))
+    torch.testing.assert_close(weights @ v, decay_attention(q, k, v, decay, attn_mask=attn_mask))
     if not masked:
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
 
@@ -233,10 +233,10 @@ def test_strides_do_not_matter(case):
     gates = make_gates(case, 2, 3, grid.num_tokens)
     qkv = torch.randn(2, grid.num_tokens, 3, 3, 8, dtype=torch.float64)  # (B, L, three, N, d), as a ViT has it
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    bias = case.build(gates, 3, grid)
+    decay = case.build(gates, 3, grid)
     for backend in EXACT_BACKENDS:
-        out = decay_attention(q, k, v, bias, backend=backend)
-        expected = decay_attention(q.contiguous(), k.contiguous(), v.contiguous(), bias, backend=backend)
+        out = decay_attention(q, k, v, decay, backend=backend)
+        expected = decay_attention(q.contiguous(), k.contiguous(), v.contiguous(), decay, backend=backend)
         torch.testing.assert_close(out, expected)
 
 
@@ -244,9 +244,9 @@ def test_strides_do_not_matter(case):
 def test_dropout_drops(backend):
     q, k = torch.randn(2, 1, 2, 64, 8)
     v = torch.ones(1, 2, 64, 8)
-    bias = ManhattanDecay(-torch.rand(1, 2, 64), Grid(8, 8))
-    kept = decay_attention(q, k, v, bias, backend=backend)
-    dropped = decay_attention(q, k, v, bias, dropout_p=0.5, backend=backend)
+    decay = ManhattanDecay(-torch.rand(1, 2, 64), Grid(8, 8))
+    kept = decay_attention(q, k, v, decay, backend=backend)
+    dropped = decay_attention(q, k, v, decay, dropout_p=0.5, backend=backend)
     torch.testing.assert_close(kept, torch.ones_like(kept))
     assert (dropped - 1).abs().max() > 0.1
     assert (dropped.mean() - 1).abs() < 0.2  # 128 rows with a standard deviation of 0.5 to 1 each
@@ -255,5 +255,5 @@ def test_dropout_drops(backend):
 def test_decay_is_added_once_and_dense_says_what():
     grid = Grid(4, 4)
     q = torch.zeros(1, 2, 16, 8)
-    bias = ManhattanDecay(-torch.rand(1, 2, 16), grid)
-    torch.testing.assert_close(attention_weights(q, q, bias), torch.softmax(dense(bias), -1))
+    decay = ManhattanDecay(-torch.rand(1, 2, 16), grid)
+    torch.testing.assert_close(attention_weights(q, q, decay), torch.softmax(dense(decay), -1))

@@ -5,7 +5,7 @@ import torch
 
 from spatial_decay import explain_backend
 from spatial_decay.decay import AxialDecay, ManhattanDecay
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS, choice, decay_attention
 from spatial_decay.ops.inputs import checked_inputs
 
@@ -14,8 +14,8 @@ def chosen(size, *, num_images=1, num_heads=4, is_training=False, dropout_p=0.0)
     """By auto, for content-aware decay over a grid."""
     grid = Grid(*size)
     q = torch.empty(num_images, num_heads, grid.num_tokens, 16, requires_grad=is_training)
-    bias = ManhattanDecay(torch.zeros(1, num_heads, grid.num_tokens), grid)
-    return choice.choose(checked_inputs(q, q, q, bias, None, dropout_p, None), "auto")
+    decay = ManhattanDecay(torch.zeros(1, num_heads, grid.num_tokens), grid)
+    return choice.choose(checked_inputs(q, q, q, decay, None, dropout_p, None), "auto")
 
 
 def test_what_fits_in_the_cache_is_written_out():
@@ -43,8 +43,8 @@ def test_without_anything_to_add_it_is_sdpa():
 
 def test_the_choice_is_explained():
     q = torch.randn(1, 1, 676, 8)
-    bias = ManhattanDecay(-torch.rand(1, 1, 676), Grid(26, 26))
-    assert explain_backend(q, q, q, bias, dropout_p=0.1) == (
+    decay = ManhattanDecay(-torch.rand(1, 1, 676), Grid(26, 26))
+    assert explain_backend(q, q, q, decay, dropout_p=0.1) == (
         "math\n"
         "  triton cannot: q is on cpu (needs cuda); dropout_p=0.1 (needs 0)\n"
         "  tiled cannot: dropout_p=0.1 (needs 0)\n"
@@ -53,7 +53,7 @@ def test_the_choice_is_explained():
         "  triton_autotune cannot: q is on cpu (needs cuda); dropout_p=0.1 (needs 0)"
     )
     q = q.expand(2, -1, -1, -1)  # 0.91 million
-    assert explain_backend(q, q, q, bias).splitlines()[:2] == ["tiled", "  triton cannot: q is on cpu (needs cuda)"]
+    assert explain_backend(q, q, q, decay).splitlines()[:2] == ["tiled", "  triton cannot: q is on cpu (needs cuda)"]
 
 
 def test_each_axis_has_its_own_choice():
@@ -68,10 +68,10 @@ def test_auto_under_function_transforms(monkeypatch):
     """tiled has no rules for torch.func: auto takes another one, though the blocks would pay."""
     monkeypatch.setattr(BACKENDS["math"], "_SMALL", 0)
     x = torch.randn(3, 1, 1, 36, 8, dtype=torch.float64)
-    bias = ManhattanDecay(-torch.rand(1, 1, 36).double(), Grid(6, 6))
+    decay = ManhattanDecay(-torch.rand(1, 1, 36).double(), Grid(6, 6))
 
     def loss(q):
-        return decay_attention(q, q, q, bias).square().sum()
+        return decay_attention(q, q, q, decay).square().sum()
 
     got = torch.func.vmap(torch.func.grad(loss))(x)
     for one, of_one in zip(x, got, strict=True):

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from spatial_decay.decay import AxialDecay, ManhattanDecay
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.ops import attention_weights, decay_attention
 
 
 def good():
     q, k, v = torch.randn(3, 2, 4, 12, 8)
-    return {"q": q, "k": k, "v": v, "bias": ManhattanDecay(-torch.rand(2, 4, 12), Grid(3, 4))}
+    return {"q": q, "k": k, "v": v, "decay": ManhattanDecay(-torch.rand(2, 4, 12), Grid(3, 4))}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,11 @@ def good():
         (lambda a: {"k": a["k"][:, :, :6]}, ValueError, r"same shape: got q \(2, 4, 12, 8\) and k \(2, 4, 6, 8\)"),
         (lambda a: {"v": a["v"].double()}, ValueError, "same dtype: got q torch.float32 and v torch.float64"),
         (lambda a: {"v": a["v"].to("meta")}, ValueError, "same device: got q cpu and v meta"),
-        (lambda a: {"bias": torch.zeros(12, 12)}, TypeError, "bias must be a decay, .*: got Tensor. .* as attn_mask"),
+        (
+            lambda a: {"decay": torch.zeros(12, 12)},
+            TypeError,
+            "decay must be a description, .*: got Tensor. .* as attn_mask",
+        ),
         (
             lambda a: {"backend": "cuda"},
             ValueError,
@@ -33,24 +37,24 @@ def good():
         ),
         (lambda a: {"dropout_p": 1.0}, ValueError, r"0 <= dropout_p < 1: got 1.0"),
         (
-            lambda a: {"bias": ManhattanDecay(-torch.rand(2, 4, 9), Grid(3, 3))},
+            lambda a: {"decay": ManhattanDecay(-torch.rand(2, 4, 9), Grid(3, 3))},
             ValueError,
-            r"must have the L tokens of q: got Grid\(height=3, width=3, .*\) with 9 tokens, and L = 12",
+            "must have the L = 12 tokens of q: got a grid of 3 x 3 patches behind 0 prefix tokens, 9 tokens",
         ),
         (
-            lambda a: {"bias": ManhattanDecay(-torch.rand(2, 3, 12), Grid(3, 4))},
+            lambda a: {"decay": ManhattanDecay(-torch.rand(2, 3, 12), Grid(3, 4))},
             ValueError,
             r"must have shape \(2, 4, 12\), or 1 in place of 2: got \(2, 3, 12\)",
         ),
         (
-            lambda a: {"bias": AxialDecay.constant(-torch.rand(3), Grid(3, 4))},
+            lambda a: {"decay": AxialDecay.constant(-torch.rand(3), Grid(3, 4))},
             ValueError,
-            r"bias.rows must have shape \(6, 4, 4\), or 1 in place of 6: got \(1, 3, 4\)",
+            r"decay.rows must have shape \(6, 4, 4\), or 1 in place of 6: got \(1, 3, 4\)",
         ),
         (
-            lambda a: {"bias": ManhattanDecay(torch.empty(2, 4, 12, device="meta"), Grid(3, 4))},
+            lambda a: {"decay": ManhattanDecay(torch.empty(2, 4, 12, device="meta"), Grid(3, 4))},
             ValueError,
-            "bias must be on the device of q: got meta and cpu",
+            "decay must be on the device of q: got meta and cpu",
         ),
         (
             lambda a: {"attn_mask": torch.ones(2, 12, dtype=torch.bool)},
@@ -76,4 +80,4 @@ def test_error(change, error, says):
 def test_attention_weights_check_too():
     arguments = good()
     with pytest.raises(ValueError, match="same dtype"):
-        attention_weights(arguments["q"], arguments["k"].double(), arguments["bias"])
+        attention_weights(arguments["q"], arguments["k"].double(), arguments["decay"])

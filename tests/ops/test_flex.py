@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from spatial_decay import SpatialDecayAttention
 from spatial_decay.decay import GaussianDecay, ManhattanDecay
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.ops import decay_attention, flex
 from tests.cases import CASES, TOLERANCE, case_id, make_gates, relative_error
 
@@ -30,8 +30,8 @@ def _written_out(monkeypatch):
 def both(case, grid, attn_mask=None, dtype=torch.float32):
     """Outputs of flex and of math."""
     q, k, v = torch.randn(3, 2, 3, grid.num_tokens, 16).to(dtype)
-    bias = case.build(make_gates(case, 2, 3, grid.num_tokens, torch.float32), 3, grid)
-    return [decay_attention(q, k, v, bias, attn_mask=attn_mask, backend=backend) for backend in ("flex", "math")]
+    decay = case.build(make_gates(case, 2, 3, grid.num_tokens, torch.float32), 3, grid)
+    return [decay_attention(q, k, v, decay, attn_mask=attn_mask, backend=backend) for backend in ("flex", "math")]
 
 
 @pytest.mark.usefixtures("_written_out")
@@ -69,28 +69,28 @@ def test_the_compiled_kernel_over_views_of_one_tensor():
     torch.compiler.reset()
     grid = Grid(3, 5, 1)
     q, k, v = torch.randn(3, 1, 2, grid.num_tokens, 16)
-    bias = GaussianDecay(*(torch.rand(1, 2, grid.num_tokens, 3) + 0.1).unbind(-1), grid)
-    out, expected = (decay_attention(q, k, v, bias, backend=backend) for backend in ("flex", "math"))
+    decay = GaussianDecay(*(torch.rand(1, 2, grid.num_tokens, 3) + 0.1).unbind(-1), grid)
+    out, expected = (decay_attention(q, k, v, decay, backend=backend) for backend in ("flex", "math"))
     assert relative_error(out, expected) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(("length", "head_dim"), [(24, 8), (56, 16), (24, 16)])
 def test_where_the_compiled_kernel_is_wrong_it_refuses(length, head_dim):
     q = torch.randn(2, 4, length, head_dim)
-    bias = ManhattanDecay(-torch.rand(2, 4, length), Grid(1, length))
+    decay = ManhattanDecay(-torch.rand(2, 4, length), Grid(1, length))
     with pytest.raises(NotImplementedError, match=f"{length} tokens with head_dim={head_dim}"):
-        decay_attention(q, q, q, bias, backend="flex")
+        decay_attention(q, q, q, decay, backend="flex")
 
 
 def test_what_it_cannot_run():
     q = torch.randn(1, 1, 4, 8)
-    bias = ManhattanDecay(-torch.rand(1, 1, 4), Grid(2, 2))
+    decay = ManhattanDecay(-torch.rand(1, 1, 4), Grid(2, 2))
     with pytest.raises(NotImplementedError, match=r"dropout_p=0.5 \(needs 0\)"):
-        decay_attention(q, q, q, bias, dropout_p=0.5, backend="flex")
+        decay_attention(q, q, q, decay, dropout_p=0.5, backend="flex")
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="attn_mask requires grad"):
-        decay_attention(q, q, q, bias, attn_mask=torch.zeros(4, 4, requires_grad=True), backend="flex")
+        decay_attention(q, q, q, decay, attn_mask=torch.zeros(4, 4, requires_grad=True), backend="flex")
     with pytest.raises(NotImplementedError, match="float64"):
-        decay_attention(q.double(), q.double(), q.double(), bias, backend="flex")
+        decay_attention(q.double(), q.double(), q.double(), decay, backend="flex")
     trained = ManhattanDecay(torch.zeros(1, 1, 4, requires_grad=True), Grid(2, 2))
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="on cpu, something requires grad"):
         decay_attention(q, q, q, trained, backend="flex")

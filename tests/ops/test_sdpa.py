@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from spatial_decay.decay import ManhattanDecay
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.ops import decay_attention, sdpa
 from tests.cases import CASES, TOLERANCE, TRAINED, case_id, make_gates, relative_error
 
@@ -18,9 +18,9 @@ from tests.cases import CASES, TOLERANCE, TRAINED, case_id, make_gates, relative
 def test_the_mask_is_aligned_for_cuda(monkeypatch, num_prefix, dtype, with_mask):
     grid = Grid(14, 14, num_prefix)
     q, k, v = torch.randn(3, 2, 4, grid.num_tokens, 32, dtype=dtype)
-    bias = ManhattanDecay(-torch.rand(2, 4, grid.num_tokens), grid)
+    decay = ManhattanDecay(-torch.rand(2, 4, grid.num_tokens), grid)
     attn_mask = torch.rand(2, 1, 1, grid.num_tokens) > 0.2 if with_mask else None
-    expected = decay_attention(q, k, v, bias, attn_mask=attn_mask, backend="sdpa")
+    expected = decay_attention(q, k, v, decay, attn_mask=attn_mask, backend="sdpa")
 
     seen = []
     real = F.scaled_dot_product_attention
@@ -28,7 +28,7 @@ def test_the_mask_is_aligned_for_cuda(monkeypatch, num_prefix, dtype, with_mask)
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda *a, **kw: seen.append(kw["attn_mask"]) or real(*a, **kw)
     )
-    out = decay_attention(q, k, v, bias, attn_mask=attn_mask, backend="sdpa")
+    out = decay_attention(q, k, v, decay, attn_mask=attn_mask, backend="sdpa")
     [mask] = seen
     assert mask.dtype == dtype
     assert mask.stride(-1) == 1
@@ -49,11 +49,11 @@ def test_a_mask_that_alone_needs_a_gradient_does_not_go_to_cuda_kernels():
         SimpleNamespace(is_cuda=True, requires_grad=True),
     )
 
-    def reasons(q, v, bias):
-        return sdpa.unsupported_reasons(SimpleNamespace(q=q, k=frozen, v=v, bias=bias, attn_mask=None))
+    def reasons(q, v, decay):
+        return sdpa.unsupported_reasons(SimpleNamespace(q=q, k=frozen, v=v, decay=decay, attn_mask=None))
 
     assert reasons(frozen, frozen, trained) == [
-        "on cuda, only the bias requires grad (needs q, k or v to require grad too)"
+        "on cuda, only the decay requires grad (needs q, k or v to require grad too)"
     ]
     assert not reasons(frozen, training, trained)
     assert not reasons(frozen, frozen, None)
@@ -119,6 +119,6 @@ def test_on_cuda_a_fixed_mask_gives_finite_gradients_where_cudnn_does_not():
     """PyTorch issue 196678: L % 128 == 64."""
     grid = Grid(8, 24)
     q, k, v = (torch.randn(2, 4, 192, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    bias = ManhattanDecay(-torch.rand(1, 4, 192), grid)
-    decay_attention(q, k, v, bias, backend="sdpa").float().square().sum().backward()
+    decay = ManhattanDecay(-torch.rand(1, 4, 192), grid)
+    decay_attention(q, k, v, decay, backend="sdpa").float().square().sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v))

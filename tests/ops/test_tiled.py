@@ -12,7 +12,7 @@ import torch
 
 from spatial_decay import SpatialDecayAttention
 from spatial_decay.decay import PathDecay
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.ops import decay_attention, tiled
 from tests.cases import CASES, PAIRWISE, TOLERANCE, case_id, make_gates, relative_error
 
@@ -25,8 +25,8 @@ def both(case, grid, *, num_heads=2, batch_size=1, head_dim=8, attn_mask=None, d
     weight = torch.randn(batch_size, num_heads, grid.num_tokens, head_dim, dtype=dtype)
     results = []
     for backend in ("tiled", "math"):
-        bias = case.build(leaves[3:], num_heads, grid)
-        out = decay_attention(*leaves[:3], bias, attn_mask=attn_mask, backend=backend)
+        decay = case.build(leaves[3:], num_heads, grid)
+        out = decay_attention(*leaves[:3], decay, attn_mask=attn_mask, backend=backend)
         results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
     return zip(*results, strict=True)
 
@@ -71,12 +71,12 @@ def test_results_are_bitwise_repeatable(case, size):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["manhattan", "path", "causal"])
-def test_the_operator_is_well_made(kind):
+@pytest.mark.parametrize("form", [("manhattan_distance", 1, False), ("order", -1, False), ("order", -1, True)])
+def test_the_operator_is_well_made(form):
     q, k, v = (torch.randn(2, 2, 13, 4, requires_grad=True) for _ in range(3))
-    tokens = torch.rand(2, 2, 13).cumsum(-1).requires_grad_()
+    numbers = torch.rand(2, 2, 13).cumsum(-1).requires_grad_()
     for attn_mask in (None, torch.randn(2, 1, 1, 13)):
-        torch.library.opcheck(tiled._forward, (q, k, v, tokens, attn_mask, [3, 4, 1], kind, 0.5))
+        torch.library.opcheck(tiled._forward, (q, k, v, numbers, attn_mask, 0.5, [3, 4, 1], *form))
 
 
 def test_it_is_one_graph():
@@ -103,7 +103,7 @@ def test_it_says_all_that_it_cannot():
         decay_attention(q, q, q, attn_mask=mask, dropout_p=0.1, backend="tiled")
     assert str(caught.value) == (
         "backend='tiled' cannot run these inputs:\n"
-        "  - no decay (needs a ManhattanDecay, PathDecay, GaussianDecay)\n"
+        "  - no decay (needs a FactoredDecay, as ManhattanDecay and PathDecay are, or a GaussianDecay)\n"
         "  - dropout_p=0.1 (needs 0)\n"
         "  - attn_mask requires grad (needs one without)\n"
         "Use backend='auto' or one of: sdpa, math."
@@ -117,7 +117,7 @@ def test_scratch_memory_is_bounded(side):
     code = f"""
 import pathlib, torch
 from spatial_decay.decay import ManhattanDecay
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid
 from spatial_decay.ops import decay_attention
 
 def run(side):

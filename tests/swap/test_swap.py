@@ -11,8 +11,7 @@ import transformers
 from torch import nn
 
 import spatial_decay as sd
-from spatial_decay.grid import Grid
-from spatial_decay.positions import Positions
+from spatial_decay.layout import Grid, Positions
 from tests.cases import relative_error
 from tests.swap.hosts import HF, HOSTS, SMALL
 

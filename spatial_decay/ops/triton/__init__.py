@@ -14,12 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Grid, Layout
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.triton import operators
 from spatial_decay.ops.triton.formulas import FORMULAS, formula_of
 from spatial_decay.ops.triton.launch import is_short, positions_of
-from spatial_decay.positions import Positions
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
@@ -63,7 +62,7 @@ def _reasons_of_the_machine(device: torch.device) -> list[str]:
 
 
 def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
-    decay, mask, reasons = inputs.bias, inputs.attn_mask, []
+    decay, mask, reasons = inputs.decay, inputs.attn_mask, []
     if inputs.q.dtype not in _DTYPES:
         reasons.append(f"{inputs.q.dtype} (needs float32, float16 or bfloat16)")
     if inputs.head_dim > _MAX_HEAD_DIM:
@@ -103,20 +102,20 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
         return ["on cpu it runs in Triton's interpreter, which is for tests"]
     if inputs.is_exporting:
         return ["torch.export: the program would need this package"]
-    return ["without a decay PyTorch's own kernels are faster"] if inputs.bias is None else []
+    return ["without a decay PyTorch's own kernels are faster"] if inputs.decay is None else []
 
 
 def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in the dtype and shape of q; tunes: see autotune.py."""
     q, k, v = (x if x.ndim == 5 else x[:, None] for x in (inputs.q, inputs.k, inputs.v))  # (B, O, N, L, d)
-    formula = formula_of(inputs.bias)
+    formula = formula_of(inputs.decay)
     assert formula is not None  # else there is a reason
-    if inputs.bias is None:
-        layout: Grid | Positions = Grid(1, inputs.length)
+    if inputs.decay is None:
+        layout: Layout = Grid(1, inputs.length)
         numbers = torch.zeros((), dtype=torch.float32, device=q.device).expand(1, 1, *q.shape[2:4])  # not read
     else:
-        layout = inputs.bias.grid
-        numbers = FORMULAS[formula].lowered(tuple(x.to(torch.float32) for x in inputs.bias.tokens))
+        layout = inputs.decay.layout
+        numbers = FORMULAS[formula].lowered(tuple(x.to(torch.float32) for x in inputs.decay.numbers))
     arguments = (
         *(q, k, v, formula, numbers, inputs.attn_mask, positions_of(layout, formula, q)),
         *(layout.num_prefix_tokens, inputs.scale, tunes),

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from spatial_decay.decay import GaussianDecay, ManhattanDecay, PairwiseDecay, PathDecay
-from spatial_decay.grid import Grid
 
 __all__ = ["FORMULAS", "Formula", "formula_of"]
 
@@ -35,10 +34,9 @@ def _reasons_of_path(decay: PathDecay) -> list[str]:
 
 
 def _reasons_of_gaussian(decay: GaussianDecay) -> list[str]:
-    largest_step = max(decay.grid.size) - 1 if isinstance(decay.grid, Grid) else float("inf")
-    if largest_step <= decay.max_distance:
+    if decay.layout.largest_step <= decay.max_distance:
         return []
-    return [f"tokens may lie further apart than max_distance={decay.max_distance} (needs a Grid within it, or none)"]
+    return [f"{decay.layout} with max_distance={decay.max_distance} (needs a Grid within it, or none)"]
 
 
 class Formula(NamedTuple):

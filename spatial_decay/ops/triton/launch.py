@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_decay.grid import Grid
+from spatial_decay.layout import Layout
 from spatial_decay.ops.triton import schedule as schedules
 from spatial_decay.ops.triton.formulas import FORMULAS
 from spatial_decay.ops.triton.schedule import Schedule, Step, Work, power_of_two
-from spatial_decay.positions import Positions
 
 __all__ = ["Launch", "dense", "is_short", "positions_of"]
 
@@ -159,9 +158,9 @@ class _Plan:
 _plan = lru_cache(maxsize=1024)(_Plan)
 
 
-def is_short(q: Tensor, formula: str, layout: Grid | Positions) -> bool:
+def is_short(q: Tensor, formula: str, layout: Layout) -> bool:
     """Whether a program can hold a whole sequence of q, (B, O, N, L, d)."""
-    if isinstance(layout, Positions) or layout.num_prefix_tokens or FORMULAS[formula].num_numbers > 1:
+    if not layout.is_grid or layout.num_prefix_tokens or FORMULAS[formula].num_numbers > 1:
         return False
     return schedules.num_warps_of_short(_work(q, formula, num_prefix=0, has_key_mask=False, has_flags=False)) > 0
 
@@ -213,23 +212,20 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def positions_of(layout: Grid | Positions, formula: str, q: Tensor) -> Tensor:
+def positions_of(layout: Layout, formula: str, q: Tensor) -> Tensor:
     """Where each token lies, for the kernels: reading a table is cheaper than dividing by W for each score.
 
     Returns:
-        (1, 2, L) float32: row and column; for a path 0 and the number along it. Of Positions (B|1, 3, L): also a flag,
+        (1, 2, L) float32: row and column; for a path 0 and the place along it. Of Positions (B|1, 3, L): also a flag,
         1.0 for tokens that lie somewhere.
     """
-    is_path = FORMULAS[formula].is_path
-    if isinstance(layout, Positions):
-        return _placed(layout, is_path, q.device)
-    height, width = (1, layout.height * layout.width) if is_path else layout.size
-    if torch.compiler.is_compiling() or type(q) is not Tensor:  # a part of the graph, or nothing real
-        return _on_grid(height, width, layout.num_prefix_tokens, q.device)
-    key = (height, width, layout.num_prefix_tokens, q.device)
+    key = (layout, FORMULAS[formula].is_path, q.device)
+    # What is a part of a graph, or not real, or belongs to one batch, is not kept.
+    if not layout.is_grid or torch.compiler.is_compiling() or type(q) is not Tensor:
+        return _positions(*key)
     if (kept := _KEPT.get(key)) is not None:
         return kept
-    positions = _on_grid(*key)
+    positions = _positions(*key)
     if q.is_cuda:
         if torch.cuda.is_current_stream_capturing():
             return positions  # empty until the graph is replayed: its own
@@ -238,20 +234,19 @@ def positions_of(layout: Grid | Positions, formula: str, q: Tensor) -> Tensor:
     return positions
 
 
-_KEPT: dict[tuple[int, int, int, torch.device], Tensor] = {}  # for good: CUDA graphs may hold their addresses
+_KEPT: dict[tuple[Layout, bool, torch.device], Tensor] = {}  # for good: CUDA graphs may hold their addresses
 
 
-def _on_grid(height: int, width: int, num_prefix: int, device: torch.device) -> Tensor:
-    positions = Grid(height, width).positions(device=device, dtype=torch.float32)
-    return F.pad(torch.stack(positions)[None], (num_prefix, 0))
-
-
-def _placed(layout: Positions, is_path: bool, device: torch.device) -> Tensor:
-    h, w = layout.positions(device=device, dtype=torch.float32)
+def _positions(layout: Layout, is_path: bool, device: torch.device) -> Tensor:
     if is_path:
-        w = layout.raster_order().argsort(-1)[:, None].to(device, torch.float32)
-    known = torch.ones_like(h) if layout.has_position is None else layout.has_position[:, None].to(h).expand_as(h)
-    return torch.cat([h, w, known], 1)
+        w = layout.raster_numbers(device=device, dtype=torch.float32)
+        h = torch.zeros_like(w)
+    else:
+        h, w = layout.positions(device=device, dtype=torch.float32)
+    if layout.is_grid:
+        return F.pad(torch.stack([h, w])[None], (layout.num_prefix_tokens, 0))
+    flags = torch.ones_like(h) if layout.known is None else layout.known[:, None].to(h).expand_as(h)
+    return torch.cat([h, w, flags], 1)
 
 
 def _parts(head_dim: int) -> tuple[int, int]:

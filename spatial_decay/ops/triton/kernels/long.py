@@ -148,7 +148,7 @@ def _back_over_keys(
         p = tl.math.exp2(scores * (sequence.scale * LOG2E) - lse[:, None])
         ds = p * (dot_features(do, v, const) - delta[:, None])
         if FORMULA != "none":
-            slope1, slope2, slope3, _ = slopes(only_placed(ds, key, const), query, key, FORMULA)
+            slope1, slope2, slope3, _ = slopes(only_placed(ds, key, const), query, key, FORMULA, const)
             sum1 += tl.sum(slope1, 1)
             if const.NUM_NUMBERS > 1:
                 sum2 += tl.sum(slope2, 1)
@@ -220,13 +220,13 @@ def _over_queries(
             lse = tl.load(LSE + i)
             delta = tl.load(DELTA + i)
         key, query = _face(down(keys), across(queries), const)
-        scores = add_decay(dot_features(k, q, const), query, key, FORMULA)
+        scores = add_decay(dot_features(k, q, const), query, key, FORMULA, const)
         if const.HAS_KEY_MASK:
             scores += key_mask[:, None]
         p = tl.math.exp2(scores * (sequence.scale * LOG2E) - lse[None, :])
         ds = p * (dot_features(v, do, const) - delta[None, :])
         if FORMULA != "none" and const.READS_KEYS:
-            _, _, _, slope = slopes(only_placed(ds, query, const), query, key, FORMULA)
+            _, _, _, slope = slopes(only_placed(ds, query, const), query, key, FORMULA, const)
             total += tl.sum(slope, 1)
         p, ds = p.to(do[0].dtype), ds.to(q[0].dtype)
         dv = add_dot(dv, p, do[0], const)

@@ -84,7 +84,7 @@ def backward(call, const):
     dp = dot_features(do, v, const)
     ds = p * (dp - tl.sum(p * dp, 1)[:, None])
     if const.NUM_NUMBERS > 0:  # here one at most
-        row, _, _, column = slopes(ds, down(numbers), across(numbers), const.FORMULA)
+        row, _, _, column = slopes(ds, down(numbers), across(numbers), const.FORMULA, const)
         dnumbers, _, _ = completed(tl.sum(row, 1), 0.0, 0.0, numbers, call.scale, const.FORMULA)
         if const.READS_KEYS:
             dnumbers += tl.sum(column, 0)

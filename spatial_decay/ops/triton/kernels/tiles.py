@@ -88,7 +88,7 @@ class Numbers(NamedTuple):
 
 
 # The pair formulas. `query` and `key` are Numbers that broadcast to a tile of scores, whichever way it lies. On a path
-# w is the token's place along it.
+# w is the token's place along it, and tokens at one place, which only Positions can have, add nothing to each other.
 
 
 @triton.jit
@@ -101,13 +101,16 @@ def prepared(first, second, third, scale, FORMULA: tl.constexpr):
 
 
 @triton.jit
-def add_decay(scores, query, key, FORMULA: tl.constexpr):
+def add_decay(scores, query, key, FORMULA: tl.constexpr, const):
     """The value: scores + M / scale."""
     if FORMULA == "manhattan":  # (a_i + a_j) * d_M
         # fma by name: a plain addition would be folded into the matrix product and stall its loads.
         return tl.fma(query.first + key.first, tl.abs(query.h - key.h) + tl.abs(query.w - key.w), scores)
     elif FORMULA == "path":  # -|c_i - c_j|
-        return scores - tl.abs(query.first - key.first)
+        cost = tl.abs(query.first - key.first)
+        if const.HAS_FLAGS:
+            cost = tl.where(query.w == key.w, 0.0, cost)
+        return scores - cost
     elif FORMULA == "gaussian":  # a_i * exp(-(u_i dh^2 + v_i dw^2))
         amplitude = tl.broadcast_to(query.first, scores.shape)
         return tl.fma(amplitude, _bell(query, query.h - key.h, query.w - key.w), scores)
@@ -116,7 +119,7 @@ def add_decay(scores, query, key, FORMULA: tl.constexpr):
 
 
 @triton.jit
-def slopes(ds, query, key, FORMULA: tl.constexpr):
+def slopes(ds, query, key, FORMULA: tl.constexpr, const):
     """dS o dM/dt of the query's three numbers and of the key's, to be summed; what a formula lacks repeats another."""
     if FORMULA == "manhattan":
         slope = ds * (tl.abs(query.h - key.h) + tl.abs(query.w - key.w))
@@ -126,6 +129,8 @@ def slopes(ds, query, key, FORMULA: tl.constexpr):
         # By way of the sign bit: comparing takes twice the instructions.
         sign = (query.w - key.w).to(tl.int32, bitcast=True) & -2147483648
         slope = (ds.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+        if const.HAS_FLAGS:
+            slope = tl.where(query.w == key.w, 0.0, slope)
         return -slope, -slope, -slope, slope
     elif FORMULA == "gaussian":  # the factor -a_i of the second and third comes after the sum
         dh, dw = query.h - key.h, query.w - key.w
@@ -223,7 +228,7 @@ def only_placed(ds, walked, const):
 @triton.jit
 def scores_of(products, query, key, key_mask, j, stop, FORMULA: tl.constexpr, MASKED: tl.constexpr, const):
     """Products (BLOCK_Q, BLOCK_K) of queries and keys -> scores / scale: with decay and key mask, -inf past stop."""
-    scores = add_decay(products, query, key, FORMULA)
+    scores = add_decay(products, query, key, FORMULA, const)
     if const.HAS_KEY_MASK:
         scores += key_mask[None, :]
     if MASKED:

@@ -1,10 +1,10 @@
-"""Local position encoding: a depthwise convolution over the grid, LPE(.) of SDT Eq. 13."""
+"""A depthwise convolution over the grid: LPE(.) of SDT Eq. 13, positions at a block's start, and inside its MLP."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatial_decay.grid import Grid, map_to_tokens, tokens_to_map
-from spatial_decay.positions import Positions
+from spatial_decay.features import map_to_tokens, tokens_to_map
+from spatial_decay.layout import Layout
 
 __all__ = ["DepthwiseConv"]
 
@@ -30,16 +30,15 @@ class DepthwiseConv(nn.Module):
             )
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
-    def forward(self, x: Tensor, grid: Grid | Positions) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Tokens (B, L, D) of a grid -> (B, L, D).
 
         Raises:
             ValueError: Positions, which may leave gaps.
         """
-        if isinstance(grid, Positions):
-            raise ValueError(
-                "a convolution needs a whole grid: got Positions. Build the layer with lpe_kernel_size=0, and a block "
-                "also with pos_kernel_size=0 and mlp_kernel_size=0."
-            )
+        grid = layout.as_grid(
+            "a convolution",
+            "Build the layer with lpe_kernel_size=0, and a block also with pos_kernel_size=0 and mlp_kernel_size=0.",
+        )
         out = map_to_tokens(self.conv(tokens_to_map(x, grid)))  # (B, H*W, D)
         return F.pad(out, (0, 0, grid.num_prefix_tokens, 0)) if grid.num_prefix_tokens else out

@@ -1,0 +1,369 @@
+"""Where the tokens of a sequence lie: on a grid, or at positions that fill none; and the steps between them (SDT Eq. 7)."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Self
+
+__all__ = ["Grid", "GridSize", "Layout", "LayoutLike", "Positions", "Steps"]
+
+GridSize: TypeAlias = Sequence[int]
+"""(H, W): rows and columns of patch tokens; never (W, H)."""
+
+Steps: TypeAlias = tuple[Tensor, ...]
+"""Signed differences of position from queries to keys, one tensor an axis, in grid steps. They broadcast together."""
+
+
+class Layout(ABC):
+    """Where the L tokens of a sequence lie. Nothing is added to any score of a token that lies nowhere."""
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """L."""
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether the tokens, behind prefix tokens, fill a grid in raster order."""
+        return False
+
+    @property
+    def known(self) -> Tensor | None:
+        """Which tokens lie somewhere, bool, (B, L) or (1, L). None: all of them, behind num_prefix_tokens."""
+        return None
+
+    @property
+    @abstractmethod
+    def largest_step(self) -> float:
+        """The largest distance along an axis that two tokens can have."""
+
+    @abstractmethod
+    def positions(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Row and column of the tokens behind num_prefix_tokens, two tensors that broadcast against (B, N, L)."""
+
+    @abstractmethod
+    def steps(self, *, device: torch.device, dtype: torch.dtype, row_multiple: int = 1) -> Steps:
+        """From each token behind num_prefix_tokens to each, for `queries` and `keys` of the same row_multiple."""
+
+    @abstractmethod
+    def queries(self, x: Tensor) -> Tensor:
+        """Numbers (B, N, L), without prefix tokens, as those of queries: to broadcast against `steps`."""
+
+    @abstractmethod
+    def keys(self, x: Tensor, *, row_multiple: int = 1) -> Tensor:
+        """Numbers (B, N, L), without prefix tokens, as those of keys: so many that their count is a multiple."""
+
+    @abstractmethod
+    def running_sum(self, cost: Tensor, *, inclusive: bool) -> Tensor:
+        """Of (B, N, L) along the raster scan: over k < i, or k <= i; tokens that lie nowhere cost nothing."""
+
+    @abstractmethod
+    def raster_numbers(self, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Of each token's place along the raster scan, as `positions`; tokens at one place share theirs."""
+
+    @abstractmethod
+    def subset(self, indices: Tensor, num_prefix_tokens: int) -> "Positions":
+        """The tokens that are left behind the prefix tokens, by their number there, (B, K), in any order."""
+
+    def as_grid(self, what: str, remedy: str = "Pass (H, W) or a Grid.") -> "Grid":
+        """This layout, where it is a grid.
+
+        Raises:
+            ValueError: it is none, and what is asked for needs one.
+        """
+        if not isinstance(self, Grid):
+            raise ValueError(f"{what} needs a whole grid, rows and columns without gaps: got {self}. {remedy}")
+        return self
+
+    def check(self, of: str, *, batch_size: int, num_tokens: int, device: torch.device) -> None:
+        """Raise ValueError where this is not the layout of the tokens of so many images."""
+        del batch_size, device
+        if self.num_tokens != num_tokens:
+            raise ValueError(
+                f"the layout must have the L = {num_tokens} tokens of {of}: got {self}, {self.num_tokens} tokens. "
+                "Make it for the tokens of this call."
+            )
+
+
+@dataclass(frozen=True)
+class Grid(Layout):
+    """H x W patch tokens in raster order, i = h_i * W + w_i, behind P prefix tokens that have no position.
+
+    Args:
+        height: H, rows of patch tokens.
+        width: W, columns of patch tokens.
+        num_prefix_tokens: P, class and register tokens, first in the sequence.
+
+    Raises:
+        ValueError: H or W < 1, or P < 0.
+    """
+
+    height: int
+    width: int
+    num_prefix_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1 or self.num_prefix_tokens < 0:
+            raise ValueError(
+                f"a grid needs height >= 1, width >= 1 and num_prefix_tokens >= 0: got {self.height}, {self.width} "
+                f"and {self.num_prefix_tokens}."
+            )
+
+    def __str__(self) -> str:
+        return f"a grid of {self.height} x {self.width} patches behind {self.num_prefix_tokens} prefix tokens"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.height, self.width
+
+    @property
+    def num_patches(self) -> int:
+        """H * W."""
+        return self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        """L = P + H * W."""
+        return self.num_prefix_tokens + self.num_patches
+
+    @property
+    def is_grid(self) -> bool:
+        return True
+
+    @property
+    def largest_step(self) -> float:
+        return max(self.size) - 1
+
+    def positions(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Row and column of each patch token: two tensors (H*W,) in raster order."""
+        h, w = self._lines(device, dtype)
+        return h[:, None].expand(self.size).flatten(), w.expand(self.size).flatten()
+
+    def steps(self, *, device: torch.device, dtype: torch.dtype, row_multiple: int = 1) -> Steps:
+        """To each row and to each column of the grid: (H*W, H, 1) and (H*W, 1, W), H padded as that of `keys`.
+
+        A formula of steps therefore does along each axis, H + W times a query, what it does before the axes meet.
+        """
+        h, w = self.positions(device=device, dtype=dtype)
+        rows, columns = self._lines(device, dtype)
+        if extra := self._num_extra_rows(row_multiple):
+            rows = F.pad(rows, (0, extra))
+        return rows[:, None] - h[:, None, None], columns - w[:, None, None]
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, N, H*W) -> (B, N, H*W, 1, 1)."""
+        return x[..., None, None]
+
+    def keys(self, x: Tensor, *, row_multiple: int = 1) -> Tensor:
+        """(B, N, H*W) -> (B, N, 1, H, W), with rows of zeros below where H * W is no multiple."""
+        extra = self._num_extra_rows(row_multiple)
+        x = x.unflatten(-1, self.size)[..., None, :, :]
+        return F.pad(x, (0, 0, 0, extra)) if extra else x
+
+    def running_sum(self, cost: Tensor, *, inclusive: bool) -> Tensor:
+        """As in Layout; zero at prefix tokens."""
+        num_prefix = self.num_prefix_tokens
+        return F.pad(_running_sum(cost[..., num_prefix:], inclusive=inclusive), (num_prefix, 0))
+
+    def raster_numbers(self, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.arange(self.num_patches, device=device, dtype=dtype)
+
+    def subset(self, indices: Tensor, num_prefix_tokens: int) -> "Positions":
+        assert num_prefix_tokens == self.num_prefix_tokens
+        return Positions.of_subset(indices, self)
+
+    def _lines(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The numbers of the rows, (H,), and of the columns, (W,)."""
+        h, w = (torch.arange(size, device=device, dtype=dtype) for size in self.size)
+        return h, w
+
+    def _num_extra_rows(self, row_multiple: int) -> int:
+        """Below the grid, so that its number of places is a multiple."""
+        extra = 0
+        if row_multiple == 1:  # a compiler need not hear of sizes
+            return extra
+        while (self.height + extra) * self.width % row_multiple:
+            extra += 1
+        return extra
+
+
+@dataclass(frozen=True, eq=False)
+class Positions(Layout):
+    """A row and a column for each token, in any order; and which tokens lie nowhere.
+
+    For tokens that fill no grid: patch dropout, packed images of several sizes, text beside an image. Nothing is added
+    to any score that a token without a position takes part in: class, register and text tokens, and padding (which
+    attn_mask must still hide).
+
+    Args:
+        h: Row of each token, (B, L), in grid steps, any real dtype; B is 1 where all images share them.
+        w: Column of each token, the same.
+        has_position: bool, (B, L) or (1, L), False for tokens that lie nowhere, whose h and w are not looked at.
+            None: every token lies somewhere.
+
+    Raises:
+        ValueError: shapes or devices disagree; has_position is not bool.
+
+    Example:
+        >>> kept = Positions.of_subset(torch.tensor([[0, 5, 11]]), Grid(3, 4, num_prefix_tokens=1))
+        >>> kept.h.tolist(), kept.w.tolist(), kept.has_position.tolist()
+        ([[0, 0, 1, 2]], [[0, 0, 1, 3]], [[False, True, True, True]])
+    """
+
+    h: Tensor
+    w: Tensor
+    has_position: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.h.ndim != 2 or self.h.shape != self.w.shape or self.h.device != self.w.device:
+            raise ValueError(
+                f"h and w must both be (B, L) on one device: got {tuple(self.h.shape)} on {self.h.device} and "
+                f"{tuple(self.w.shape)} on {self.w.device}. Where all images share them, B is 1."
+            )
+        known = self.has_position
+        if known is None:
+            return
+        if known.dtype != torch.bool or known.shape not in (self.h.shape, (1, self.num_tokens)):
+            raise ValueError(
+                f"has_position must be bool, {tuple(self.h.shape)} as h is: got {known.dtype}, {tuple(known.shape)}."
+            )
+        if known.device != self.h.device:
+            raise ValueError(f"has_position must be on the device of h, {self.h.device}: got {known.device}. Move one.")
+
+    def __str__(self) -> str:
+        return f"Positions of {self.num_tokens} tokens"
+
+    @classmethod
+    def of_subset(cls, indices: Tensor, grid: Grid) -> Self:
+        """The patches that are left of a grid, by raster number and in any order, behind its prefix tokens.
+
+        Args:
+            indices: (B, K) of integers, 0 .. H * W - 1: timm's keep_indices, MAE's ids_keep.
+            grid: The whole of it.
+        """
+        return cls.of_coordinates(
+            torch.stack([indices // grid.width, indices % grid.width], -1), num_prefix_tokens=grid.num_prefix_tokens
+        )
+
+    @classmethod
+    def of_coordinates(
+        cls,
+        coordinates: Tensor,
+        is_patch: Tensor | None = None,
+        *,
+        num_prefix_tokens: int = 0,
+        num_suffix_tokens: int = 0,
+    ) -> Self:
+        """Patches by their coordinates, between tokens that lie nowhere.
+
+        Args:
+            coordinates: (B, K, 2), row and column of each patch: NaFlex's patch_coord.
+            is_patch: bool, (B, K), False for padding: NaFlex's patch_valid. None: there is none.
+            num_prefix_tokens: Class, register or text tokens before the patches (Flux).
+            num_suffix_tokens: Text tokens behind the patches (Stable Diffusion 3).
+
+        Raises:
+            ValueError: coordinates are not (B, K, 2).
+        """
+        if coordinates.ndim != 3 or coordinates.shape[-1] != 2:
+            raise ValueError(f"coordinates must be (B, K, 2), row and column: got shape {tuple(coordinates.shape)}.")
+        around = (num_prefix_tokens, num_suffix_tokens)
+        is_patch = torch.ones_like(coordinates[..., 0], dtype=torch.bool) if is_patch is None else is_patch.bool()
+        h, w = (F.pad(axis, around) for axis in coordinates.unbind(-1))
+        return cls(h, w, F.pad(is_patch, around))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.h.shape[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """0: tokens without a position may be anywhere in the sequence."""
+        return 0
+
+    @property
+    def known(self) -> Tensor | None:
+        return self.has_position
+
+    @property
+    def largest_step(self) -> float:
+        """Unknown: to ask the tensors would wait for the GPU."""
+        return math.inf
+
+    def positions(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Row and column of each token, (B, 1, L) each, to broadcast over heads; 0 for those that lie nowhere."""
+        h, w = (axis.to(device=device, dtype=dtype)[:, None] for axis in (self.h, self.w))
+        if self.has_position is None:
+            return h, w
+        nowhere = ~self.has_position[:, None].to(device)
+        return h.masked_fill(nowhere, 0.0), w.masked_fill(nowhere, 0.0)
+
+    def steps(self, *, device: torch.device, dtype: torch.dtype, row_multiple: int = 1) -> Steps:
+        """From token to token, (B, 1, L, L) each."""
+        return tuple(
+            self.keys(axis, row_multiple=row_multiple) - self.queries(axis)
+            for axis in self.positions(device=device, dtype=dtype)
+        )
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, N, L) -> (B, N, L, 1)."""
+        return x[..., None]
+
+    def keys(self, x: Tensor, *, row_multiple: int = 1) -> Tensor:
+        """(B, N, L) -> (B, N, 1, L), with zeros behind where L is no multiple."""
+        padding = -self.num_tokens % row_multiple
+        return (F.pad(x, (0, padding)) if padding else x)[..., None, :]
+
+    def running_sum(self, cost: Tensor, *, inclusive: bool) -> Tensor:
+        if self.has_position is not None:
+            cost = cost.masked_fill(~self.has_position[:, None], 0.0)
+        cost, order = torch.broadcast_tensors(cost, self.raster_order()[:, None])
+        total = _running_sum(cost.gather(-1, order), inclusive=inclusive)
+        return total.gather(-1, order.argsort(-1))
+
+    def raster_order(self) -> Tensor:
+        """The tokens as a raster scan meets them, (B, L) of token numbers; those that lie nowhere first."""
+        h, w = self.h, self.w
+        if self.has_position is not None:
+            h, w = (axis.masked_fill(~self.has_position, -1) for axis in (h, w))
+        by_column = torch.argsort(w, dim=1, stable=True)
+        by_row = torch.argsort(h.gather(1, by_column), dim=1, stable=True)
+        return by_column.gather(1, by_row)
+
+    def raster_numbers(self, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        order = self.raster_order()
+        h, w = (axis[:, 0].gather(1, order) for axis in self.positions(device=self.h.device, dtype=torch.float64))
+        is_new = (h.diff() != 0) | (w.diff() != 0)
+        numbers = F.pad(is_new.cumsum(1), (1, 0)).gather(1, order.argsort(1))
+        return numbers[:, None].to(device=device, dtype=dtype)
+
+    def subset(self, indices: Tensor, num_prefix_tokens: int) -> "Positions":
+        prefix = torch.arange(num_prefix_tokens, device=indices.device).expand(len(indices), -1)
+        rows = torch.cat([prefix, indices + num_prefix_tokens], 1)
+        h, w = (axis.expand(len(rows), -1).gather(1, rows) for axis in (self.h, self.w))
+        known = self.has_position
+        return Positions(h, w, None if known is None else known.expand(len(rows), -1).gather(1, rows))
+
+    def check(self, of: str, *, batch_size: int, num_tokens: int, device: torch.device) -> None:
+        super().check(of, batch_size=batch_size, num_tokens=num_tokens, device=device)
+        if len(self.h) not in (1, batch_size):
+            raise ValueError(
+                f"Positions must be those of the B = {batch_size} images of {of}, or of 1: got {len(self.h)}."
+            )
+        if self.h.device != device:
+            raise ValueError(f"Positions must be on the device of {of}, {device}: got {self.h.device}. Move one.")
+
+
+LayoutLike: TypeAlias = Layout | GridSize | None
+"""What a public `layout` argument takes: (H, W), a Grid or Positions; None: a map has its own, tokens are a square."""
+
+
+def _running_sum(cost: Tensor, *, inclusive: bool) -> Tensor:
+    return (cost if inclusive else F.pad(cost, (1, 0))[..., :-1]).cumsum(-1)
