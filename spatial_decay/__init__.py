@@ -7,8 +7,8 @@
 | `decay_attention`, `explain_backend`, `Grid`, `Positions` | attention with a decay of your own |
 | `SDTH`, `sdt_h_*`, `SDTP`, `sdt_p_*`, `ViT`, `list_models`, `load_checkpoint` | backbones, and their weights |
 
-Modules: `kinds` (kinds of decay with their options), `decay` (what is added to the scores), `layers`, `models` (the peers
-RMT and LocAtViT too), `ops` (backends, attention_weights), and, imported when asked for, `integrations` and `viz`.
+Modules: `kinds` (kinds of decay with their options), `decay` (what is added to the scores), `layers`, `models` (with
+the peers RMT and LocAtViT), `ops` (backends, attention_weights); and `integrations` and `viz`, imported when asked for.
 """
 
 from spatial_decay import decay, layers, models, ops

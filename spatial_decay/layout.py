@@ -1,4 +1,4 @@
-"""Where the tokens of a sequence lie: on a grid, or at positions that fill none; and the steps between them (SDT Eq. 7)."""
+"""Where the tokens of a sequence lie, on a grid or at positions that fill none, and the steps between them (Eq. 7)."""
 
 import math
 from abc import ABC, abstractmethod

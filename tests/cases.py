@@ -32,9 +32,14 @@ class Case:
     num_gates: int
     build: Callable[[Sequence[Tensor], int, Grid], Any]  # gates (B, N, L) each, N, grid
     reference: Callable[[Sequence[list[float]], int, int, int, int], Any]  # gates of one head, n, N, H, W
-    kind: str = ""  # of SpatialDecayMask
+    kind: str = ""  # its name
     options: dict[str, Any] = field(default_factory=dict)
     is_axial: bool = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As `decay=` takes it."""
+        return {"kind": self.kind, **self.options}
 
     def __str__(self) -> str:
         return self.name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import spatial_decay as sd
-from spatial_decay.decay import dense
+from spatial_decay.decay import AxialDecay, dense
 from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import BACKENDS, decay_attention
 from tests import references
@@ -94,7 +94,7 @@ def test_a_shuffled_grid_gives_the_shuffled_output(kind):
     order = torch.stack([torch.randperm(20) for _ in range(2)])
     positions = Positions.of_subset(order, Grid(*SIZE, num_prefix_tokens=1))
     rows = torch.cat([torch.zeros(2, 1, dtype=torch.long), order + 1], 1)[..., None].expand(-1, -1, 16)
-    out = layer(x.gather(1, rows), positions=positions)
+    out = layer(x.gather(1, rows), layout=positions)
     assert relative_error(out, layer(x, SIZE).gather(1, rows)) < 1e-12
 
 
@@ -106,7 +106,7 @@ def test_text_beside_an_image_has_no_decay(num_prefix, num_suffix):
     positions = Positions.of_coordinates(
         torch.stack([h, w], -1)[None], num_prefix_tokens=num_prefix, num_suffix_tokens=num_suffix
     )
-    got = mask(torch.cat([text, image] if num_prefix else [image, text], 1), positions=positions)
+    got = mask(torch.cat([text, image] if num_prefix else [image, text], 1), layout=positions)
     among_patches = mask(image, SIZE)
     patches = slice(num_prefix, num_prefix + 20)
     torch.testing.assert_close(got[:, :, patches, patches], among_patches)
@@ -127,7 +127,7 @@ def test_packed_images_of_several_sizes_are_each_alone(dtype):
         coordinates[b, : height * width] = torch.stack([number // width, number % width], -1)
         valid[b, : height * width] = True
     positions = Positions.of_coordinates(coordinates, valid)
-    out = layer(x, attn_mask=valid[:, None, None, :], positions=positions)
+    out = layer(x, attn_mask=valid[:, None, None, :], layout=positions)
     assert out.isfinite().all()
     for b, size in enumerate([SIZE, (2, 3)]):
         alone = layer(x[b : b + 1, : size[0] * size[1]], size)
@@ -139,7 +139,7 @@ def test_a_block_takes_positions_and_compiles_whole():
     x = torch.randn(2, 8, 16)
     positions = Positions.of_subset(torch.tensor(SUBSETS), Grid(*SIZE, num_prefix_tokens=1))
     compiled = torch.compile(block, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, positions=positions), block(x, positions=positions))
+    torch.testing.assert_close(compiled(x, layout=positions), block(x, layout=positions))
 
 
 @pytest.mark.parametrize(
@@ -148,22 +148,27 @@ def test_a_block_takes_positions_and_compiles_whole():
         (lambda: Positions(torch.zeros(2, 3), torch.zeros(2, 4)), r"h and w must both be \(B, L\)"),
         (lambda: Positions(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3)), "has_position must be bool"),
         (lambda: Positions.of_coordinates(torch.zeros(2, 3)), r"coordinates must be \(B, K, 2\)"),
-        (lambda: sd.SpatialDecayMask(16, 2)(torch.zeros(1, 6, 16), (2, 3), placed()), "without a grid_size"),
-        (lambda: sd.SpatialDecayMask(16, 2)(torch.zeros(1, 6, 16), positions=placed()), "of all L tokens"),
+        (lambda: sd.SpatialDecayMask(16, 2)(torch.zeros(1, 2, 3, 16), placed()), "a map needs a whole grid"),
         (
-            lambda: sd.SpatialDecayMask(16, 2, kind="decomposed")(torch.zeros(2, 10, 16), positions=placed()),
+            lambda: sd.SpatialDecayMask(16, 2)(torch.zeros(1, 6, 16), layout=placed()),
+            "the L = 6 tokens of x",
+        ),
+        (
+            lambda: sd.SpatialDecayMask(16, 2, decay="decomposed")(torch.zeros(2, 10, 16), layout=placed()),
             "whole grid",
         ),
-        (lambda: sd.SpatialDecayMask(16, 2, kind="gaussian")(torch.zeros(2, 10, 16), positions=placed()), "whole grid"),
-        (lambda: sd.SpatialDecayAttention(16, 2)(torch.zeros(2, 10, 16), positions=placed()), "lpe_kernel_size=0"),
+        (lambda: sd.SpatialDecayMask(16, 2, decay="gaussian")(torch.zeros(2, 10, 16), layout=placed()), "whole grid"),
+        (lambda: sd.SpatialDecayAttention(16, 2)(torch.zeros(2, 10, 16), layout=placed()), "lpe_kernel_size=0"),
         (
-            lambda: sd.SpatialDecayAttention(16, 2, rope="flat")(torch.zeros(2, 10, 16), positions=placed()),
+            lambda: sd.SpatialDecayAttention(16, 2, rope="flat")(torch.zeros(2, 10, 16), layout=placed()),
             "rope='flat'",
         ),
-        (lambda: sd.AxialDecay.constant(torch.zeros(2), placed()), "whole rows and columns"),
+        (lambda: AxialDecay.constant(torch.zeros(2), placed()), "a decomposed decay needs a whole grid"),
         (
-            lambda: decay_attention(*torch.randn(3, 3, 1, 10, 8), sd.ManhattanDecay(torch.zeros(1, 1, 10), placed())),
-            "those of B = 3 images, or of 1: got 2",
+            lambda: decay_attention(
+                *torch.randn(3, 3, 1, 10, 8), sd.decay.ManhattanDecay(torch.zeros(1, 1, 10), placed())
+            ),
+            "those of the B = 3 images of q, or of 1: got 2",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""How features become a decay: the kinds as frozen values with JSON fields (SDT Eq. 4-11, Tables 3-4; RMT; LocAtViT)."""
+"""How features become a decay: the kinds as values with JSON fields (SDT Eq. 4-11, Tables 3-4; RMT; LocAtViT)."""
 
 import math
 from abc import ABC, abstractmethod
@@ -61,10 +61,8 @@ class Kind(ABC):
 
     def resolved(self, **place: Any) -> Self:
         """The same with a value for every option: what was said, else the place's value, else the layer's default."""
-        left_out = {
-            option: place.get(option, self.defaults[option]) for option in self.options() if self._lacks(option)
-        }
-        return replace(self, **left_out)
+        left_out = [option for option in self.options() if getattr(self, option) is None]
+        return replace(self, **{option: place.get(option, self.defaults[option]) for option in left_out})
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
@@ -85,11 +83,8 @@ class Kind(ABC):
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay | None:
         """The decay of features (B, L, D), by the modules of a SpatialDecayMask."""
 
-    def check(self, num_heads: int) -> None:
+    def check(self, num_heads: int) -> None:  # noqa: B027  most give one for any number
         """Raise ValueError where the options give no decay for so many heads."""
-
-    def _lacks(self, option: str) -> bool:
-        return getattr(self, option) is None
 
 
 def _check_finite(kind: Kind, **values: float | None) -> None:
@@ -321,7 +316,8 @@ class Gaussian(Kind):
         size = self.initial_grid_size
         if size is None:
             return
-        if len(size) != 2 or not all(isinstance(n, int) and n >= 1 for n in size):
+        is_pair = isinstance(size, (tuple, list)) and len(size) == 2
+        if not is_pair or not all(isinstance(n, int) and n >= 1 for n in size):
             raise ValueError(f"initial_grid_size must be (H, W), two whole numbers >= 1: got {size!r}.")
         object.__setattr__(self, "initial_grid_size", tuple(size))
 

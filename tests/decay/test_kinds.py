@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spatial_decay.decay import AxialDecay, ManhattanDecay, PathDecay, dense, score_mod
-from spatial_decay.layout import Grid
+from spatial_decay.decay import AxialDecay, ManhattanDecay, PathDecay, dense, factor, score_mod
+from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import decay_attention
 from tests.cases import AXIAL, GRIDS, PAIRWISE, case_id, make_gates, reference_mask, reference_of_head
 
@@ -114,15 +115,41 @@ def test_gradients_to_the_gates(case, num_prefix):
     assert torch.autograd.gradcheck(mask, gates)
 
 
+class _Allocations(TorchDispatchMode):
+    """Counts results of operators that are as large as a mask and no view."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if (
+            isinstance(out, torch.Tensor)
+            and out.numel() >= self.size
+            and not func.is_view
+            and "_" not in func._opname[-1:]
+        ):
+            self.count += 1
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
 @pytest.mark.parametrize("num_prefix", [0, 1])
-def test_rows_of_the_mask_can_be_aligned(num_prefix):
-    grid = Grid(14, 14, num_prefix)
-    gate = -torch.rand(2, 3, grid.num_tokens)
-    decay = ManhattanDecay.from_gate(gate, grid)
-    aligned = dense(decay, dtype=torch.bfloat16, row_multiple=8)
-    assert aligned.stride(-1) == 1
-    assert all(stride % 8 == 0 for stride in aligned.stride()[:-1])
-    assert torch.equal(aligned, dense(decay, dtype=torch.bfloat16))
+@pytest.mark.parametrize("size", [(14, 14), (7, 9)], ids=case_id)
+@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+def test_rows_of_the_mask_can_be_aligned_without_a_copy(case, size, num_prefix, dtype):
+    grid = Grid(*size, num_prefix)
+    decay = case.build(make_gates(case, 2, 3, grid.num_tokens, torch.float32), 3, grid)
+    counts, masks = [], []
+    for multiple in (1, 8):
+        with _Allocations((6 if case.num_gates else 3) * grid.num_patches**2) as allocations:
+            masks.append(dense(decay, dtype=dtype, row_multiple=multiple))
+        counts.append(allocations.count)
+    assert counts[1] == counts[0] > 0
+    assert masks[1].stride(-1) == 1
+    assert all(stride % 8 == 0 for stride in masks[1].stride()[:-1])
+    assert torch.equal(*masks)
 
 
 def test_half_precision_tensors_of_ones_own_lose_nothing_but_their_own_digits():
@@ -153,3 +180,35 @@ def test_axial_decay_refuses_prefix_tokens():
     gate = -torch.rand(1, 2, 13)
     with pytest.raises(ValueError, match="without prefix tokens.*num_prefix_tokens = 1"):
         AxialDecay.from_gates(gate, gate, Grid(3, 4, 1))
+
+
+def test_a_gate_of_exactly_0_has_a_gradient():
+    """As "no decay" rounds to: abs would give it 0, and it could never learn one."""
+    gate = torch.zeros(1, 1, 6, dtype=torch.float64, requires_grad=True)
+    dense(PathDecay.from_gate(gate, Grid(2, 3))).sum().backward()
+    # Step k is on the path of 2 * (k + 1) * (5 - k) ordered pairs; the last gate is on none.
+    assert gate.grad.flatten().tolist() == [2.0 * (k + 1) * (5 - k) for k in range(6)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tokens_at_one_place_add_nothing_to_each_other(causal):
+    h, w = torch.tensor([[0.0, 0.0, 0.0, 1.0]]), torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+    cumulative = torch.tensor([[[0.0, 1.0, 3.0, 7.0]]], requires_grad=True)
+    mask = dense(PathDecay(cumulative, Positions(h, w), causal))[0, 0]
+    later = -torch.inf if causal else None
+    expected = [
+        [0, later or -1, later or -3, later or -7],
+        [-1, 0, 0, later or -6],
+        [-3, 0, 0, later or -4],
+        [-7, -6, -4, 0],
+    ]
+    assert mask.tolist() == expected
+    mask[1:3, 1:3].sum().backward()
+    assert not cumulative.grad.any()
+
+
+def test_three_axes_are_one_more_step():
+    """Video: the formulas take any number of axes."""
+    dt, dh, dw = torch.tensor([0.0, 0.0, -1.0]), torch.tensor([0.0, -2.0, 5.0]), torch.tensor([3.0, 1.0, 1.0])
+    assert factor("order", dt, dh, dw).tolist() == [1.0, -1.0, -1.0]
+    assert factor("manhattan_distance", dt, dh, dw).tolist() == [3.0, 3.0, 7.0]

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from spatial_decay import SDTBlock
-from spatial_decay.layers import DECAY_KINDS, ConvMlp, DepthwiseConv, DropPath, LayerScale
+from spatial_decay import SDTBlock, kinds
+from spatial_decay.layers import ConvMlp, DepthwiseConv, DropPath, LayerScale
 from spatial_decay.layout import Grid
 from tests import references
 
 
-@pytest.mark.parametrize("kind", DECAY_KINDS)
+@pytest.mark.parametrize("kind", list(kinds.KINDS))
 def test_is_the_sum_of_its_branches(kind):
     block = SDTBlock(16, 2, decay=kind, init_values=0.5, drop_path=0.3, mlp_ratio=2.5).double().eval()
     x = torch.randn(2, 3, 4, 16, dtype=torch.float64)
@@ -28,8 +28,8 @@ def test_tokens_with_prefix():
 
 
 def test_options_reach_the_attention():
-    block = SDTBlock(16, 2, decay="full", alpha=0.3, rope="none", gate_rank=0, backend="math")
-    assert (block.attn.decay.alpha, block.attn.rope.mode, block.attn.output_gate) == (0.3, "none", None)
+    block = SDTBlock(16, 2, decay=kinds.Full(alpha=0.3), rope="none", gate_rank=0, backend="math")
+    assert (block.attn.decay.kind.alpha, block.attn.rope.mode, block.attn.output_gate) == (0.3, "none", None)
     with pytest.raises(TypeError, match="gate_ranks"):
         SDTBlock(16, 2, gate_ranks=3)
 

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from spatial_decay import GaussianGate, SpatialDecayAttention, SpatialDecayMask
+from spatial_decay import SpatialDecayAttention, kinds
 from spatial_decay.decay import dense
+from spatial_decay.layers import GaussianGate
+from spatial_decay.layers.core import merge_heads
 from spatial_decay.layout import Grid
 from tests import references
 
@@ -70,9 +72,8 @@ def test_a_new_gate_has_variance_one_and_a_wider_one_on_larger_grids():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("initial", [(14, 14), (64, 64)])
 def test_half_precision_stays_finite_on_large_grids(dtype, initial):
-    attn = SpatialDecayAttention(
-        8, 1, decay="gaussian", rope="none", lpe_kernel_size=0, gate_rank=0, initial_grid_size=initial
-    ).to(dtype)
+    decay = kinds.Gaussian(initial_grid_size=initial)
+    attn = SpatialDecayAttention(8, 1, decay=decay, rope="none", lpe_kernel_size=0, gate_rank=0).to(dtype)
     x = (8 * torch.randn(1, 64, 64, 8)).to(dtype).requires_grad_()
     out = attn(x)
     (out.float().square().mean()).backward()
@@ -95,9 +96,9 @@ def test_attention_adds_the_gaussian_of_its_normed_queries():
         assert (mask[:, :, 2:, 2:] > 0).all()
         expected = torch.softmax(q @ k.mT / 2 + mask, -1) @ v
         torch.testing.assert_close(attn(x, (3, 4)), attn.proj(expected.transpose(1, 2).flatten(2)))
-        torch.testing.assert_close(attn.decay(attn.decay_features(x), (3, 4)), mask)
+        torch.testing.assert_close(attn.decay(merge_heads(q), (3, 4)), mask)
 
 
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match=r"initial_grid_size must be \(H, W\), both >= 1: got \(0, 4\)"):
-        SpatialDecayMask(8, 2, kind="gaussian", initial_grid_size=(0, 4))
+        GaussianGate(4, (0, 4))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from spatial_decay import SpatialDecayMask
-from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layers.kinds import KINDS
 from spatial_decay.layout import Grid
 from tests.cases import AXIAL, GATED, GATES_OF_KIND, GRIDS, case_id, reference_mask, reference_of_head
 
@@ -13,7 +13,7 @@ DIM, HEADS = 6, 2
 
 
 def make(case, num_prefix=0):
-    mask = SpatialDecayMask(DIM, HEADS, kind=case.kind, num_prefix_tokens=num_prefix, **case.options).double()
+    mask = SpatialDecayMask(DIM, HEADS, decay=case.config, num_prefix_tokens=num_prefix).double()
     for parameter in mask.parameters():
         torch.nn.init.normal_(parameter)
     return mask
@@ -22,7 +22,8 @@ def make(case, num_prefix=0):
 def gates_of(mask, x):
     """The gates of the features, (B, N, L) each, by hand."""
     return [
-        F.logsigmoid(x @ getattr(mask, name).weight.T).transpose(1, 2).detach() for name in GATES_OF_KIND[mask.kind]
+        F.logsigmoid(x @ getattr(mask, name).weight.T).transpose(1, 2).detach()
+        for name in GATES_OF_KIND[mask.kind.name]
     ]
 
 
@@ -79,23 +80,23 @@ def test_gradients_to_x_and_to_the_gates_weights(case):
     ids=["transpose", "flip_rows", "flip_columns", "rotate"],
 )
 def test_permuting_the_grid_permutes_the_mask(kind, permute):
-    mask = SpatialDecayMask(DIM, HEADS, kind=kind).double()
+    mask = SpatialDecayMask(DIM, HEADS, decay=kind).double()
     x = torch.randn(2, 3, 5, DIM, dtype=torch.float64)
     order = permute(torch.arange(15).reshape(1, 3, 5, 1)).flatten()
     torch.testing.assert_close(mask(permute(x)), mask(x)[:, :, order][:, :, :, order], rtol=0, atol=0)
 
 
 def test_none_adds_nothing():
-    mask = SpatialDecayMask(DIM, HEADS, kind="none")
+    mask = SpatialDecayMask(DIM, HEADS, decay="none")
     assert mask(torch.randn(1, 4, DIM)) is None
-    assert mask.bias(torch.randn(1, 4, DIM)) is None
+    assert mask.describe(torch.randn(1, 4, DIM)) is None
     assert not list(mask.parameters())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DECAY_KINDS if kind != "none"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
 def test_mask_goes_into_sdpa(kind):
     """As the README has it, in the dtype of x."""
-    mask = SpatialDecayMask(32, 4, kind=kind)
+    mask = SpatialDecayMask(32, 4, decay=kind)
     x = torch.randn(2, 16, 32, dtype=torch.bfloat16)
     out = mask(x)
     if kind in ("decomposed", "fixed_decomposed"):
@@ -108,22 +109,22 @@ def test_mask_goes_into_sdpa(kind):
 @pytest.mark.parametrize("kind", ["1d", "bidirectional", "decomposed", "full"])
 def test_sums_stay_in_float32_in_half_precision(kind):
     """1d on 56 x 56: in bf16 a cumulative sum would stop growing at 256 times the gate."""
-    mask = SpatialDecayMask(8, 1, kind=kind)
+    mask = SpatialDecayMask(8, 1, decay=kind)
     x = torch.randn(1, 56, 56, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        bias = mask.bias(x)
-    described = [bias.rows, bias.columns] if kind == "decomposed" else [bias]
-    exact = mask.bias(x)
+        decay = mask.describe(x)
+    described = [decay.rows, decay.columns] if kind == "decomposed" else [decay]
+    exact = mask.describe(x)
     expected = [exact.rows, exact.columns] if kind == "decomposed" else [exact]
     for got, want in zip(described, expected, strict=True):
-        assert got.tokens[0].dtype == torch.float32
-        assert torch.equal(got.tokens[0], want.tokens[0])
+        assert got.numbers[0].dtype == torch.float32
+        assert torch.equal(got.numbers[0], want.numbers[0])
 
 
 def test_fixed_rates_do_not_follow_the_model_into_half_precision():
     x = torch.randn(1, 4, 4, 8)
-    exact = SpatialDecayMask(8, 4, kind="fixed").bias(x).strength
-    assert torch.equal(SpatialDecayMask(8, 4, kind="fixed").bfloat16().bias(x.bfloat16()).strength, exact)
+    exact = SpatialDecayMask(8, 4, decay="fixed").describe(x).strength
+    assert torch.equal(SpatialDecayMask(8, 4, decay="fixed").bfloat16().describe(x.bfloat16()).strength, exact)
 
 
 def test_another_size_is_just_another_call():
@@ -136,23 +137,19 @@ def test_another_size_is_just_another_call():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (
-            {"kind": "gauss"},
-            "one of full, fixed, 1d, bidirectional, decomposed, fixed_decomposed, gaussian, none: got 'gauss'",
-        ),
-        ({"alpha": 0.0}, "alpha must be finite and > 0: got 0.0"),
-        ({"alpha": -1.0}, "alpha must be finite and > 0: got -1.0"),
-        ({"alpha": float("nan")}, "alpha must be finite and > 0: got nan"),
-        ({"alpha": float("inf")}, "alpha must be finite and > 0: got inf"),
-        (
-            {"kind": "decomposed", "num_prefix_tokens": 1},
-            "'decomposed' needs num_prefix_tokens = 0.*tokens=1",
-        ),
-        ({"kind": "fixed_decomposed", "num_prefix_tokens": 2}, "'fixed_decomposed' needs num_prefix_tokens = 0"),
+        ({"decay": "decomposed", "num_prefix_tokens": 1}, "'decomposed' needs num_prefix_tokens = 0.*tokens=1"),
+        ({"decay": "fixed_decomposed", "num_prefix_tokens": 2}, "'fixed_decomposed' needs num_prefix_tokens = 0"),
         ({"num_prefix_tokens": -1}, "num_prefix_tokens must be >= 0: got -1"),
-        ({"causal": True}, "causal=True needs kind '1d'.*got kind 'full'"),
+        ({"num_heads": 0}, "num_heads must be >= 1: got 0"),
     ],
 )
 def test_impossible_options_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
-        SpatialDecayMask(8, 2, **options)
+        SpatialDecayMask(8, **{"num_heads": 2, **options})
+
+
+def test_a_host_may_ask_any_module_for_its_bias():
+    """As transformers and others do where they initialise weights: `if m.bias is not None: nn.init.zeros_(m.bias)`."""
+    for module in SpatialDecayMask(8, 2).modules():
+        bias = getattr(module, "bias", None)
+        assert bias is None or isinstance(bias, torch.nn.Parameter)

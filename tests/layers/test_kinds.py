@@ -1,0 +1,114 @@
+"""Kinds as values: names, mappings and values mean the same, options are checked and go through JSON."""
+
+import inspect
+import json
+import typing
+
+import pytest
+import torch
+
+from spatial_decay import SDTBlock, SpatialDecayAttention, SpatialDecayMask, kinds
+from spatial_decay.layers.kinds import KINDS, Kind, KindName, as_kind
+
+ALL = list(KINDS.values())
+OPTIONS = {
+    "alpha": 0.3,
+    "gate_bias": True,
+    "gate_bias_init": 1.5,
+    "causal": True,
+    "initial_value": 3.0,
+    "heads_range": 2.0,
+    "initial_grid_size": (3, 4),
+}
+
+
+def said(kind: type[Kind]) -> Kind:
+    """The kind with every option said, none as it is by default."""
+    return kind(**{option: OPTIONS[option] for option in kind.options()})
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_name_mapping_and_value_are_the_same(kind):
+    assert as_kind(kind.name) == as_kind({"kind": kind.name}) == as_kind(kind()) == kind()
+    value = said(kind)
+    assert as_kind(json.loads(json.dumps(value.config))) == value
+    masks = [SpatialDecayMask(12, 3, decay=decay) for decay in (value, value.config)]
+    assert masks[0].kind == masks[1].kind == value
+    assert masks[0].state_dict().keys() == masks[1].state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_what_is_left_out_takes_the_value_of_the_place(kind):
+    value = said(kind)
+    assert value.resolved(**OPTIONS | dict.fromkeys(OPTIONS)) == value  # said is said
+    assert all(given is not None for given in kind().resolved().config.values())
+    quiet = kind().resolved(**kind.quiet).config
+    assert quiet == kind().resolved().config | dict(kind.quiet)
+    assert kind().resolved().resolved(**kind.quiet) == kind().resolved()
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_a_config_is_plain(kind, tmp_path):
+    config = kind().resolved().config
+    torch.save({"config": config}, tmp_path / "model.pt")
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["config"] == config == json.loads(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_kinds_are_frozen_and_documented(kind):
+    with pytest.raises(AttributeError):
+        kind().name = "other"
+    assert all(f"{option}:" in inspect.getdoc(kind) for option in kind.options())
+
+
+def test_the_literal_lists_all_kinds():
+    assert typing.get_args(KindName) == tuple(KINDS)
+
+
+def test_a_bias_is_there_where_its_first_value_is_said():
+    assert kinds.Full(gate_bias_init=6.0).resolved().gate_bias is True
+    assert kinds.Full(gate_bias=False).resolved(**kinds.Full.quiet).gate_bias_init == 0.0
+    gate = SpatialDecayMask(8, 2, decay=kinds.Full(gate_bias_init=6.0)).gate
+    assert torch.equal(gate.bias.detach(), torch.full((2,), 6.0))
+
+
+@pytest.mark.parametrize(
+    ("decay", "error", "says"),
+    [
+        ({"kind": "1d", "alpha": 7}, ValueError, "'1d' has the options gate_bias, gate_bias_init, causal: got alpha"),
+        ({"kind": "none", "alpha": 7}, ValueError, "'none' has no options: got alpha"),
+        ({"kind": "full", 3: 7}, ValueError, "got 3"),
+        ({"alpha": 0.2}, ValueError, 'must say its "kind", one of full, .*: got {.alpha.: 0.2}'),
+        ({"kind": None}, ValueError, "kind of decay must be one of full, .*: got None"),
+        (
+            "gauss",
+            ValueError,
+            "one of full, fixed, 1d, bidirectional, .*, fixed_decomposed, gaussian, none: got",
+        ),
+        (None, TypeError, "decay must be the name of a kind, a value .* or a mapping .*: got NoneType"),
+        (["full"], TypeError, "got list"),
+        (kinds.Full, TypeError, "a value such as kinds.Full"),
+        ({"kind": "full", "alpha": 0.0}, ValueError, "alpha must be finite and > 0: got 0.0"),
+        ({"kind": "full", "alpha": -1.0}, ValueError, "alpha must be finite and > 0: got -1.0"),
+        ({"kind": "full", "alpha": float("nan")}, ValueError, "alpha of kind 'full' must be a finite number: got nan"),
+        ({"kind": "full", "alpha": float("inf")}, ValueError, "alpha of kind 'full' must be a finite number: got inf"),
+        ({"kind": "full", "alpha": "0.1"}, ValueError, "alpha of kind 'full' must be a finite number: got '0.1'"),
+        ({"kind": "full", "alpha": True}, ValueError, "must be a finite number: got True"),
+        ({"kind": "full", "gate_bias": 1}, ValueError, "gate_bias of kind 'full' must be True or False: got 1"),
+        ({"kind": "1d", "causal": "yes"}, ValueError, "causal of kind '1d' must be True or False: got 'yes'"),
+        ({"kind": "full", "gate_bias": False, "gate_bias_init": 2.0}, ValueError, "gate_bias_init needs a gate_bias"),
+        ({"kind": "fixed", "initial_value": 0.0}, ValueError, r"heads_range \* n / N > 0 .*: got initial_value=0.0"),
+        ({"kind": "fixed", "heads_range": -9.0}, ValueError, "got initial_value=2.0, heads_range=-9.0, N = 2"),
+        (
+            {"kind": "gaussian", "initial_grid_size": (0, 4)},
+            ValueError,
+            r"two whole numbers >= 1: got \(0, 4\)",
+        ),
+        ({"kind": "gaussian", "initial_grid_size": (4,)}, ValueError, r"two whole numbers >= 1: got \(4,\)"),
+        ({"kind": "gaussian", "initial_grid_size": 14}, ValueError, "two whole numbers >= 1: got 14"),
+    ],
+)
+def test_impossible_decays_are_refused(decay, error, says):
+    for build in (SpatialDecayMask, SpatialDecayAttention, SDTBlock):
+        with pytest.raises(error, match=says):
+            build(16, 2, decay=decay)
