@@ -133,7 +133,7 @@ COMPILED = [
     *[Shape(90, formula, 64) for formula in FORMULAS],
     *[Shape(90, formula, 64, 196, 1) for formula in ("manhattan", "path", "gaussian")],
     Shape(90, "manhattan", 64, 196, 1, has_key_mask=True),
-    Shape(90, "manhattan", 64, 196, has_flags=True),
+    *[Shape(90, formula, 64, 196, has_flags=True) for formula in ("manhattan", "path")],
     Shape(90, "manhattan", 72),
     Shape(90, "manhattan", 128, 196, 1),
     Shape(80, "manhattan", 64),

@@ -64,7 +64,7 @@ class Features(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """Where what is known of the tokens of a sequence starts, with strides."""
+    """Where the numbers, positions and key mask of a sequence start, with strides; and two sizes."""
 
     numbers: Any
     number_stride: Any
@@ -115,6 +115,7 @@ def add_decay(scores, query, key, FORMULA: tl.constexpr, const):
         amplitude = tl.broadcast_to(query.first, scores.shape)
         return tl.fma(amplitude, _bell(query, query.h - key.h, query.w - key.w), scores)
     else:
+        tl.static_assert(FORMULA == "none")
         return scores
 
 
@@ -137,6 +138,7 @@ def slopes(ds, query, key, FORMULA: tl.constexpr, const):
         slope = ds * _bell(query, dh, dw)
         return slope, slope * dh * dh, slope * dw * dw, slope
     else:
+        tl.static_assert(FORMULA == "none")
         return ds, ds, ds, ds
 
 
