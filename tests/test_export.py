@@ -18,8 +18,7 @@ TWO_STAGES = {
     "depths": [1, 1],
     "num_heads": [2, 2],
     "mlp_ratios": [2, 2],
-    "decays": ["decomposed", "full"],
-    "heads_ranges": [4, 6],
+    "decay": ["decomposed", "full"],
     "init_values": [None, None],
     "projection_dim": 24,
     "rope": "none",  # sdt_p has it
