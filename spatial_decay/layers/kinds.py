@@ -137,7 +137,7 @@ class _Gated(Kind):
         return {name: ContextAwareGate(dim, num_heads, bias=bias, bias_init=bias_init) for name in self.gates}
 
     def gates_of(self, mask: Any, x: Tensor) -> list[Tensor]:
-        """G of each gate, (B, N, L)."""
+        """G of each gate, (B, N, L), by the modules of a SpatialDecayMask."""
         return [getattr(mask, name)(x).transpose(1, 2) for name in self.gates]
 
 
@@ -165,7 +165,8 @@ class Full(_Gated):
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
         assert self.alpha is not None
-        return ManhattanDecay.from_gate(*self.gates_of(mask, x), layout, alpha=self.alpha)
+        (gate,) = self.gates_of(mask, x)
+        return ManhattanDecay.from_gate(gate, layout, alpha=self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +243,8 @@ class OneDimensional(_Gated):
         _check_flag(self, causal=self.causal)
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        return PathDecay.from_gate(*self.gates_of(mask, x), layout, causal=bool(self.causal))
+        (gate,) = self.gates_of(mask, x)
+        return PathDecay.from_gate(gate, layout, causal=bool(self.causal))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +260,8 @@ class Bidirectional(_Gated):
     gates: ClassVar[tuple[str, ...]] = ("gate_forward", "gate_backward")
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        return PathDecay.bidirectional(*self.gates_of(mask, x), layout)
+        forward_gate, backward_gate = self.gates_of(mask, x)
+        return PathDecay.bidirectional(forward_gate, backward_gate, layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +279,8 @@ class Decomposed(_Gated):
     takes_prefix_tokens: ClassVar[bool] = False
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        return AxialDecay.from_gates(*self.gates_of(mask, x), layout)
+        gate_h, gate_w = self.gates_of(mask, x)
+        return AxialDecay.from_gates(gate_h, gate_w, layout)
 
 
 @dataclass(frozen=True, kw_only=True)
