@@ -64,8 +64,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from latent_folder import LatentFolder
-from spatial_decay import SDTP, sdt_p_base, sdt_p_large, sdt_p_small, sdt_p_xlarge
-from spatial_decay.layers import DECAY_KINDS
+from spatial_decay import SDTP, kinds, sdt_p_base, sdt_p_large, sdt_p_small, sdt_p_xlarge
 
 MODELS = {build.__name__: build for build in (sdt_p_small, sdt_p_base, sdt_p_large, sdt_p_xlarge)}
 NUM_TIMESTEPS = 1000
@@ -118,7 +117,7 @@ def build_model(arguments: argparse.Namespace, latent_shape: Sequence[int]) -> S
     torch.manual_seed(arguments.seed)
     size = {name: getattr(arguments, name) for name in ("dim", "depth", "num_heads")}
     model = MODELS[arguments.model](
-        height,
+        (height, width),
         arguments.patch_size,
         channels,
         arguments.num_classes,
@@ -317,7 +316,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, if any")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="(default: ddp)")
     parser.add_argument("--model", choices=MODELS, default="sdt_p_small", help="(default: sdt_p_small)")
-    parser.add_argument("--decay", choices=DECAY_KINDS, default="full", help="kind of decay (default: full)")
+    parser.add_argument("--decay", choices=kinds.KINDS, default="full", help="kind of decay (default: full)")
     parser.add_argument("--patch-size", type=_count, default=2, help="(default: 2)")
     parser.add_argument("--num-classes", type=_count, default=1000, help="(default: 1000)")
     for name in ("dim", "depth", "num-heads"):

@@ -88,7 +88,7 @@ def load_checkpoint(
         ImportError: .safetensors without the safetensors package.
 
     Example:
-        >>> from spatial_decay import locatvit_tiny
+        >>> from spatial_decay.models import locatvit_tiny
         >>> model = locatvit_tiny()
         >>> report = load_checkpoint(model, {"state_dict": locatvit_tiny().state_dict()})
         >>> print(report)
@@ -106,7 +106,7 @@ def load_checkpoint(
         derived=tuple(derived),
         new=tuple(name for name in own if name not in state and is_new(name)),
         missing=tuple(name for name in own if name not in state and not is_new(name)),
-        unexpected=tuple(origin for name in state if name not in own for source in sources[name]),
+        unexpected=tuple(theirs for name in state if name not in own for theirs in sources[name]),
         mismatched={
             name: (tuple(own[name].shape), tuple(value.shape))
             for name, value in state.items()
@@ -220,16 +220,13 @@ def _rmt(weights: dict[str, Tensor]) -> Translated:
 
 
 def _locatvit(weights: dict[str, Tensor]) -> Translated:
-    """timm's names, but for the patches' convolution and the Gaussians."""
-    names = {
-        name: name.replace("patch_embed.proj.", "patch_embed.").replace(".attn.gaug.", ".attn.decay.gaussian.")
-        for name in weights
-    }
+    """timm's names, but for the Gaussians."""
+    names = {name: name.replace(".attn.gaug.", ".attn.decay.gaussian.") for name in weights}
     return {names[name]: value for name, value in weights.items()}, {ours: (name,) for name, ours in names.items()}, []
 
 
 _DIT_NAMES = (
-    (r"^x_embedder\.proj\.", "patch_embed."),
+    (r"^x_embedder\.", "patch_embed."),
     (r"^t_embedder\.mlp\.", "t_embed."),
     (r"^y_embedder\.embedding_table\.", "y_embed."),
     (r"\.adaLN_modulation\.1\.", ".modulation."),

@@ -35,7 +35,7 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("wrap", ["plain", "model", "state_dict", "module.", "args", "safetensors"])
 def test_where_weights_may_lie(wrap, locat, tmp_path):
     expected, model = make_locatvit(locat), make_locatvit(locat)
-    sd.load_checkpoint(expected, locat.state, layout="locatvit")
+    sd.load_checkpoint(expected, locat.state, origin="locatvit")
     path = tmp_path / ("weights.safetensors" if wrap == "safetensors" else "weights.pth")
     if wrap == "safetensors":
         save_file(locat.state, path)
@@ -48,7 +48,7 @@ def test_where_weights_may_lie(wrap, locat, tmp_path):
             "args": {"model": locat.state, "args": argparse.Namespace(lr=0.1), "optimizer": {"state": {}}},
         }[wrap]
         torch.save(found, path)
-    report = sd.load_checkpoint(model, path, layout="locatvit")
+    report = sd.load_checkpoint(model, path, origin="locatvit")
     assert report.is_complete
     assert set(report.loaded) == set(model.state_dict())
     assert report.loaded["blocks.0.attn.decay.gaussian.log_var.weight"] == ("blocks.0.attn.gaug.log_var.weight",)
@@ -59,14 +59,14 @@ def test_averaged_weights(locat):
     averaged = {name: value + 1 for name, value in locat.state.items()}
     both = {"state_dict": locat.state, "state_dict_ema": averaged}
     model = make_locatvit(locat)
-    sd.load_checkpoint(model, both, layout="locatvit", ema=True)
+    sd.load_checkpoint(model, both, origin="locatvit", ema=True)
     assert torch.equal(model.norm.weight, averaged["norm.weight"])
-    sd.load_checkpoint(model, both, layout="locatvit")
+    sd.load_checkpoint(model, both, origin="locatvit")
     assert torch.equal(model.norm.weight, locat.state["norm.weight"])
     with pytest.raises(
         ValueError, match="ema=True needs weights under 'model_ema' or 'state_dict_ema': got keys model"
     ):
-        sd.load_checkpoint(model, {"model": locat.state}, layout="locatvit", ema=True)
+        sd.load_checkpoint(model, {"model": locat.state}, origin="locatvit", ema=True)
 
 
 def test_native_weights_round_trip(rmt, tmp_path):
@@ -79,7 +79,7 @@ def test_native_weights_round_trip(rmt, tmp_path):
 
 
 def test_where_each_tensor_came_from(rmt):
-    report = sd.load_checkpoint(make_rmt(rmt), rmt.state, layout="rmt")
+    report = sd.load_checkpoint(make_rmt(rmt), rmt.state, origin="rmt")
     assert report.loaded["stages.1.downsample.reduction.weight"] == ("layers.0.downsample.reduction.weight",)
     assert report.loaded["stages.0.blocks.0.attn.qkv.bias"] == tuple(
         f"layers.0.blocks.0.retention.{part}_proj.bias" for part in "qkv"
@@ -95,7 +95,7 @@ def test_layer_scales_of_rmt(rmt):
         for stage, block, dim in ((2, 0, 48), (2, 1, 48), (3, 0, 64))
         for i in (1, 2)
     }
-    assert sd.load_checkpoint(model, rmt.state | gammas, layout="rmt").is_complete
+    assert sd.load_checkpoint(model, rmt.state | gammas, origin="rmt").is_complete
     assert torch.equal(model.stages[3].blocks[0].ls2.gamma, gammas["layers.3.blocks.0.gamma_2"].flatten())
 
 
@@ -118,9 +118,9 @@ def test_differences_are_said_and_nothing_is_loaded(change, says, locat):
     model = make_locatvit(locat)
     before = snapshot(model)
     with pytest.raises(ValueError, match=says):
-        sd.load_checkpoint(model, change(locat.state), layout="locatvit")
+        sd.load_checkpoint(model, change(locat.state), origin="locatvit")
     assert_unchanged(model, before)
-    report = sd.load_checkpoint(model, change(locat.state), layout="locatvit", strict=False)
+    report = sd.load_checkpoint(model, change(locat.state), origin="locatvit", strict=False)
     assert not report.is_complete
     for name in (*report.missing, *report.mismatched):
         assert torch.equal(model.state_dict()[name], before[name])
@@ -131,10 +131,10 @@ def test_another_models_weights(rmt, locat):
     model = make_locatvit(locat)
     before = snapshot(model)
     with pytest.raises(ValueError, match="does not fit the model, which stays as it was"):
-        sd.load_checkpoint(model, rmt.state, layout="rmt")
+        sd.load_checkpoint(model, rmt.state, origin="rmt")
     part = {name: value for name, value in rmt.state.items() if not name.endswith("q_proj.weight")}
     with pytest.raises(ValueError, match=r"not in the model: layers.0.blocks.0.retention.k_proj.weight"):
-        sd.load_checkpoint(make_rmt(rmt), part, layout="rmt")
+        sd.load_checkpoint(make_rmt(rmt), part, origin="rmt")
     assert_unchanged(model, before)
 
 
@@ -173,7 +173,7 @@ def test_files_that_are_no_checkpoints(suffix, locat, tmp_path, capsys):
     [
         (({}, {}), "an empty one"),
         (({"epoch": 3}, {}), "got other values under epoch"),
-        (({"w": torch.ones(1)}, {"layout": "swin"}), "layout must be one of native, rmt, locatvit, dit: got 'swin'"),
+        (({"w": torch.ones(1)}, {"origin": "swin"}), "origin must be one of native, rmt, locatvit, dit: got 'swin'"),
     ],
 )
 def test_what_holds_no_weights(arguments, says, locat):

@@ -7,15 +7,16 @@ A folder holds config.json (the class and the arguments that rebuild it), model.
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
-from torch import nn
 from typing_extensions import Self
 
 import spatial_decay
 from spatial_decay import models
 from spatial_decay.checkpoint import load_checkpoint
+from spatial_decay.models.common import Model
+from spatial_decay.models.registry import ENTRIES
 
 try:
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -30,10 +31,18 @@ __all__ = ["SDTH", "SDTP", "ViT", "from_pretrained", "save_pretrained"]
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
-class _Pretrained(PyTorchModelHubMixin, library_name="spatial-decay"):
-    """The mixin, with a config that holds the class, and with weights that fit or are not loaded at all."""
+class Download(TypedDict):
+    """How huggingface_hub downloads."""
 
-    config: dict[str, Any]
+    force_download: bool
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    revision: str | None
+
+
+class _Pretrained(PyTorchModelHubMixin, Model, library_name="spatial-decay"):
+    """The mixin, with a config that holds the class, and with weights that fit or are not loaded at all."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
         """Write config.json, model.safetensors and, where there is none, README.md.
@@ -61,7 +70,7 @@ class _Pretrained(PyTorchModelHubMixin, library_name="spatial-decay"):
         strict: bool = True,
         force_download: bool = False,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
         **overrides: Any,
@@ -84,13 +93,13 @@ class _Pretrained(PyTorchModelHubMixin, library_name="spatial-decay"):
             ValueError: a config.json that cannot be read or is another class's; a value in it that cannot be; weights
                 that cannot be read or do not fit. Nothing is half-loaded: there is no model then.
         """
-        download = {
-            "force_download": force_download,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "revision": revision,
-        }
+        download = Download(
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
         source = pretrained_model_name_or_path
         path = _file(source, _CONFIG, download)
         name, config = _read_config(path)
@@ -105,15 +114,14 @@ class _Pretrained(PyTorchModelHubMixin, library_name="spatial-decay"):
             raise ValueError(
                 f"{path} and the overrides ({', '.join(overrides) or 'none'}) must hold arguments of {name}: {error}"
             ) from error
-        load_checkpoint(_module(model), _file(source, _WEIGHTS, download), strict=strict)
-        _module(model).to(map_location).eval()
-        return model
+        load_checkpoint(model, _file(source, _WEIGHTS, download), strict=strict)
+        return model.to(map_location).eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Called by the mixin, which leaves a config.json that it finds as it is."""
         config = {"class": type(self).__name__, "config": self.config, "spatial_decay": spatial_decay.__version__}
         (save_directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_model(_module(self), str(save_directory / _WEIGHTS))
+        save_model(self, str(save_directory / _WEIGHTS))
 
 
 class SDTH(_Pretrained, models.SDTH, pipeline_tag="image-classification", tags=["arxiv:2508.09525"]):
@@ -128,12 +136,20 @@ class ViT(_Pretrained, models.ViT, pipeline_tag="image-classification"):
     """spatial_decay.ViT with save_pretrained, from_pretrained and push_to_hub."""
 
 
-_CLASSES: dict[str, type[SDTH] | type[SDTP] | type[ViT]] = {"SDTH": SDTH, "SDTP": SDTP, "ViT": ViT}
+def _with_hub(model: type[Model]) -> type[SDTH] | type[SDTP] | type[ViT]:
+    """The class of this name here; for a backbone that none above is made for, a new one."""
+    made = globals().get(model.__name__)
+    if made is None:
+        made = type(model.__name__, (_Pretrained, model), {"__module__": __name__, "__doc__": model.__doc__})
+        globals()[model.__name__] = made
+    return cast("type[SDTH] | type[SDTP] | type[ViT]", made)
 
 
-def save_pretrained(
-    model: models.SDTH | models.SDTP | models.ViT, save_directory: str | os.PathLike[str], **options: Any
-) -> str | None:
+_MODELS = {entry.model.__name__: entry.model for entry in ENTRIES.values()}
+_CLASSES = {name: _with_hub(model) for name, model in sorted(_MODELS.items())}
+
+
+def save_pretrained(model: Model, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
     """Save any backbone, the plain ones of sd.sdt_h_tiny() and the like too.
 
     Args:
@@ -154,13 +170,13 @@ def save_pretrained(
         >>> folder = tempfile.mkdtemp()
         >>> hub.save_pretrained(ViT(10, img_size=32, dim=48, depth=2, num_heads=3, decay="full"), folder)
         >>> model = hub.from_pretrained(folder)
-        >>> type(model).__name__, model.config["decay"]
+        >>> type(model).__name__, model.config["decay"]["kind"]
         ('ViT', 'full')
     """
     if isinstance(model, _Pretrained):
         return model.save_pretrained(save_directory, **options)
     name = type(model).__name__
-    if name not in _CLASSES or type(model) is not getattr(models, name):
+    if type(model) is not _MODELS.get(name):
         raise TypeError(
             f"model must be one of {', '.join(_CLASSES)}: got {type(model).__module__}.{name}. Pass the backbone "
             "itself, without what torch.compile or DistributedDataParallel put around it."
@@ -172,22 +188,46 @@ def save_pretrained(
     return same.save_pretrained(save_directory, **options)
 
 
-def from_pretrained(source: str | os.PathLike[str], **options: Any) -> SDTH | SDTP | ViT:
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    map_location: str | torch.device = "cpu",
+    strict: bool = True,
+    force_download: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+    **overrides: Any,
+) -> SDTH | SDTP | ViT:
     """The model of a folder or of a repository on the Hub, of the class that its config names.
 
     Args:
         source: A folder, or the name of a repository.
-        options: As in SDTH.from_pretrained.
+        map_location: As in SDTH.from_pretrained, here and below.
+        strict: The same.
+        force_download: The same.
+        token: The same.
+        cache_dir: The same.
+        local_files_only: The same.
+        revision: The same.
+        overrides: The same.
 
     Raises:
         FileNotFoundError, ValueError: as in SDTH.from_pretrained.
     """
-    keys = ("force_download", "token", "cache_dir", "local_files_only", "revision")
-    name, _ = _read_config(_file(source, _CONFIG, {key: options[key] for key in keys if key in options}))
-    return _CLASSES[name].from_pretrained(source, **options)
+    download = Download(
+        force_download=force_download,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        revision=revision,
+    )
+    name, _ = _read_config(_file(source, _CONFIG, download))
+    return _CLASSES[name].from_pretrained(source, map_location=map_location, strict=strict, **download, **overrides)
 
 
-def _file(source: str | os.PathLike[str], name: str, download: dict[str, Any]) -> Path:
+def _file(source: str | os.PathLike[str], name: str, download: Download) -> Path:
     """Where a file of a folder lies, or of a repository once it is downloaded."""
     if not os.path.isdir(source):
         return Path(hf_hub_download(os.fspath(source), name, **download))
@@ -213,7 +253,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     return name, config
 
 
-def _check_config(model: Any) -> None:
+def _check_config(model: Model) -> None:
     """Raise where the config would not rebuild this model."""
     with torch.device("meta"):
         rebuilt = type(model)(**model.config)
@@ -225,9 +265,3 @@ def _check_config(model: Any) -> None:
             + ", ".join(f"{name} (config {wanted.get(name)}, model {got.get(name)})" for name in names[:5])
             + f"{' and others' * (len(names) > 5)}. Use reset_classifier for another head; else build the model anew."
         )
-
-
-def _module(model: Any) -> nn.Module:
-    """The mixin does not know that it is mixed into one."""
-    assert isinstance(model, nn.Module)
-    return model

@@ -4,24 +4,20 @@ Importing this module registers the backbones. It needs the extra: pip install s
 """
 
 import copyreg
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spatial_decay import models
+import spatial_decay.models  # noqa: F401  they register themselves
 from spatial_decay.layers import SDTBlock, SpatialDecayAttention
 from spatial_decay.layers.kinds import DecayLike
 from spatial_decay.layout import LayoutLike
+from spatial_decay.models.registry import ENTRIES, Entry, ImageSettings
 
 try:
-    from timm.data import (
-        IMAGENET_DEFAULT_MEAN,
-        IMAGENET_DEFAULT_STD,
-        IMAGENET_INCEPTION_MEAN,
-        IMAGENET_INCEPTION_STD,
-    )
     from timm.layers import GELU, Attention, Mlp
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ImportError as error:
@@ -35,7 +31,7 @@ __all__ = ["TimmAttention", "TimmBlock", "attention_layer", "block_layer"]  # re
 class TimmAttention(SpatialDecayAttention):
     """SpatialDecayAttention as timm's VisionTransformer builds and calls it; attention_layer makes it with options.
 
-    timm's Block passes no grid size, so the patch tokens must be a square. Its weights have the names of timm's
+    timm's Block passes no layout, so the patch tokens must be a square. Its weights have the names of timm's
     attention: qkv, proj, q_norm, k_norm.
 
     Args:
@@ -96,7 +92,7 @@ class TimmAttention(SpatialDecayAttention):
 class TimmBlock(SDTBlock):
     """SDTBlock as timm's VisionTransformer builds and calls it; block_layer makes it with options.
 
-    timm passes no grid size, so the patch tokens must be a square.
+    timm passes no layout, so the patch tokens must be a square.
 
     Args:
         dim: D.
@@ -190,7 +186,7 @@ def attention_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **
     """A class for the attn_layer= of timm's vision transformers.
 
     Args:
-        decay: Kind of decay, see SpatialDecayMask.
+        decay: Kind of decay with its options, see SpatialDecayMask.
         num_prefix_tokens: P, the class token and the registers of the model.
         options: Further keywords of SpatialDecayAttention, except those that timm passes itself.
 
@@ -214,7 +210,7 @@ def block_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **opti
     """A class for the block_fn= of timm's vision transformers.
 
     Args:
-        decay: Kind of decay, see SpatialDecayMask.
+        decay: Kind of decay with its options, see SpatialDecayMask.
         num_prefix_tokens: P, the class token and the registers of the model.
         options: Further keywords of SDTBlock, except those that timm passes itself.
 
@@ -270,77 +266,60 @@ def _refuse(name: str, reasons: dict[str, bool]) -> None:
         raise ValueError(f"{name} cannot do what timm asks for:{''.join(wrong)}\nBuild the model without it.")
 
 
-def _check_call(x: Tensor, where: GridSize | Positions | None, num_prefix_tokens: int, *, is_causal: bool) -> None:
+def _check_call(x: Tensor, layout: LayoutLike, num_prefix_tokens: int, *, is_causal: bool) -> None:
     if is_causal:
         raise ValueError("is_causal must be False: got True. Tokens of an image have no order; pass attn_mask.")
     num_patches = x.shape[1] - num_prefix_tokens
-    if x.ndim == 3 and where is None and int(max(num_patches, 0) ** 0.5) ** 2 != num_patches:
+    if x.ndim == 3 and layout is None and int(max(num_patches, 0) ** 0.5) ** 2 != num_patches:
         raise ValueError(
-            f"timm passes no grid size, so the patch tokens must be a square: got L = {x.shape[1]}, "
+            f"timm passes no layout, so the patch tokens must be a square: got L = {x.shape[1]}, "
             f"num_prefix_tokens = {num_prefix_tokens}, L - num_prefix_tokens = {num_patches}. Set num_prefix_tokens to "
             "the class token and registers of the model; for images that are not square, put the attention into a "
             "finished model with spatial_decay.swap_attention."
         )
 
 
-def _create(build: Callable[..., nn.Module], keywords: dict[str, Any]) -> nn.Module:
+def _create(entry: Entry, images: ImageSettings, keywords: dict[str, Any]) -> nn.Module:
     """A model by timm's builder, which loads weights, and wraps it where features_only is asked for."""
     if keywords.get("feature_cls", "getter") != "getter":
         raise ValueError(
             f"feature_cls must be 'getter': got {keywords['feature_cls']!r}, and blocks here are called with more than "
             "one tensor. Leave it out."
         )
-    if "img_size" in keywords:
-        keywords["img_size"] = _side(keywords["img_size"], build)
-    # As in timm: of a plain model the last 3 blocks, of a hierarchical one all stages.
-    features = {"out_indices": 3 if build in _PLAIN else None, "feature_cls": "getter"}
-    return build_model_with_cfg(build, build.__name__, feature_cfg=features, **keywords)
+    if "img_size" in keywords and "img_size" not in inspect.signature(entry.model).parameters:
+        raise TypeError(f"{entry.name} has no keyword img_size: it takes images of any size. Leave it out.")
+    features = {"out_indices": images.num_maps, "feature_cls": "getter"}
+    return build_model_with_cfg(entry.build, entry.name, feature_cfg=features, **keywords)
 
 
-def _side(img_size: Any, build: Callable[..., nn.Module]) -> int:
-    if build not in _PLAIN:
-        raise TypeError(f"{build.__name__} has no keyword img_size: it takes images of any size. Leave it out.")
-    sides = set(img_size) if isinstance(img_size, (tuple, list)) else {img_size}
-    if len(sides) != 1:
-        raise ValueError(
-            f"img_size must be one number, the side of the images that positions are learned on: got {img_size}. "
-            "Leave it out: positions are interpolated to images of any size."
-        )
-    return sides.pop()
-
-
-_HIERARCHICAL = (
-    *(models.sdt_h_tiny, models.sdt_h_small, models.sdt_h_base),
-    *(models.rmt_tiny, models.rmt_small, models.rmt_base, models.rmt_large),
-)
-_PLAIN = (models.locatvit_tiny, models.locatvit_small, models.locatvit_base)
-
-_IMAGES = {"num_classes": 1000, "input_size": (3, 224, 224), "interpolation": "bicubic", "classifier": "head"}
-# How RMT's authors prepare images (256 / 224 of the size, then the centre); SDT-H has no weights that say otherwise.
-_RMT = {"crop_pct": 0.875, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-# LocAtViT's authors use timm's settings for plain ViTs.
-_LOCATVIT = {"crop_pct": 0.9, "mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
-
-default_cfgs = generate_default_cfgs(
-    {
-        **{
-            build.__name__: _IMAGES | _RMT | {"pool_size": (7, 7), "first_conv": "stem.proj.0"}
-            for build in _HIERARCHICAL
-        },
-        **{build.__name__: _IMAGES | _LOCATVIT | {"first_conv": "patch_embed"} for build in _PLAIN},
+def _settings(images: ImageSettings) -> dict[str, Any]:
+    """In timm's words."""
+    settings: dict[str, Any] = {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "interpolation": "bicubic",
+        "classifier": "head",
+        "first_conv": images.first_conv,
+        "crop_pct": images.crop_pct,
+        "mean": images.mean,
+        "std": images.std,
     }
-)
+    return settings | ({"pool_size": images.pool_size} if images.pool_size else {})
+
+
+def _register(entry: Entry, images: ImageSettings) -> None:
+    def create(pretrained: bool = False, **keywords: Any) -> nn.Module:
+        return _create(entry, images, {"pretrained": pretrained, **keywords})
+
+    create.__name__ = create.__qualname__ = entry.name
+    create.__doc__ = entry.build.__doc__
+    globals()[entry.name] = register_model(create)
+
+
+_IMAGES = {name: (entry, entry.images) for name, entry in ENTRIES.items() if entry.images is not None}
+
+default_cfgs = generate_default_cfgs({name: _settings(images) for name, (_, images) in _IMAGES.items()})
 """Where register_model looks for a model's settings; no weights of ours are published."""
 
-
-def _register(build: Callable[..., nn.Module]) -> None:
-    def create(pretrained: bool = False, **keywords: Any) -> nn.Module:
-        return _create(build, {"pretrained": pretrained, **keywords})
-
-    create.__name__ = create.__qualname__ = build.__name__
-    create.__doc__ = build.__doc__
-    globals()[build.__name__] = register_model(create)
-
-
-for _build in (*_HIERARCHICAL, *_PLAIN):
-    _register(_build)
+for _entry, _images in _IMAGES.values():
+    _register(_entry, _images)

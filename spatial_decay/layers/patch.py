@@ -1,18 +1,56 @@
-"""From pixels to tokens and from one stage to the next, by overlapping convolutions as RMT has them.
-
-What they give is contiguous, so that the norms and projections of all blocks behind them need no copies.
-"""
+"""From pixels to tokens and from one stage to the next: ViT's patches, and overlapping convolutions as RMT has them."""
 
 from torch import Tensor, nn
 
-__all__ = ["STEM_STRIDES", "ConvStem", "Downsample"]
+from spatial_decay.layout import GridSize
+from spatial_decay.precision import check_like_weights
+
+__all__ = ["STEM_STRIDES", "ConvStem", "Downsample", "PatchEmbed", "check_images", "size_in_patches"]
 
 STEM_STRIDES = {1: (1, 1, 1, 1), 2: (2, 1, 1, 1), 4: (2, 1, 2, 1)}
 """Stride of the stem -> strides of its four convolutions."""
 
 
+class PatchEmbed(nn.Module):
+    """Patches beside each other, by one convolution whose stride is its kernel (ViT, DiT).
+
+    Args:
+        in_chans: Channels of the image.
+        dim: D.
+        patch_size: Side of a patch.
+        images: What its images are called in errors.
+
+    Raises:
+        ValueError: patch_size < 1.
+    """
+
+    def __init__(self, in_chans: int, dim: int, *, patch_size: int, images: str = "images") -> None:
+        super().__init__()
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be >= 1: got {patch_size}.")
+        self.in_chans, self.patch_size, self.images = in_chans, patch_size, images
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> a map (B, H / patch_size, W / patch_size, D).
+
+        Raises:
+            TypeError: x is not floating point, or has another dtype than the weights.
+            ValueError: wrong rank or channels; H or W no multiple of the patch size.
+        """
+        check_images(x, self.in_chans, self.proj.weight, self.images)
+        if any(size < self.patch_size or size % self.patch_size for size in x.shape[2:]):
+            raise ValueError(
+                f"height and width of {self.images} must be multiples of patch_size = {self.patch_size}: got "
+                f"{x.shape[2]} x {x.shape[3]}. Resize or pad them."
+            )
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
 class ConvStem(nn.Module):
     """Four 3x3 convolutions with batch norm, GELU between them.
+
+    What it gives is contiguous, so that the norms and projections of all blocks behind it need no copies.
 
     Args:
         in_chans: Channels of the image.
@@ -43,6 +81,8 @@ class ConvStem(nn.Module):
 class Downsample(nn.Module):
     """A 3x3 convolution of stride 2 with batch norm: half the size, another width.
 
+    What it gives is contiguous, as what ConvStem gives.
+
     Args:
         dim: Channels in.
         out_dim: Channels out.
@@ -56,3 +96,27 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, dim) -> (B, ceil(H / 2), ceil(W / 2), out_dim), contiguous."""
         return self.norm(self.reduction(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).contiguous()
+
+
+def size_in_patches(name: str, size: int | GridSize, patch_size: int) -> tuple[int, int]:
+    """(H, W) in patches of images whose size is one number, their side, or (H, W).
+
+    Raises:
+        ValueError: neither, or no multiple of patch_size; name is what the size is called.
+    """
+    sides = (size, size) if isinstance(size, int) else size
+    is_pair = isinstance(sides, (tuple, list)) and len(sides) == 2 and all(isinstance(side, int) for side in sides)
+    if not is_pair:
+        raise ValueError(f"{name} must be one whole number or (H, W): got {size!r}.")
+    if patch_size < 1 or any(side < patch_size or side % patch_size for side in sides):
+        raise ValueError(f"{name} must be a multiple of patch_size: got {name}={size}, patch_size={patch_size}.")
+    return sides[0] // patch_size, sides[1] // patch_size
+
+
+def check_images(x: Tensor, in_chans: int, weight: object, images: str = "images") -> None:
+    """Raise TypeError or ValueError where images are not (B, in_chans, H, W), like the weight in dtype and device."""
+    if not x.is_floating_point():
+        raise TypeError(f"{images} must be floating point: got {x.dtype}. Convert them first, for instance x / 255.")
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"{images} must be (B, {in_chans}, H, W): got shape {tuple(x.shape)}.")
+    check_like_weights(images, x, weight)

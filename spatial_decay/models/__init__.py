@@ -1,15 +1,10 @@
 """The assembled backbones."""
 
+from spatial_decay.models.registry import list_models
 from spatial_decay.models.rmt import rmt_base, rmt_large, rmt_small, rmt_tiny
 from spatial_decay.models.sdt_h import SDTH, sdt_h_base, sdt_h_small, sdt_h_tiny
 from spatial_decay.models.sdt_p import SDTP, sdt_p_base, sdt_p_large, sdt_p_small, sdt_p_xlarge
 from spatial_decay.models.vit import ViT, locatvit_base, locatvit_small, locatvit_tiny
-
-
-def list_models() -> list[str]:
-    """Names of the backbones' builders."""
-    return [name for name in __all__ if name.islower() and name != "list_models"]
-
 
 __all__ = [
     "SDTH",

@@ -5,16 +5,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from spatial_decay.models.common import init_linear
+from spatial_decay.models.common import Model, init_linear
 
 __all__ = ["Backbone", "block_numbers"]
 
 
-class Backbone(nn.Module):
+class Backbone(Model):
     """An image backbone with a classifier, with the attributes and methods that timm's models have.
 
     Attributes:
-        config: The arguments, JSON values: the class called with them gives the same structure.
         num_classes: Outputs of the classifier; 0: none.
         in_chans: Channels of the image.
         num_features: D of what forward_features gives.
@@ -25,7 +24,6 @@ class Backbone(nn.Module):
     """
 
     pools: ClassVar[tuple[str, ...]]
-    config: dict[str, Any]
     num_features: int
     head_hidden_size: int
     feature_info: list[dict[str, Any]]
@@ -34,7 +32,7 @@ class Backbone(nn.Module):
         super().__init__()
         if not 0.0 <= drop_rate < 1.0:
             raise ValueError(f"drop_rate must satisfy 0 <= drop_rate < 1: got {drop_rate}.")
-        self.in_chans, self.grad_checkpointing = in_chans, False
+        self.in_chans = in_chans
         self.head_drop = nn.Dropout(drop_rate)
 
     def get_classifier(self) -> nn.Module:
@@ -55,10 +53,6 @@ class Backbone(nn.Module):
         self.config |= {"num_classes": self.num_classes, "global_pool": self.global_pool}
         like = next(self.parameters())
         self.head.to(device=like.device, dtype=like.dtype).apply(init_linear)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only the blocks' inputs and compute their insides again in the backward pass."""
-        self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimiser should not decay: biases, norms and LayerScale."""

@@ -1,26 +1,39 @@
-"""What the backbones share."""
+"""What all models share: their config, gradient checkpointing, and how linear layers begin."""
 
-from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from spatial_decay.layers import AttentionOptions
-from spatial_decay.precision import check_like_weights
-
-__all__ = ["check_images", "check_options", "checkpoint_block", "init_linear"]
+__all__ = ["Model", "init_linear", "run_block"]
 
 
-def check_options(model: str, options: Mapping[str, object], own: str = "") -> None:
-    """Raise TypeError where options are no keywords of SpatialDecayAttention; own: what else there is, in words."""
-    if unknown := set(options) - set(AttentionOptions.__annotations__):
-        raise TypeError(
-            f"{model} has no keyword {', '.join(sorted(unknown))}: {own}those for all blocks are "
-            f"{', '.join(AttentionOptions.__annotations__)}."
-        )
+class Model(nn.Module):
+    """A model that is rebuilt from its arguments, whose blocks can be computed again in the backward pass.
+
+    Attributes:
+        config: The arguments, JSON values: the class called with them gives the same structure. See keeps_config.
+        grad_checkpointing: See set_grad_checkpointing.
+    """
+
+    config: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only the blocks' inputs and compute their insides again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    @property
+    def _is_checkpointing(self) -> bool:
+        return self.grad_checkpointing and self.training
 
 
-def checkpoint_block(block: nn.Module, x: Tensor, *arguments: object) -> Tensor:
-    """Run a block, keeping only its inputs for the backward pass."""
+def run_block(block: nn.Module, x: Tensor, *arguments: object, checkpointing: bool) -> Tensor:
+    """block(x, *arguments); checkpointing: keep only these for the backward pass."""
+    if not checkpointing:
+        return block(x, *arguments)
     from torch.utils.checkpoint import checkpoint  # before torch 2.7 this pulls in sympy, 0.3 s
 
     return checkpoint(block, x, *arguments, use_reentrant=False)
@@ -32,12 +45,3 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def check_images(x: Tensor, in_chans: int, weight: object, what: str = "images") -> None:
-    """Floating point (B, in_chans, H, W), on the device and in the dtype of weight."""
-    if not x.is_floating_point():
-        raise TypeError(f"{what} must be floating point: got {x.dtype}. Convert them first, for instance x / 255.")
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"{what} must be (B, {in_chans}, H, W): got shape {tuple(x.shape)}.")
-    check_like_weights(what, x, weight)

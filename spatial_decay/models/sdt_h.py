@@ -2,30 +2,37 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias, get_args, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, SDTBlock
-from spatial_decay.layers.kinds import as_kind
+from spatial_decay.layers.kinds import DecayLike, as_kind
+from spatial_decay.layers.patch import check_images
+from spatial_decay.layout import Grid
 from spatial_decay.models.backbone import Backbone, block_numbers
-from spatial_decay.models.common import check_images, check_options, checkpoint_block, init_linear
+from spatial_decay.models.common import init_linear, run_block
+from spatial_decay.models.config import keeps_config
+from spatial_decay.models.per_stage import PerStage, num_stages, per_stage
+from spatial_decay.models.registry import IMAGENET, ImageSettings, register
 
-__all__ = ["SDTH", "SDTHOptions", "sdt_h_base", "sdt_h_small", "sdt_h_tiny"]
+__all__ = ["SDTH", "SIZES", "SDTHOptions", "sdt_h_base", "sdt_h_small", "sdt_h_tiny"]
+
+MapPool: TypeAlias = Literal["avg", ""]
 
 
 class SDTHOptions(AttentionOptions, total=False):
-    """The keywords of SDTH; a list holds one value a stage."""
+    """The keywords of SDTH."""
 
-    embed_dims: Sequence[int]
-    depths: Sequence[int]
-    num_heads: Sequence[int]
-    mlp_ratios: Sequence[float]
-    decay: Any
-    init_values: Sequence[float | None]
-    global_pool: str
+    embed_dims: PerStage[int]
+    depths: PerStage[int]
+    num_heads: PerStage[int]
+    mlp_ratios: PerStage[float]
+    decay: PerStage[DecayLike]
+    init_values: PerStage[float | None]
+    global_pool: MapPool
     drop_rate: float
     drop_path_rate: float
     projection_dim: int
@@ -39,15 +46,18 @@ class SDTH(Backbone):
     with batch norm and swish, the mean over the map, a classifier. Any image size from the total stride up: at each
     stride-2 convolution a size n becomes ceil(n / 2).
 
+    What each stage has of its own is one value for all stages or a list with one a stage; the lists say how many
+    stages there are.
+
     Args:
         num_classes: Outputs of the classifier; 0 leaves it out, and forward gives the pooled features.
         in_chans: Channels of the image.
-        embed_dims: D of each stage.
-        depths: Blocks of each stage.
-        num_heads: N of each stage.
+        embed_dims: D, of each stage.
+        depths: Blocks, of each stage.
+        num_heads: N, of each stage.
         mlp_ratios: Width of the MLP over D, of each stage.
-        decay: Kind of decay of each stage, see SpatialDecayMask.
-        init_values: First value of LayerScale of each stage; None leaves it out.
+        decay: Kind of decay with its options, of each stage, see SpatialDecayMask.
+        init_values: First value of LayerScale, of each stage; None leaves it out.
         global_pool: "avg", the mean over the map, or "", none: the head gives a map, and num_classes must be 0.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -56,27 +66,29 @@ class SDTH(Backbone):
         options: Keywords of SpatialDecayAttention, for all blocks.
 
     Attributes:
-        config: The arguments, JSON values: SDTH(**model.config) has the same structure.
+        config: The arguments, JSON values, with a list for each stage's own: SDTH(**model.config) has the same
+            structure.
         feature_info: For each stage the name of its module, its channels (num_chs) and its stride (reduction).
 
     Raises:
         ValueError, TypeError: an option that cannot be; the message says what must hold.
     """
 
-    pools: ClassVar[tuple[str, ...]] = ("avg", "")
+    pools: ClassVar[tuple[str, ...]] = get_args(MapPool)
 
+    @keeps_config()
     def __init__(
         self,
         num_classes: int = 1000,
         in_chans: int = 3,
         *,
-        embed_dims: Sequence[int] = (64, 128, 256, 512),
-        depths: Sequence[int] = (2, 2, 8, 2),
-        num_heads: Sequence[int] = (4, 4, 8, 16),
-        mlp_ratios: Sequence[float] = (3, 3, 3, 3),
-        decay: Any = ("decomposed", "decomposed", "full", "full"),
-        init_values: Sequence[float | None] = (None, None, None, None),
-        global_pool: str = "avg",
+        embed_dims: PerStage[int] = (64, 128, 256, 512),
+        depths: PerStage[int] = (2, 2, 8, 2),
+        num_heads: PerStage[int] = (4, 4, 8, 16),
+        mlp_ratios: PerStage[float] = 3,
+        decay: PerStage[DecayLike] = ("decomposed", "decomposed", "full", "full"),
+        init_values: PerStage[float | None] = None,
+        global_pool: MapPool = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         projection_dim: int = 1024,
@@ -84,27 +96,20 @@ class SDTH(Backbone):
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(in_chans, drop_rate=drop_rate)
-        stages: dict[str, Sequence[Any]] = {
-            "embed_dims": embed_dims,
-            "depths": depths,
-            "num_heads": num_heads,
-            "mlp_ratios": mlp_ratios,
-            "decay": [as_kind(d).resolved().config for d in decay],
-            "init_values": init_values,
-        }
-        _check_stages(stages)
-        check_options("SDTH", options, "its own are the per-stage lists, and ")
-        self.config: dict[str, Any] = {
-            "num_classes": num_classes,
-            "in_chans": in_chans,
-            **{name: list(values) for name, values in stages.items()},
-            "global_pool": global_pool,
-            "drop_rate": drop_rate,
-            "drop_path_rate": drop_path_rate,
-            "projection_dim": projection_dim,
-            "stem_stride": stem_stride,
-            **options,
-        }
+        count = num_stages(
+            embed_dims=embed_dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            decay=decay,
+            init_values=init_values,
+        )
+        embed_dims, depths, num_heads = (per_stage(value, count) for value in (embed_dims, depths, num_heads))
+        mlp_ratios, init_values = per_stage(mlp_ratios, count), per_stage(init_values, count)
+        decays: list[DecayLike] = per_stage(decay, count)
+        kinds = [as_kind(kind).resolved() for kind in decays]
+        lists = (embed_dims, depths, num_heads, mlp_ratios, [kind.config for kind in kinds], init_values)
+        self.config |= dict(zip(_PER_STAGE, lists, strict=True))
         self.embed_dims = tuple(embed_dims)
         self.num_features, self.head_hidden_size = embed_dims[-1], projection_dim or embed_dims[-1]
         self.feature_info = [
@@ -122,7 +127,7 @@ class SDTH(Backbone):
                 num_heads[i],
                 drop_paths=drop_paths[ends[i] - depths[i] : ends[i]],
                 mlp_ratio=mlp_ratios[i],
-                decay=decay[i],
+                decay=kinds[i],
                 init_values=init_values[i],
                 **options,
             )
@@ -155,6 +160,7 @@ class SDTH(Backbone):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
+    @overload
     def forward_intermediates(
         self,
         x: Tensor,
@@ -162,9 +168,32 @@ class SDTH(Backbone):
         *,
         norm: bool = False,
         stop_early: bool = False,
-        output_fmt: str = "NCHW",
+        output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
+        intermediates_only: Literal[False] = False,
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
+        intermediates_only: Literal[True],
+    ) -> list[Tensor]: ...
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Feature maps of the stages, for detection and segmentation.
 
         Args:
@@ -194,7 +223,7 @@ class SDTH(Backbone):
         for i, stage in enumerate(self.stages):
             if stop_early and i > max(wanted):
                 break
-            x = stage(x, checkpoint_blocks=self.grad_checkpointing and self.training)
+            x = stage(x, checkpointing=self._is_checkpointing)
             if i in wanted:
                 maps.append(x)
         maps = maps if output_fmt == "NHWC" else [features.permute(0, 3, 1, 2) for features in maps]
@@ -274,66 +303,69 @@ class _Stage(nn.Module):
         self.downsample = nn.Identity() if in_dim is None else Downsample(in_dim, dim)
         self.blocks = nn.ModuleList(SDTBlock(dim, num_heads, drop_path=rate, **block_options) for rate in drop_paths)
 
-    def forward(self, x: Tensor, *, checkpoint_blocks: bool) -> Tensor:
+    def forward(self, x: Tensor, *, checkpointing: bool) -> Tensor:
         x = self.downsample(x)
+        grid = Grid(x.shape[1], x.shape[2])
+        tokens = x.flatten(1, 2)  # (B, L, D)
         for block in self.blocks:
-            x = checkpoint_block(block, x) if checkpoint_blocks else block(x)
-        return x
+            tokens = run_block(block, tokens, grid, checkpointing=checkpointing)
+        return tokens.reshape(x.shape)
 
 
 _PER_STAGE = ("embed_dims", "depths", "num_heads", "mlp_ratios", "decay", "init_values")
 
-
-def _check_stages(stages: dict[str, Sequence[Any]]) -> None:
-    for name, values in stages.items():
-        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise ValueError(f"{name} must be a list with one value a stage: got {values!r}.")
-    lengths = {name: len(values) for name, values in stages.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(
-            "every per-stage list must have one value a stage: got "
-            + ", ".join(f"{length} {name}" for name, length in lengths.items())
-            + ". Pass lists of the same length."
-        )
-
-
-_TINY: SDTHOptions = {
-    "embed_dims": (64, 128, 256, 512),
-    "depths": (2, 2, 8, 2),
-    "num_heads": (4, 4, 8, 16),
-    "mlp_ratios": (3, 3, 3, 3),
-    "drop_path_rate": 0.1,
-    "gate_rank": 4,
+SIZES: dict[str, SDTHOptions] = {
+    "tiny": {
+        "embed_dims": (64, 128, 256, 512),
+        "depths": (2, 2, 8, 2),
+        "num_heads": (4, 4, 8, 16),
+        "mlp_ratios": 3,
+        "drop_path_rate": 0.1,
+    },
+    "small": {
+        "embed_dims": (64, 128, 256, 512),
+        "depths": (3, 4, 18, 4),
+        "num_heads": (4, 4, 8, 16),
+        "mlp_ratios": (4, 4, 3, 3),
+        "drop_path_rate": 0.15,
+    },
+    "base": {
+        "embed_dims": (80, 160, 320, 512),
+        "depths": (4, 8, 25, 8),
+        "num_heads": (5, 5, 10, 16),
+        "mlp_ratios": (4, 4, 3, 3),
+        "init_values": (None, None, 1e-6, 1e-6),
+        "drop_path_rate": 0.4,
+    },
+    "large": {
+        "embed_dims": (112, 224, 448, 640),
+        "depths": (4, 8, 25, 8),
+        "num_heads": (7, 7, 14, 20),
+        "mlp_ratios": (4, 4, 3, 3),
+        "init_values": (None, None, 1e-6, 1e-6),
+        "drop_path_rate": 0.5,
+    },
 }
-_SMALL: SDTHOptions = {
-    "embed_dims": (64, 128, 256, 512),
-    "depths": (3, 4, 18, 4),
-    "num_heads": (4, 4, 8, 16),
-    "mlp_ratios": (4, 4, 3, 3),
-    "drop_path_rate": 0.15,
-    "gate_rank": 4,
-}
-_BASE: SDTHOptions = {
-    "embed_dims": (80, 160, 320, 512),
-    "depths": (4, 8, 25, 8),
-    "num_heads": (5, 5, 10, 16),
-    "mlp_ratios": (4, 4, 3, 3),
-    "init_values": (None, None, 1e-6, 1e-6),
-    "drop_path_rate": 0.4,
-    "gate_rank": 4,
-}
+"""Those that RMT and SDT-H have in common; `large` is RMT's alone."""
+
+# How RMT's authors prepare images (256 / 224 of the size, then the centre); SDT-H has no weights that say otherwise.
+IMAGES = ImageSettings(first_conv="stem.proj.0", crop_pct=0.875, mean=IMAGENET[0], std=IMAGENET[1], pool_size=(7, 7))
+_SDT_H: SDTHOptions = {"gate_rank": 4}
 
 
+@register(SDTH, IMAGES)
 def sdt_h_tiny(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[SDTHOptions]) -> SDTH:
     """SDT-H-T of Table 1: 14 million parameters, 2.7 GFLOPs at 224 x 224; overrides are SDTH's keywords."""
-    return SDTH(num_classes, in_chans, **(_TINY | overrides))
+    return SDTH(num_classes, in_chans, **(SIZES["tiny"] | _SDT_H | overrides))
 
 
+@register(SDTH, IMAGES)
 def sdt_h_small(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[SDTHOptions]) -> SDTH:
     """SDT-H-S of Table 1: 27 million parameters, 4.8 GFLOPs at 224 x 224; overrides are SDTH's keywords."""
-    return SDTH(num_classes, in_chans, **(_SMALL | overrides))
+    return SDTH(num_classes, in_chans, **(SIZES["small"] | _SDT_H | overrides))
 
 
+@register(SDTH, IMAGES)
 def sdt_h_base(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[SDTHOptions]) -> SDTH:
     """SDT-H-B of Table 1: 54 million parameters, 10.8 GFLOPs at 224 x 224; overrides are SDTH's keywords."""
-    return SDTH(num_classes, in_chans, **(_BASE | overrides))
+    return SDTH(num_classes, in_chans, **(SIZES["base"] | _SDT_H | overrides))

@@ -5,7 +5,6 @@ output gate and no rotary embedding it is DiT.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,11 @@ from typing_extensions import Unpack
 from spatial_decay.features import as_tokens
 from spatial_decay.layers import AttentionOptions, ConvMlp, SpatialDecayAttention
 from spatial_decay.layers.kinds import DecayLike, as_kind
-from spatial_decay.layout import Grid, LayoutLike
-from spatial_decay.models.common import check_images, check_options, checkpoint_block
+from spatial_decay.layers.patch import PatchEmbed, size_in_patches
+from spatial_decay.layout import Grid, GridSize, LayoutLike
+from spatial_decay.models.common import Model, run_block
+from spatial_decay.models.config import keeps_config
+from spatial_decay.models.registry import register
 
 __all__ = [
     "SDTP",
@@ -54,7 +56,7 @@ class SDTPBlock(nn.Module):
         dim: D.
         num_heads: N.
         mlp_ratio: Width of the MLP over D.
-        decay: Kind of decay, see SpatialDecayMask.
+        decay: Kind of decay with its options, see SpatialDecayMask.
         options: Further keywords of SpatialDecayAttention.
     """
 
@@ -75,19 +77,20 @@ class SDTPBlock(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x: Tensor, condition: Tensor, layout: LayoutLike = None) -> Tensor:
-        """Tokens (B, L, D) of a grid and the condition (B, D) -> (B, L, D)."""
+        """Tokens (B, L, D) or a map (B, H, W, D), and the condition (B, D) -> the same shape; layout as in SDTBlock."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
-        x, layout = as_tokens(x, layout, dim=self.attn.dim)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, layout)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2, layout)
+        tokens, layout = as_tokens(x, layout, dim=self.attn.dim)
+        tokens = tokens + gate1 * self.attn(self.norm1(tokens) * (1 + scale1) + shift1, layout)
+        tokens = tokens + gate2 * self.mlp(self.norm2(tokens) * (1 + scale2) + shift2, layout)
+        return tokens.reshape(x.shape)
 
 
-class SDTP(nn.Module):
+class SDTP(Model):
     """Noisy latents, timesteps and labels -> noise and, with learn_sigma, what the variance is interpolated by.
 
     Args:
-        input_size: Side of the latents that it is meant for. Any size that is a multiple of patch_size runs, square or
-            not: positions are computed for each call. Kind `gaussian` starts from this one.
+        input_size: Of the latents that it is meant for: their side, or (H, W). Any size that is a multiple of
+            patch_size runs: positions are computed for each call. Kind `gaussian` starts from this one.
         patch_size: Side of a patch.
         in_channels: Channels of the latents.
         num_classes: 0: unconditional, forward takes no labels.
@@ -95,7 +98,7 @@ class SDTP(nn.Module):
         depth: Blocks.
         num_heads: N.
         mlp_ratio: Width of the MLP over D.
-        decay: Kind of decay, see SpatialDecayMask.
+        decay: Kind of decay with its options, see SpatialDecayMask.
         class_dropout_prob: In training, the share of labels replaced by the "no class" num_classes, which
             classifier-free guidance needs. 0: there is no such class.
         learn_sigma: Twice as many channels come out.
@@ -115,9 +118,10 @@ class SDTP(nn.Module):
         torch.Size([2, 8, 8, 8])
     """
 
+    @keeps_config(lpe_kernel_size=3, gate_rank=48)
     def __init__(
         self,
-        input_size: int = 32,
+        input_size: int | GridSize = 32,
         patch_size: int = 2,
         in_channels: int = 4,
         num_classes: int = 1000,
@@ -134,41 +138,21 @@ class SDTP(nn.Module):
         super().__init__()
         if dim % 4:
             raise ValueError(f"dim must be a multiple of 4, for sines and cosines of h and w: got {dim}.")
-        if patch_size < 1 or input_size < patch_size or input_size % patch_size:
-            raise ValueError(
-                f"input_size must be a multiple of patch_size: got input_size={input_size}, patch_size={patch_size}."
-            )
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must satisfy 0 <= class_dropout_prob < 1: got {class_dropout_prob}.")
-        check_options("SDTP", options)
-        side = input_size // patch_size
-        kind = as_kind(decay).resolved(initial_grid_size=(side, side))
-        self.config: dict[str, Any] = {
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "dim": dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "decay": kind.config,
-            "class_dropout_prob": class_dropout_prob,
-            "learn_sigma": learn_sigma,
-            **options,
-        }
+        grid_size = size_in_patches("input_size", input_size, patch_size)
+        kind = as_kind(decay).resolved(initial_grid_size=grid_size)
+        self.config["decay"] = kind.config
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.class_dropout_prob = class_dropout_prob
         self.dim = dim
-        self.grad_checkpointing = False
 
-        self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.patch_embed = PatchEmbed(in_channels, dim, patch_size=patch_size, images="latents")
         self.t_embed = nn.Sequential(nn.Linear(_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.y_embed = nn.Embedding(num_classes + (class_dropout_prob > 0), dim) if num_classes else None
-        defaults: AttentionOptions = {"lpe_kernel_size": 3, "gate_rank": 48}
         self.blocks = nn.ModuleList(
-            SDTPBlock(dim, num_heads, mlp_ratio=mlp_ratio, decay=kind, **(defaults | options)) for _ in range(depth)
+            SDTPBlock(dim, num_heads, mlp_ratio=mlp_ratio, decay=kind, **options) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(dim, 2 * dim)
@@ -193,10 +177,7 @@ class SDTP(nn.Module):
         tokens, grid = self._embed(x)
         condition = self._condition(x, t, y)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                tokens = checkpoint_block(block, tokens, condition, grid)
-            else:
-                tokens = block(tokens, condition, grid)
+            tokens = run_block(block, tokens, condition, grid, checkpointing=self._is_checkpointing)
         shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, -1)
         return self._to_latents(self.head(self.norm(tokens) * (1 + scale) + shift), grid)
 
@@ -234,28 +215,18 @@ class SDTP(nn.Module):
         guided = without + cfg_scale * (with_class - without)
         return torch.cat([torch.cat([guided, guided]), others], 1)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only the blocks' inputs and compute their insides again in the backward pass."""
-        self.grad_checkpointing = enable
-
     def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Latents -> patches with positions, (B, L, D), and their grid."""
-        check_images(x, self.in_channels, self.patch_embed.weight, what="latents")
-        if any(size < self.patch_size or size % self.patch_size for size in x.shape[2:]):
-            raise ValueError(
-                f"height and width of latents must be multiples of patch_size = {self.patch_size}: got {x.shape[2]} x "
-                f"{x.shape[3]}. Resize or pad them."
-            )
-        maps = self.patch_embed(x)
-        grid = Grid(maps.shape[2], maps.shape[3])
+        maps = self.patch_embed(x)  # (B, H, W, D)
+        grid = Grid(maps.shape[1], maps.shape[2])
         positions = sincos_positions(self.dim, grid, device=x.device)
-        return maps.flatten(2).transpose(1, 2) + positions.to(maps.dtype), grid
+        return maps.flatten(1, 2) + positions.to(maps.dtype), grid
 
     def _condition(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Timesteps and labels as one vector an image, (B, D)."""
         if t.shape != x.shape[:1]:
             raise ValueError(f"timesteps must be ({len(x)},), one a latent: got shape {tuple(t.shape)}.")
-        condition: Tensor = self.t_embed(_timestep_features(t).to(self.patch_embed.weight.dtype))
+        condition: Tensor = self.t_embed(_timestep_features(t).to(self.patch_embed.proj.weight.dtype))
         if self.y_embed is None:
             if y is not None:
                 raise ValueError("a model with num_classes=0 takes no labels: got some. Leave y out.")
@@ -298,8 +269,8 @@ class SDTP(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]  # a Conv2d built with one
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]  # a Conv2d built with one
         for module in (*self.t_embed, self.y_embed):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -327,8 +298,9 @@ def _timestep_features(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
+@register(SDTP)
 def sdt_p_small(
-    input_size: int = 32,
+    input_size: int | GridSize = 32,
     patch_size: int = 2,
     in_channels: int = 4,
     num_classes: int = 1000,
@@ -339,8 +311,9 @@ def sdt_p_small(
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))
 
 
+@register(SDTP)
 def sdt_p_base(
-    input_size: int = 32,
+    input_size: int | GridSize = 32,
     patch_size: int = 2,
     in_channels: int = 4,
     num_classes: int = 1000,
@@ -351,8 +324,9 @@ def sdt_p_base(
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))
 
 
+@register(SDTP)
 def sdt_p_large(
-    input_size: int = 32,
+    input_size: int | GridSize = 32,
     patch_size: int = 2,
     in_channels: int = 4,
     num_classes: int = 1000,
@@ -363,8 +337,9 @@ def sdt_p_large(
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))
 
 
+@register(SDTP)
 def sdt_p_xlarge(
-    input_size: int = 32,
+    input_size: int | GridSize = 32,
     patch_size: int = 2,
     in_channels: int = 4,
     num_classes: int = 1000,

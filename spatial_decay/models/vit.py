@@ -1,7 +1,7 @@
 """A plain ViT with any kind of decay, and LocAtViT (Hajimiri et al. 2026), which is one with Gaussians and PRR."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,17 @@ from typing_extensions import Unpack
 from spatial_decay.features import tokens_to_map
 from spatial_decay.layers import AttentionOptions, PatchRepresentationRefinement, SDTBlock
 from spatial_decay.layers.kinds import DecayLike, as_kind
+from spatial_decay.layers.patch import PatchEmbed, size_in_patches
 from spatial_decay.layout import Grid, GridSize
 from spatial_decay.models.backbone import Backbone, block_numbers
-from spatial_decay.models.common import check_images, check_options, checkpoint_block, init_linear
+from spatial_decay.models.common import init_linear, run_block
+from spatial_decay.models.config import keeps_config
+from spatial_decay.models.registry import ImageSettings, register
 
 __all__ = ["ViT", "ViTOptions", "locatvit_base", "locatvit_small", "locatvit_tiny"]
+
+_Features: TypeAlias = list[Tensor] | list[tuple[Tensor, Tensor]]
+TokenPool: TypeAlias = Literal["token", "avg", "prr", ""]
 
 _CAN_ASK_FREELY = torch.__version__ >= "2.9"  # torch 2.6 cannot trace the question
 
@@ -23,7 +29,7 @@ _CAN_ASK_FREELY = torch.__version__ >= "2.9"  # torch 2.6 cannot trace the quest
 class ViTOptions(AttentionOptions, total=False):
     """The keywords of ViT."""
 
-    img_size: int
+    img_size: int | GridSize
     patch_size: int
     dim: int
     depth: int
@@ -32,7 +38,7 @@ class ViTOptions(AttentionOptions, total=False):
     decay: DecayLike
     class_token: bool
     num_registers: int
-    global_pool: str
+    global_pool: TokenPool
     init_values: float | None
     drop_rate: float
     drop_path_rate: float
@@ -47,13 +53,15 @@ class ViT(Backbone):
     Args:
         num_classes: Outputs of the classifier; 0 leaves it out, and forward gives the pooled features.
         in_chans: Channels of the image.
-        img_size: Side of the images that the positions are learned on; also what kind `gaussian` starts from.
+        img_size: Of the images that the positions are learned on: their side, or (H, W). Kind `gaussian` starts from
+            it too.
         patch_size: Side of a patch.
         dim: D.
         depth: Blocks.
         num_heads: N.
         mlp_ratio: Width of the MLP over D.
-        decay: Kind of decay, see SpatialDecayMask. The decomposed kinds need class_token=False and no registers.
+        decay: Kind of decay with its options, see SpatialDecayMask. The decomposed kinds need class_token=False and no
+            registers.
         class_token: Have one, first in the sequence.
         num_registers: Register tokens, behind it.
         global_pool: What the classifier reads: "token", the class token; "avg", the mean of the patches; "prr", after
@@ -77,14 +85,15 @@ class ViT(Backbone):
         torch.Size([2, 10])
     """
 
-    pools: ClassVar[tuple[str, ...]] = ("token", "avg", "prr", "")
+    pools: ClassVar[tuple[str, ...]] = get_args(TokenPool)
 
+    @keeps_config(rope="none", lpe_kernel_size=0, gate_rank=0)
     def __init__(
         self,
         num_classes: int = 1000,
         in_chans: int = 3,
         *,
-        img_size: int = 224,
+        img_size: int | GridSize = 224,
         patch_size: int = 16,
         dim: int = 192,
         depth: int = 12,
@@ -93,49 +102,26 @@ class ViT(Backbone):
         decay: DecayLike = "none",
         class_token: bool = True,
         num_registers: int = 0,
-        global_pool: str = "token",
+        global_pool: TokenPool = "token",
         init_values: float | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(in_chans, drop_rate=drop_rate)
-        if patch_size < 1 or img_size < patch_size or img_size % patch_size:
-            raise ValueError(
-                f"img_size must be a multiple of patch_size: got img_size={img_size}, patch_size={patch_size}."
-            )
-        check_options("ViT", options)
-        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.grid_size = size_in_patches("img_size", img_size, patch_size)
         kind = as_kind(decay).resolved(initial_grid_size=self.grid_size)
-        self.config: dict[str, Any] = {
-            "num_classes": num_classes,
-            "in_chans": in_chans,
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "dim": dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "decay": kind.config,
-            "class_token": class_token,
-            "num_registers": num_registers,
-            "global_pool": global_pool,
-            "init_values": init_values,
-            "drop_rate": drop_rate,
-            "drop_path_rate": drop_path_rate,
-            **options,
-        }
+        self.config["decay"] = kind.config
         self.patch_size = patch_size
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.feature_info = [{"module": f"blocks.{i}", "num_chs": dim, "reduction": patch_size} for i in range(depth)]
         self.num_prefix_tokens = int(class_token) + num_registers
 
-        self.patch_embed = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.patch_embed = PatchEmbed(in_chans, dim, patch_size=patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, num_registers, dim)) if num_registers else None
         num_tokens = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim))
-        defaults: AttentionOptions = {"rope": "none", "lpe_kernel_size": 0, "gate_rank": 0}
         self.blocks = nn.ModuleList(
             SDTBlock(
                 dim,
@@ -147,7 +133,7 @@ class ViT(Backbone):
                 pos_kernel_size=0,
                 mlp_kernel_size=0,
                 num_prefix_tokens=self.num_prefix_tokens,
-                **(defaults | options),
+                **options,
             )
             for i in range(depth)
         )
@@ -170,7 +156,7 @@ class ViT(Backbone):
         """Images (B, in_chans, H, W) -> tokens (B, P + L, D) behind the last norm; class token and registers first."""
         tokens, grid = self._embed(x)
         for block in self.blocks:
-            tokens = self._run(block, tokens, grid)
+            tokens = run_block(block, tokens, grid, checkpointing=self._is_checkpointing)
         return self.norm(tokens)
 
     def forward_head(self, tokens: Tensor, *, pre_logits: bool = False) -> Tensor:
@@ -183,6 +169,58 @@ class ViT(Backbone):
         x = self.head_drop(x)  # (B, D), or all tokens
         return x if pre_logits else self.head(x)
 
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: Literal[False] = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: Literal[False] = False,
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: Literal[False] = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: Literal[True],
+    ) -> list[Tensor]: ...
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: Literal[True],
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: Literal[False] = False,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]: ...
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: Literal[True],
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: Literal[True],
+    ) -> list[tuple[Tensor, Tensor]]: ...
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -191,9 +229,9 @@ class ViT(Backbone):
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
-        output_fmt: str = "NCHW",
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> _Features | tuple[Tensor, _Features]:
         """Patch features behind blocks, for detection and segmentation.
 
         Args:
@@ -223,13 +261,13 @@ class ViT(Backbone):
         for i, block in enumerate(self.blocks):
             if stop_early and i > max(wanted):
                 break
-            tokens = self._run(block, tokens, grid)
+            tokens = run_block(block, tokens, grid, checkpointing=self._is_checkpointing)
             if i in wanted:
                 taken.append(self.norm(tokens) if norm else tokens)
         prefixes, patches = zip(*(t.split((grid.num_prefix_tokens, grid.num_patches), 1) for t in taken), strict=True)
         if output_fmt == "NCHW":
             patches = tuple(tokens_to_map(t, grid) for t in taken)
-        features = list(zip(patches, prefixes, strict=True)) if return_prefix_tokens else list(patches)
+        features: _Features = list(zip(patches, prefixes, strict=True)) if return_prefix_tokens else list(patches)
         return features if intermediates_only else (self.norm(tokens), features)
 
     def forward_maps(self, x: Tensor) -> Tensor:
@@ -291,17 +329,11 @@ class ViT(Backbone):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Patches with positions behind class token and registers, (B, P + L, D), and their grid."""
-        check_images(x, self.in_chans, self.patch_embed.weight)
-        if any(size < self.patch_size or size % self.patch_size for size in x.shape[2:]):
-            raise ValueError(
-                f"height and width of images must be multiples of patch_size = {self.patch_size}: got {x.shape[2]} x "
-                f"{x.shape[3]}. Resize or pad them."
-            )
-        maps = self.patch_embed(x)
-        grid = Grid(maps.shape[2], maps.shape[3], self.num_prefix_tokens)
+        maps = self.patch_embed(x)  # (B, H, W, D)
+        grid = Grid(maps.shape[1], maps.shape[2], self.num_prefix_tokens)
         first = [token for token in (self.cls_token, self.reg_token) if token is not None]
         prefix = [token.expand(x.shape[0], -1, -1).to(maps.dtype) for token in first]
-        return torch.cat([*prefix, maps.flatten(2).transpose(1, 2)], 1) + self._positions(grid), grid
+        return torch.cat([*prefix, maps.flatten(1, 2)], 1) + self._positions(grid), grid
 
     def _positions(self, grid: Grid) -> Tensor:
         """Of a grid, (1, P + L, D)."""
@@ -311,11 +343,6 @@ class ViT(Backbone):
         maps = patches.transpose(1, 2).unflatten(2, self.grid_size)
         resized = F.interpolate(maps.float(), grid.size, mode="bicubic", antialias=True, align_corners=False)
         return torch.cat([prefix, resized.to(patches.dtype).flatten(2).transpose(1, 2)], 1)
-
-    def _run(self, block: nn.Module, tokens: Tensor, grid: Grid) -> Tensor:
-        if self.grad_checkpointing and self.training:
-            return checkpoint_block(block, tokens, grid)
-        return block(tokens, grid)
 
 
 def _is_known_equal(a: GridSize, b: GridSize) -> bool:
@@ -328,18 +355,25 @@ def _is_known_equal(a: GridSize, b: GridSize) -> bool:
 
 
 _LOCATVIT: ViTOptions = {"decay": "gaussian", "global_pool": "prr"}
+# Its authors prepare images as timm does for plain ViTs; features_only gives the last three blocks, as there.
+_IMAGES = ImageSettings(
+    first_conv="patch_embed.proj", crop_pct=0.9, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), num_maps=3
+)
 
 
+@register(ViT, _IMAGES)
 def locatvit_tiny(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[ViTOptions]) -> ViT:
     """LocAtViT-Ti: 12 blocks of width 192, 3 heads; 5.72 million parameters; overrides are ViT's keywords."""
     return ViT(num_classes, in_chans, **(_LOCATVIT | ViTOptions(dim=192, num_heads=3) | overrides))
 
 
+@register(ViT, _IMAGES)
 def locatvit_small(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[ViTOptions]) -> ViT:
     """LocAtViT-S: 12 blocks of width 384, 6 heads; 22.05 million parameters; overrides are ViT's keywords."""
     return ViT(num_classes, in_chans, **(_LOCATVIT | ViTOptions(dim=384, num_heads=6) | overrides))
 
 
+@register(ViT, _IMAGES)
 def locatvit_base(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[ViTOptions]) -> ViT:
     """LocAtViT-B: 12 blocks of width 768, 12 heads; 86.57 million parameters; overrides are ViT's keywords."""
     return ViT(num_classes, in_chans, **(_LOCATVIT | ViTOptions(dim=768, num_heads=12) | overrides))

@@ -29,14 +29,16 @@ def read(name: str) -> Golden:
 
 def make_rmt(golden: Golden, **options: Any) -> sd.SDTH:
     config = golden.config
-    return sd.rmt_tiny(
+    return sd.models.rmt_tiny(
         config["num_classes"],
         embed_dims=config["embed_dims"],
         depths=config["depths"],
         num_heads=config["num_heads"],
         mlp_ratios=config["mlp_ratios"],
-        heads_ranges=config["heads_ranges"],
-        decays=["fixed_decomposed" if decomposed else "fixed" for decomposed in config["chunkwise_recurrents"]],
+        decay=[
+            {"kind": "fixed_decomposed" if decomposed else "fixed", "heads_range": heads_range}
+            for decomposed, heads_range in zip(config["chunkwise_recurrents"], config["heads_ranges"], strict=True)
+        ],
         projection_dim=config["projection"],
         **options,
     )
@@ -44,7 +46,7 @@ def make_rmt(golden: Golden, **options: Any) -> sd.SDTH:
 
 def make_locatvit(golden: Golden, **options: Any) -> sd.ViT:
     config = golden.config
-    return sd.locatvit_tiny(
+    return sd.models.locatvit_tiny(
         config["num_classes"],
         img_size=config["img_size"],
         patch_size=config["patch_size"],

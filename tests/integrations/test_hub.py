@@ -14,8 +14,7 @@ TWO_STAGES = {
     "depths": [1, 1],
     "num_heads": [2, 2],
     "mlp_ratios": [2, 2],
-    "decays": ["decomposed", "full"],
-    "heads_ranges": [4, 6],
+    "decay": [sd.kinds.FixedDecomposed(heads_range=6), {"kind": "full", "gate_bias": True}],
     "init_values": [None, 1e-6],
     "projection_dim": 24,
 }
@@ -24,7 +23,7 @@ VIT = {
     "dim": 24,
     "depth": 1,
     "num_heads": 2,
-    "decay": "gaussian",
+    "decay": sd.kinds.Gaussian(initial_grid_size=(3, 4)),
     "global_pool": "prr",
     "num_registers": 1,
 }
@@ -32,7 +31,7 @@ LATENTS = (torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 7])
 CASES = {
     "SDTH": (lambda classes: classes.SDTH(5, **TWO_STAGES), (torch.randn(2, 3, 24, 32),)),
     "SDTP": (lambda classes: classes.SDTP(8, 2, 4, 10, dim=24, depth=1, num_heads=2, gate_rank=4), LATENTS),
-    "ViT": (lambda classes: classes.ViT(5, initial_grid_size=(3, 4), **VIT), (torch.randn(2, 3, 32, 48),)),
+    "ViT": (lambda classes: classes.ViT(5, **VIT), (torch.randn(2, 3, 32, 48),)),
 }
 
 
@@ -82,9 +81,7 @@ def test_a_plain_model_is_saved_too_and_stays_as_it_is(name, tmp_path):
 def test_the_config_holds_class_and_arguments(tmp_path):
     hub.save_pretrained(build("ViT"), tmp_path)
     found = json.loads((tmp_path / "config.json").read_text())
-    assert found == {"class": "ViT", "config": sd.ViT(5, initial_grid_size=[3, 4], **VIT).config} | {
-        "spatial_decay": sd.__version__
-    }
+    assert found == {"class": "ViT", "config": sd.ViT(5, **VIT).config} | {"spatial_decay": sd.__version__}
 
 
 def test_the_builders_models(tmp_path):
@@ -104,7 +101,7 @@ def test_a_new_classifier_is_in_the_config(tmp_path):
 def test_overrides_and_what_fits(tmp_path):
     model = build("ViT")
     hub.save_pretrained(model, tmp_path)
-    assert hub.from_pretrained(tmp_path, backend="math").blocks[0].attn.backend == "math"
+    assert hub.from_pretrained(tmp_path, backend="math").blocks[0].attn.attention.backend == "math"
     with pytest.raises(ValueError, match=r"head.weight: the model has \(9, 24\), the checkpoint \(5, 24\)"):
         hub.from_pretrained(tmp_path, num_classes=9)
     other = hub.from_pretrained(tmp_path, num_classes=9, strict=False)

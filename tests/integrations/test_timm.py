@@ -1,5 +1,6 @@
 """timm's doors: what timm's own model tests ask of a registered model, and our layers in timm's VisionTransformer."""
 
+import copy
 import math
 import pickle
 
@@ -9,9 +10,10 @@ import torch
 
 import spatial_decay as sd
 from spatial_decay.integrations.timm import TimmAttention, TimmBlock, attention_layer, block_layer
+from spatial_decay.models.registry import ENTRIES
 
-HIERARCHICAL = ["sdt_h_tiny", "sdt_h_small", "sdt_h_base", "rmt_tiny", "rmt_small", "rmt_base", "rmt_large"]
 PLAIN = ["locatvit_tiny", "locatvit_small", "locatvit_base"]
+HIERARCHICAL = [name for name, entry in ENTRIES.items() if entry.images is not None and name not in PLAIN]
 every = pytest.mark.parametrize("name", [*HIERARCHICAL, *PLAIN])
 one_of_each = pytest.mark.parametrize("name", ["sdt_h_base", "rmt_tiny", "locatvit_tiny"])
 
@@ -35,7 +37,7 @@ def test_names():
 @pytest.mark.parametrize("name", [*HIERARCHICAL, *PLAIN])
 def test_full_size_is_the_librarys(name):
     with torch.device("meta"):
-        model, ours = timm.create_model(name), getattr(sd, name)()
+        model, ours = timm.create_model(name), getattr(sd.models, name)()
     assert model.config == ours.config
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in ours.named_parameters()}
 
@@ -128,7 +130,7 @@ def test_layer_wise_learning_rates(name):
     model = make(name)
     layer = group_parameters(model, model.group_matcher(), reverse=True)
     assert set(layer) == {n for n, _ in model.named_parameters()}
-    stem = "patch_embed.weight" if name in PLAIN else "stem.proj.0.weight"
+    stem = "patch_embed.proj.weight" if name in PLAIN else "stem.proj.0.weight"
     blocks = [f"blocks.{i}" for i in range(4)] if name in PLAIN else [f"stages.{i}.blocks.{j}" for i, j in BLOCKS]
     order = [layer[stem], *(layer[f"{block}.attn.qkv.weight"] for block in blocks), layer["head.weight"]]
     assert order == list(range(len(blocks) + 2))
@@ -160,10 +162,25 @@ def test_timm_loads_weights_for_other_images_and_classes(name, tmp_path):
     torch.testing.assert_close(other.forward_features(grey), expected, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_images_that_are_not_square():
+    model = make("locatvit_tiny", img_size=(64, 96), num_classes=3).eval()
+    assert model.config["img_size"] == [64, 96]
+    assert model.pos_embed.shape[1] == 1 + 4 * 6
+    assert model.blocks[0].attn.decay.gaussian.initial_grid_size == (4, 6)
+    assert model(torch.randn(1, 3, 64, 96)).shape == model(torch.randn(1, 3, 96, 64)).shape == (1, 3)
+    assert make("locatvit_tiny", img_size=64).config["img_size"] == 64
+
+
 def test_keywords_that_cannot_be_are_refused():
-    assert make("locatvit_tiny", img_size=(64, 64)).config["img_size"] == 64
     for name, keywords, error, says in [
-        ("locatvit_tiny", {"img_size": (64, 96)}, ValueError, r"img_size must be one number.*: got \(64, 96\)"),
+        ("locatvit_tiny", {"img_size": (64, 90)}, ValueError, r"img_size must be a multiple of .*img_size=\(64, 90\)"),
+        (
+            "locatvit_tiny",
+            {"img_size": (64,)},
+            ValueError,
+            r"img_size must be one whole number or \(H, W\): got \(64,\)",
+        ),
         ("rmt_tiny", {"img_size": 64}, TypeError, "rmt_tiny has no keyword img_size: it takes images of any size"),
         ("rmt_tiny", {"global_pool": "max"}, ValueError, "global_pool must be one of 'avg', '': got 'max'"),
         ("sdt_h_tiny", {"window_size": 7}, TypeError, "SDTH has no keyword window_size"),
@@ -261,16 +278,24 @@ def test_training_in_timm(door):
 
 
 def test_options_keep_their_place():
-    model = vit(attn_layer=attention_layer(alpha=0.3, backend="math"), proj_drop_rate=0.2, dtype=torch.bfloat16)
+    model = vit(
+        attn_layer=attention_layer(sd.kinds.Full(alpha=0.3), backend="math"), proj_drop_rate=0.2, dtype=torch.bfloat16
+    )
     attn = model.blocks[0].attn
-    assert (attn.decay.alpha, attn.backend, attn.proj_drop.p) == (0.3, "math", 0.2)
+    assert (attn.decay.kind.alpha, attn.attention.backend, attn.proj_drop.p) == (0.3, "math", 0.2)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert vit(attn_layer=attention_layer(), device="meta").blocks[0].attn.qkv.weight.is_meta
     assert vit(block_fn=block_layer(), init_values=0).blocks[0].ls1.__class__ is torch.nn.Identity
 
 
 @pytest.mark.parametrize(
-    "door", [{"attn_layer": attention_layer(gate_rank=2)}, {"block_fn": block_layer(gate_rank=2)}], ids=door_id
+    "door",
+    [
+        {"attn_layer": attention_layer(gate_rank=2)},
+        {"block_fn": block_layer(sd.kinds.Full(alpha=0.3), gate_rank=2)},
+        {"attn_layer": attention_layer({"kind": "1d", "gate_bias_init": 4.0}, gate_rank=2)},
+    ],
+    ids=door_id,
 )
 @torch.no_grad()
 def test_a_whole_model_can_be_pickled(door):
@@ -278,6 +303,8 @@ def test_a_whole_model_can_be_pickled(door):
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again(x), model(x))
     assert again.blocks[0].attn.output_gate.down.shape[0] == 2
+    assert again.blocks[0].attn.decay.kind == model.blocks[0].attn.decay.kind
+    assert copy.deepcopy(model).blocks[0].attn.decay.kind == model.blocks[0].attn.decay.kind
 
 
 def test_grids_that_timm_does_not_pass_are_refused():

@@ -22,7 +22,7 @@ def close(actual, expected):
 def test_rmt_equals_the_authors_code(backend):
     golden = read("rmt")
     model = make_rmt(golden, backend=backend).eval()
-    report = sd.load_checkpoint(model, golden.state, layout="rmt")
+    report = sd.load_checkpoint(model, golden.state, origin="rmt")
     assert report.is_complete
     assert report.derived
     assert all(".Relpos." in name for name in report.derived)
@@ -35,9 +35,9 @@ def test_locatvit_equals_the_authors_code(backend):
     golden = read("locat")
     model = make_locatvit(golden).eval()
     for block in model.blocks:
-        block.attn.backend = "tiled" if backend == "math" else backend
+        block.attn.attention.backend = "tiled" if backend == "math" else backend
     model.prr.backend = backend
-    assert sd.load_checkpoint(model, golden.state, layout="locatvit").is_complete
+    assert sd.load_checkpoint(model, golden.state, origin="locatvit").is_complete
     images = torch.from_numpy(golden.arrays["io/x"])
     features = model.forward_features(images)
     close(features, golden.arrays["io/features"])
@@ -46,7 +46,12 @@ def test_locatvit_equals_the_authors_code(backend):
 
 @pytest.mark.parametrize(
     ("build", "millions"),
-    [(sd.rmt_tiny, 14.33), (sd.rmt_small, 26.97), (sd.rmt_base, 54.15), (sd.rmt_large, 95.46)],
+    [
+        (sd.models.rmt_tiny, 14.33),
+        (sd.models.rmt_small, 26.97),
+        (sd.models.rmt_base, 54.15),
+        (sd.models.rmt_large, 95.46),
+    ],
 )
 def test_rmt_has_its_published_size(build, millions):
     with torch.device("meta"):
@@ -55,7 +60,11 @@ def test_rmt_has_its_published_size(build, millions):
 
 @pytest.mark.parametrize(
     ("build", "vit"),
-    [(sd.locatvit_tiny, 5_717_416), (sd.locatvit_small, 22_050_664), (sd.locatvit_base, 86_567_656)],
+    [
+        (sd.models.locatvit_tiny, 5_717_416),
+        (sd.models.locatvit_small, 22_050_664),
+        (sd.models.locatvit_base, 86_567_656),
+    ],
 )
 def test_locatvit_is_a_vit_and_three_rows_of_weights_a_block(build, vit):
     """timm's vit_*_patch16_224, and for 12 blocks (64 + 1) * 3 for the Gaussians; PRR has none."""
@@ -64,12 +73,12 @@ def test_locatvit_is_a_vit_and_three_rows_of_weights_a_block(build, vit):
 
 
 def test_structures_are_keywords():
-    model = sd.rmt_tiny(10, depths=[1, 1, 1, 1], embed_dims=[16, 16, 32, 32], num_heads=[1, 1, 2, 2])
-    assert [block.attn.decay.kind for stage in model.stages for block in stage.blocks] == [
+    model = sd.models.rmt_tiny(10, depths=[1, 1, 1, 1], embed_dims=[16, 16, 32, 32], num_heads=[1, 1, 2, 2])
+    assert [block.attn.decay.kind.name for stage in model.stages for block in stage.blocks] == [
         "fixed_decomposed",
         "fixed_decomposed",
         "fixed",
         "fixed",
     ]
     assert model(torch.randn(2, 3, 64, 32)).shape == (2, 10)
-    assert sd.rmt_base().config["init_values"] == [None, None, 1e-6, 1e-6]
+    assert sd.models.rmt_base().config["init_values"] == [None, None, 1e-6, 1e-6]

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import spatial_decay as sd
-from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layers.kinds import KINDS
 from spatial_decay.models import SDTH
 
 SMALL = {
@@ -52,9 +52,9 @@ def test_features_by_index():
             model.forward_intermediates(x, wrong)
 
 
-@pytest.mark.parametrize("kind", DECAY_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains_every_parameter(kind):
-    model = small(decays=[kind] * 4, init_values=[None, 1e-2, None, 1e-2], drop_path_rate=0.0)
+    model = small(decay=kind, init_values=[None, 1e-2, None, 1e-2], drop_path_rate=0.0)
     model(torch.randn(2, 3, 64, 40)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -97,7 +97,7 @@ def test_structure_of_the_tables():
         model = sd.sdt_h_base()
     assert [len(stage.blocks) for stage in model.stages] == [4, 8, 25, 8]
     first = [stage.blocks[0] for stage in model.stages]
-    assert [block.attn.decay.kind for block in first] == ["decomposed", "decomposed", "full", "full"]
+    assert [block.attn.decay.kind.name for block in first] == ["decomposed", "decomposed", "full", "full"]
     assert [block.attn.num_heads for block in first] == [5, 5, 10, 16]
     assert [isinstance(block.ls1, torch.nn.Identity) for block in first] == [True, True, False, False]
     rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
@@ -120,7 +120,7 @@ def test_checkpointing_equals_plain(drop_path_rate):
 
 def test_saved_config_and_weights_give_the_same_logits(tmp_path):
     model = small(
-        decays=["fixed_decomposed", "bidirectional", "full", "1d"], alpha=0.2, init_values=[None, 1e-3, None, 1]
+        decay=["fixed_decomposed", "bidirectional", sd.kinds.Full(alpha=0.2), "1d"], init_values=[None, 1e-3, None, 1]
     )
     model.reset_classifier(7)
     with torch.no_grad():
@@ -186,13 +186,26 @@ def test_impossible_images_are_refused(x, error, says):
         ({"depths": [1, 1]}, ValueError, "one value a stage: got 4 embed_dims, 2 depths, 4 num_heads"),
         ({"stem_stride": 3}, ValueError, "stem_stride must be one of 1, 2, 4: got 3"),
         ({"embed_dims": [15, 32, 48, 64]}, ValueError, "must be even"),
-        ({"decays": ["full", "full", "full", "gauss"]}, ValueError, "got 'gauss'"),
+        ({"decay": ["full", "full", "full", "gauss"]}, ValueError, "got 'gauss'"),
         ({"gate_ranks": 3}, TypeError, "SDTH has no keyword gate_ranks"),
-        ({"heads_range": 4.0}, TypeError, "SDTH has no keyword heads_range: its own are the per-stage lists"),
+        (
+            {"heads_range": 4.0},
+            TypeError,
+            "SDTH has no keyword heads_range: its own are num_classes, in_chans, embed_d",
+        ),
+        ({"heads_range": 4.0}, TypeError, "Options of a kind belong to decay, for instance decay=.*'heads_range'"),
         ({"num_prefix_tokens": 1}, TypeError, "SDTH has no keyword num_prefix_tokens"),
-        ({"decays": "full"}, ValueError, "decays must be a list with one value a stage: got 'full'"),
-        ({"embed_dims": 64}, ValueError, "embed_dims must be a list with one value a stage: got 64"),
-        ({"depths": []}, ValueError, "depths must be a list with one value a stage"),
+        ({"decay": ["full", "1d"]}, ValueError, "one value a stage: got 4 embed_dims, .* 2 decay. Pass lists"),
+        ({"decay": ["full", {"alpha": 1}] * 2}, ValueError, 'a decay as a mapping must say its "kind"'),
+        ({"decay": [{"kind": "1d", "alpha": 1}] * 4}, ValueError, "kind '1d' has the options .*: got alpha"),
+        ({"embed_dims": "64"}, ValueError, "embed_dims must be one value for all stages, or a list .*: got '64'"),
+        ({"init_values": {}}, ValueError, "init_values must be one value for all stages, or a list .*: got {}"),
+        ({"depths": []}, ValueError, r"depths must be one value for all stages, or a list with one .*: got \[\]"),
+        (
+            {"embed_dims": 8, "depths": 1, "num_heads": 1, "decay": "full"},
+            ValueError,
+            "one value a stage: got no list at all. Pass lists of the same length, at least one",
+        ),
     ],
 )
 def test_impossible_options_are_refused(overrides, error, says):

@@ -5,9 +5,9 @@ import torch
 
 import spatial_decay as sd
 from spatial_decay.decay import GaussianDecay
-from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layers.kinds import KINDS
 from spatial_decay.layout import Grid
-from spatial_decay.models.sdt_p import sincos_positions
+from spatial_decay.models.sdt_p import SDTPBlock, sincos_positions
 from tests.golden import make_dit, read
 
 BUILDS = (sd.sdt_p_small, sd.sdt_p_base, sd.sdt_p_large, sd.sdt_p_xlarge)
@@ -30,7 +30,7 @@ def inputs(batch_size=2, size=(8, 8)):
 def test_it_is_dit():
     golden = read("dit")
     model = make_dit(golden, **DIT).eval()
-    report = sd.load_checkpoint(model, golden.state, layout="dit")
+    report = sd.load_checkpoint(model, golden.state, origin="dit")
     assert report.is_complete
     assert report.derived == ("pos_embed",)
     x, t, y = (torch.from_numpy(golden.arrays[f"io/{name}"]) for name in ("x", "t", "labels"))
@@ -43,9 +43,9 @@ def test_it_is_dit():
 def test_a_converted_dit_starts_where_it_was():
     """Under 1 percent, with a gate that begins near zero decay; the report lists what is new."""
     golden = read("dit")
-    options = DIT | {"decay": "full", "gate_bias": True, "gate_bias_init": 6.0}
+    options = DIT | {"decay": sd.kinds.Full(gate_bias_init=6.0)}
     model = make_dit(golden, **options).eval()
-    report = sd.load_checkpoint(model, golden.state, layout="dit")
+    report = sd.load_checkpoint(model, golden.state, origin="dit")
     assert report.is_complete
     assert set(report.new) == {f"blocks.{i}.attn.decay.gate.{name}" for i in range(2) for name in ("weight", "bias")}
     assert "new in the model: blocks.0.attn.decay.gate.weight" in str(report)
@@ -59,8 +59,10 @@ def test_a_checkpoint_of_another_width():
     golden = read("dit")
     model = make_dit(golden, dim=96, **DIT)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"patch_embed.weight: the model has \(96, 4, 2, 2\), the checkpoint \(48, "):
-        sd.load_checkpoint(model, golden.state, layout="dit")
+    with pytest.raises(
+        ValueError, match=r"patch_embed.proj.weight: the model has \(96, 4, 2, 2\), the checkpoint \(48, "
+    ):
+        sd.load_checkpoint(model, golden.state, origin="dit")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -68,7 +70,7 @@ def test_positions_that_are_not_the_fixed_ones():
     golden = read("dit")
     state = golden.state | {"pos_embed": golden.state["pos_embed"] + 0.1}
     with pytest.raises(ValueError, match="not in the model: pos_embed"):
-        sd.load_checkpoint(make_dit(golden, **DIT), state, layout="dit")
+        sd.load_checkpoint(make_dit(golden, **DIT), state, origin="dit")
 
 
 @pytest.mark.parametrize(("build", "millions"), list(zip(BUILDS, (33.5, 131.6, 461.1, 679.1), strict=True)))
@@ -86,7 +88,7 @@ def test_a_fresh_model_gives_zeros():
     assert not model(*inputs()).any()
 
 
-@pytest.mark.parametrize("kind", DECAY_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains(kind):
     model = small(decay=kind).train()
     model(*inputs(size=(4, 12))).square().sum().backward()
@@ -162,7 +164,21 @@ def test_checkpointing_and_config():
 def test_gaussians_start_from_its_grid():
     model = small(decay="gaussian")
     assert model.blocks[0].attn.decay.gaussian.initial_grid_size == (4, 4)
-    assert isinstance(model.blocks[0].attn.decay.bias(torch.randn(1, 16, 48), (4, 4)), GaussianDecay)
+    wide = sd.SDTP((4, 8), 2, 4, 5, dim=48, depth=1, num_heads=3, decay="gaussian")
+    assert wide.blocks[0].attn.decay.gaussian.initial_grid_size == (2, 4)
+    assert isinstance(model.blocks[0].attn.decay.describe(torch.randn(1, 16, 48), (4, 4)), GaussianDecay)
+
+
+@torch.no_grad()
+def test_a_block_takes_layouts_and_maps_as_sdtblock_does():
+    block = SDTPBlock(48, 3)
+    torch.nn.init.normal_(block.modulation.weight, std=0.1)
+    x, condition = torch.randn(2, 3, 5, 48), torch.randn(2, 48)
+    expected = block(x.flatten(1, 2), condition, Grid(3, 5))
+    assert torch.equal(block(x.flatten(1, 2), condition, (3, 5)), expected)
+    assert torch.equal(block(x, condition), expected.view_as(x))
+    with pytest.raises(ValueError, match="without layout, L - num_prefix_tokens must be a square: got L = 15"):
+        block(x.flatten(1, 2), condition)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +208,10 @@ def test_bad_inputs(change, error, says):
         ({"class_dropout_prob": 1.0}, ValueError, "class_dropout_prob must satisfy"),
         ({"num_register": 1}, TypeError, "SDTP has no keyword num_register"),
         ({"patch_size": 3}, ValueError, "input_size must be a multiple of patch_size"),
+        ({"input_size": (8, 7)}, ValueError, r"a multiple of patch_size: got input_size=\(8, 7\), patch_size=2"),
+        ({"input_size": (8,)}, ValueError, r"input_size must be one whole number or \(H, W\): got \(8,\)"),
     ],
 )
 def test_impossible_options(options, error, says):
     with pytest.raises(error, match=says):
-        sd.SDTP(input_size=8, **({"dim": 48, "depth": 1, "num_heads": 3} | options))
+        sd.SDTP(**({"input_size": 8, "dim": 48, "depth": 1, "num_heads": 3} | options))

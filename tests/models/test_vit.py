@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import spatial_decay as sd
-from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layers.kinds import KINDS
 
 
 def make(decay="full", **options):
@@ -15,7 +15,7 @@ def make(decay="full", **options):
     return sd.ViT(5, decay=decay, **options)
 
 
-@pytest.mark.parametrize("kind", DECAY_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains_at_any_size(kind):
     model = make(kind, num_registers=0 if "decomposed" in kind else 2)
     out = model(torch.randn(2, 3, 32, 48))
@@ -32,7 +32,7 @@ def test_tokens_are_prefix_then_patches_with_positions():
     torch.nn.init.normal_(model.cls_token)
     torch.nn.init.normal_(model.reg_token)
     x = torch.randn(2, 3, 32, 32)
-    patches = F.conv2d(x, model.patch_embed.weight, model.patch_embed.bias, stride=8).flatten(2).mT
+    patches = F.conv2d(x, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=8).flatten(2).mT
     prefix = torch.cat([model.cls_token, model.reg_token], 1).expand(2, -1, -1)
     expected = model.norm(torch.cat([prefix, patches], 1) + model.pos_embed)
     torch.testing.assert_close(model.forward_features(x), expected)
@@ -49,6 +49,21 @@ def test_positions_are_interpolated():
     assert torch.equal(wide[:, :1], model.pos_embed[:, :1])  # the class token keeps its own
     torch.testing.assert_close(wide[0, 1:].reshape(4, 8, 16), ramp[0].reshape(4, 4, 16)[:, :1].expand(-1, 8, -1))
     assert model._positions(sd.Grid(4, 4, 1)) is model.pos_embed
+
+
+@torch.no_grad()
+def test_positions_of_images_that_are_not_square():
+    model = make("gaussian", img_size=(16, 40)).eval()
+    assert model.grid_size == model.blocks[0].attn.decay.gaussian.initial_grid_size == (2, 5)
+    assert model.pos_embed.shape == (1, 1 + 10, 16)
+    assert model._positions(sd.Grid(2, 5, 1)) is model.pos_embed
+    ramp = torch.linspace(0, 1, 5).expand(2, 5).reshape(1, 10, 1).expand(-1, -1, 16)
+    model.pos_embed[:, 1:] = ramp  # grows along w alone
+    high = model._positions(sd.Grid(4, 5, 1))
+    torch.testing.assert_close(high[0, 1:].reshape(4, 5, 16), ramp[0].reshape(2, 5, 16)[:1].expand(4, -1, -1))
+    assert model(torch.randn(1, 3, 16, 40)).shape == model(torch.randn(1, 3, 40, 16)).shape == (1, 5)
+    square = make("gaussian", img_size=32)
+    assert square.state_dict().keys() == make("gaussian", img_size=(32, 32)).state_dict().keys()
 
 
 @torch.no_grad()
@@ -69,7 +84,7 @@ def test_pooling(class_token):
 
 def test_refinement_refuses_maps():
     with pytest.raises(ValueError, match=r"x must be \(B, L, D\) with D a multiple of num_heads = 2: got shape"):
-        sd.PatchRepresentationRefinement(2)(torch.randn(2, 3, 3, 8))
+        sd.layers.PatchRepresentationRefinement(2)(torch.randn(2, 3, 3, 8))
 
 
 def test_checkpointing_is_the_same():
@@ -83,7 +98,7 @@ def test_checkpointing_is_the_same():
 
 
 def test_config_and_weights_round_trip():
-    model = sd.locatvit_tiny(7, depth=2, img_size=64, patch_size=16, num_registers=1, lpe_kernel_size=3).eval()
+    model = sd.models.locatvit_tiny(7, depth=2, img_size=64, patch_size=16, num_registers=1, lpe_kernel_size=3).eval()
     other = sd.ViT(**model.config).eval()
     other.load_state_dict(model.state_dict())
     x = torch.randn(1, 3, 64, 64)
@@ -98,7 +113,7 @@ def test_a_new_classifier():
     model.reset_classifier(0)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 16)
     assert {"cls_token", "pos_embed", "norm.weight"} <= model.no_weight_decay()
-    assert "patch_embed.weight" not in model.no_weight_decay()
+    assert "patch_embed.proj.weight" not in model.no_weight_decay()
 
 
 @pytest.mark.parametrize(
@@ -107,6 +122,10 @@ def test_a_new_classifier():
         ({"global_pool": "max"}, ValueError, "global_pool must be one of 'token', 'avg', 'prr', '': got 'max'"),
         ({"class_token": False}, ValueError, "global_pool='token' needs class_token=True"),
         ({"img_size": 30}, ValueError, "img_size must be a multiple of patch_size: got img_size=30, patch_size=8"),
+        ({"img_size": (32, 30)}, ValueError, r"img_size must be a multiple of patch_size: got img_size=\(32, 30\)"),
+        ({"img_size": (8, 8, 8)}, ValueError, r"img_size must be one whole number or \(H, W\): got \(8, 8, 8\)"),
+        ({"img_size": 32.0}, ValueError, r"img_size must be one whole number or \(H, W\): got 32.0"),
+        ({"patch_size": 0}, ValueError, "img_size must be a multiple of patch_size: got img_size=32, patch_size=0"),
         ({"decays": ["full"]}, TypeError, "ViT has no keyword decays"),
     ],
 )
