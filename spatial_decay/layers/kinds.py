@@ -1,18 +1,14 @@
 """How features become a decay: the kinds as values with JSON fields (SDT Eq. 4-11, Tables 3-4; RMT; LocAtViT)."""
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from spatial_decay.decay import AxialDecay, Decay, ManhattanDecay, PathDecay, fixed_rates
-from spatial_decay.layers.gate import ContextAwareGate
+from spatial_decay.decay import AxialDecay, Decay, ManhattanDecay, PathDecay
 from spatial_decay.layers.gaussian import GaussianGate
+from spatial_decay.layers.kind import Gated, Kind, Rated, check_finite, check_flag
 from spatial_decay.layout import Layout
 
 __all__ = [
@@ -38,111 +34,7 @@ KindName: TypeAlias = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind(ABC):
-    """A kind of decay: its options, what it is made of, and how features become a decay.
-
-    An option that is left out is None, and takes the value of the place where the kind is used (`resolved`).
-
-    Attributes:
-        name: What stands in `decay="..."`, and under "kind" in a config.
-        defaults: The options in a layer, as the paper has them.
-        quiet: Those that differ in a model that is trained already: next to no decay, with a gate that can learn one.
-        reads_queries: Whether it is made from the queries, heads side by side, and not from what they are made of.
-        needs_grid: Whether it needs a whole grid, so that Positions cannot have it.
-        takes_prefix_tokens: Whether some tokens may lie nowhere.
-    """
-
-    name: ClassVar[str]
-    defaults: ClassVar[Mapping[str, Any]] = {}
-    quiet: ClassVar[Mapping[str, Any]] = {}
-    reads_queries: ClassVar[bool] = False
-    needs_grid: ClassVar[bool] = False
-    takes_prefix_tokens: ClassVar[bool] = True
-
-    def resolved(self, **place: Any) -> Self:
-        """The same with a value for every option: what was said, else the place's value, else the layer's default."""
-        left_out = [option for option in self.options() if getattr(self, option) is None]
-        return replace(self, **{option: place.get(option, self.defaults[option]) for option in left_out})
-
-    @classmethod
-    def options(cls) -> tuple[str, ...]:
-        """Names of its options."""
-        return tuple(field.name for field in fields(cls))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """{"kind": name, ...} in JSON values, as `decay=` takes it again."""
-        values = asdict(self)
-        return {"kind": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    def modules(self, dim: int, num_heads: int) -> dict[str, nn.Module]:  # noqa: ARG002  kinds override it
-        """What it has of trained parameters, by name: submodules of SpatialDecayMask."""
-        return {}
-
-    @abstractmethod
-    def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay | None:
-        """The decay of features (B, L, D), by the modules of a SpatialDecayMask."""
-
-    def check(self, num_heads: int) -> None:  # noqa: B027  most give one for any number
-        """Raise ValueError where the options give no decay for so many heads."""
-
-
-def _check_finite(kind: Kind, **values: float | None) -> None:
-    for name, value in values.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and math.isfinite(value)):
-            raise ValueError(f"{name} of kind {kind.name!r} must be a finite number: got {value!r}.")
-
-
-def _check_flag(kind: Kind, **values: bool | None) -> None:
-    for name, value in values.items():
-        if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{name} of kind {kind.name!r} must be True or False: got {value!r}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Gated(Kind):
-    """A kind with Context-Aware Gates.
-
-    Args:
-        gate_bias: Give the gates a trained bias; in a layer there is none unless gate_bias_init says so.
-        gate_bias_init: Its first value, see ContextAwareGate.
-    """
-
-    gates: ClassVar[tuple[str, ...]] = ("gate",)
-    defaults: ClassVar[Mapping[str, Any]] = {"gate_bias": False, "gate_bias_init": 0.0}
-    quiet: ClassVar[Mapping[str, Any]] = {"gate_bias": True, "gate_bias_init": 9.0}
-
-    gate_bias: bool | None = None
-    gate_bias_init: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_flag(self, gate_bias=self.gate_bias)
-        _check_finite(self, gate_bias_init=self.gate_bias_init)
-        if self.gate_bias is False and self.gate_bias_init:
-            raise ValueError(
-                f"gate_bias_init needs a gate_bias: got gate_bias_init={self.gate_bias_init} with gate_bias=False. "
-                "Leave one of the two out."
-            )
-
-    def resolved(self, **place: Any) -> Self:
-        if self.gate_bias is None and self.gate_bias_init is not None:
-            place["gate_bias"] = True
-        if self.gate_bias is False:
-            place["gate_bias_init"] = 0.0
-        return super().resolved(**place)
-
-    def modules(self, dim: int, num_heads: int) -> dict[str, nn.Module]:
-        bias, bias_init = bool(self.gate_bias), self.gate_bias_init or 0.0
-        return {name: ContextAwareGate(dim, num_heads, bias=bias, bias_init=bias_init) for name in self.gates}
-
-    def gates_of(self, mask: Any, x: Tensor) -> list[Tensor]:
-        """G of each gate, (B, N, L), by the modules of a SpatialDecayMask."""
-        return [getattr(mask, name)(x).transpose(1, 2) for name in self.gates]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Full(_Gated):
+class Full(Gated):
     """-abs((G_i + G_j) / 2 * d_M(i, j) * alpha), SDT Eq. 7-9.
 
     Args:
@@ -152,14 +44,14 @@ class Full(_Gated):
     """
 
     name: ClassVar[str] = "full"
-    defaults: ClassVar[Mapping[str, Any]] = {"alpha": 0.1, **_Gated.defaults}
+    defaults: ClassVar[Mapping[str, Any]] = {"alpha": 0.1, **Gated.defaults}
     quiet: ClassVar[Mapping[str, Any]] = {"gate_bias": True, "gate_bias_init": 6.0}
 
     alpha: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_finite(self, alpha=self.alpha)
+        check_finite(self, alpha=self.alpha)
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"alpha must be finite and > 0: got {self.alpha}. For no decay at all use kind 'none'.")
 
@@ -170,46 +62,7 @@ class Full(_Gated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rated(Kind):
-    """A kind with RMT's constant rates, lambda_n = log(1 - 2 ** (-initial_value - heads_range * n / N)).
-
-    Args:
-        initial_value: Of head 0; 2 where it is left out.
-        heads_range: How much more the last head sees; 4 where it is left out.
-    """
-
-    defaults: ClassVar[Mapping[str, Any]] = {"initial_value": 2.0, "heads_range": 4.0}
-
-    initial_value: float | None = None
-    heads_range: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_finite(self, initial_value=self.initial_value, heads_range=self.heads_range)
-
-    def check(self, num_heads: int) -> None:
-        assert self.initial_value is not None
-        assert self.heads_range is not None
-        if self.initial_value + min(0.0, self.heads_range * (num_heads - 1) / num_heads) <= 0:
-            raise ValueError(
-                f"kind {self.name!r} needs initial_value + heads_range * n / N > 0 for every head n: got "
-                f"initial_value={self.initial_value}, heads_range={self.heads_range}, N = {num_heads}."
-            )
-
-    def rates_of(self, mask: Any, x: Tensor) -> Tensor:
-        """lambda_n, (N,). Made anew for each call: a buffer would follow the model into half precision."""
-        assert self.initial_value is not None
-        assert self.heads_range is not None
-        return fixed_rates(
-            mask.num_heads,
-            initial_value=self.initial_value,
-            heads_range=self.heads_range,
-            device=x.device,
-            dtype=torch.promote_types(x.dtype, torch.float32),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fixed(_Rated):
+class Fixed(Rated):
     """-abs(lambda_n) * d_M(i, j), not trained: RMT; SDT Table 3.
 
     Args:
@@ -224,7 +77,7 @@ class Fixed(_Rated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneDimensional(_Gated):
+class OneDimensional(Gated):
     """-sum of abs(g_k), k = min(i, j) .. max(i, j) - 1 over the raster sequence, SDT Eq. 6.
 
     Args:
@@ -234,13 +87,13 @@ class OneDimensional(_Gated):
     """
 
     name: ClassVar[str] = "1d"
-    defaults: ClassVar[Mapping[str, Any]] = {"causal": False, **_Gated.defaults}
+    defaults: ClassVar[Mapping[str, Any]] = {"causal": False, **Gated.defaults}
 
     causal: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_flag(self, causal=self.causal)
+        check_flag(self, causal=self.causal)
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
         (gate,) = self.gates_of(mask, x)
@@ -248,7 +101,7 @@ class OneDimensional(_Gated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bidirectional(_Gated):
+class Bidirectional(Gated):
     """The mean of a forward and a backward `1d` with a gate each, SDT Table 4.
 
     Args:
@@ -265,7 +118,7 @@ class Bidirectional(_Gated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decomposed(_Gated):
+class Decomposed(Gated):
     """`1d` within rows, then within columns of the result, a gate each, SDT Eq. 11-12; no alpha.
 
     Args:
@@ -284,7 +137,7 @@ class Decomposed(_Gated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedDecomposed(_Rated):
+class FixedDecomposed(Rated):
     """-abs(lambda_n) * distance within rows, then within columns of the result: RMT's first stages.
 
     Args:
