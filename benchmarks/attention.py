@@ -22,10 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, captured, interleaved, peak_memory, reasons, relative_error
-from spatial_decay import AxialDecay, Grid, ManhattanDecay, PathDecay, decay_attention
-from spatial_decay.decay import Decay, PairwiseDecay, score_mod
+from spatial_decay import Grid, decay_attention
+from spatial_decay.decay import AxialDecay, Decay, ManhattanDecay, PairwiseDecay, PathDecay, score_mod
 from spatial_decay.features import columns_of_rows, from_columns, to_columns, to_rows
-from spatial_decay.layout import manhattan_distance
 from spatial_decay.ops import BACKENDS
 
 FLOOR, COMPILED, FLEX_AUTOTUNED = "plain SDPA", "mask compiled", "flex, max-autotune"
@@ -92,7 +91,7 @@ class Setting:
 
     device: torch.device
     dtype: torch.dtype
-    layout: str  # "tokens": (B, L, N, d) in memory, as a ViT has heads; "heads": (B, N, L, d)
+    memory: str  # "tokens": q, k and v are (B, L, N, d) there, as a ViT has heads; "heads": (B, N, L, d)
 
 
 # Peers: what one writes without this package. Eager ones get the table of distances for nothing.
@@ -128,15 +127,15 @@ def path_mask(gate: Tensor) -> Tensor:
     return -(total[..., :, None] - total[..., None, :]).abs()
 
 
-def peer(case: Case, attend: Callable[..., Tensor], biases: Callable[[Gates], Sequence[Any]]) -> Attend:
-    """An attention of q, k, v and a bias, on the biases of this case: one, or those of rows and columns."""
+def peer(case: Case, attend: Callable[..., Tensor], added: Callable[[Gates], Sequence[Any]]) -> Attend:
+    """An attention of q, k, v and what is added to the scores, in this case: one thing, or one for rows and columns."""
     grid = case.grid
 
     def whole(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
-        return attend(q, k, v, *biases(gates))
+        return attend(q, k, v, *added(gates))
 
     def axes(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
-        rows, columns = biases(gates)
+        rows, columns = added(gates)
         v = attend(*(to_rows(x, grid).flatten(0, 1) for x in (q, k, v)), rows)  # (B*H, N, W, d)
         v = columns_of_rows(v.unflatten(0, (-1, grid.height))).flatten(0, 1)
         v = attend(*(to_columns(x, grid).flatten(0, 1) for x in (q, k)), v, columns)  # (B*W, N, H, d)
@@ -146,7 +145,7 @@ def peer(case: Case, attend: Callable[..., Tensor], biases: Callable[[Gates], Se
 
 
 def without_decay(case: Case, attend: Callable[..., Tensor]) -> Attend:
-    """An attention of no bias, once or along rows and columns."""
+    """An attention without a decay, once or along rows and columns."""
     nothing = (None, None) if case.kind == "decomposed" else (None,)
     return peer(case, attend, lambda _gates: nothing)
 
@@ -154,8 +153,9 @@ def without_decay(case: Case, attend: Callable[..., Tensor]) -> Attend:
 def with_mask(case: Case, attend: Callable[..., Tensor], device: torch.device) -> Attend:
     """An attention that takes a mask: SDT Eq. 7-9, 6 or 11-12."""
     grid = case.grid
-    h, w = grid.positions(device=device, dtype=torch.float32)
-    distance = manhattan_distance((h[:, None], w[:, None]), (h, w)) if case.kind == "full" else None  # (L, L)
+    axes = grid.positions(device=device, dtype=torch.float32)
+    down, right = ((axis[:, None] - axis).abs() for axis in axes)  # (L, L)
+    distance = down + right if case.kind == "full" else None
 
     def masks(gates: Gates) -> Sequence[Tensor]:
         if case.kind == "decomposed":
@@ -178,14 +178,14 @@ def flex_autotuned(case: Case) -> Attend:
         mode="max-autotune-no-cudagraphs",
     )
 
-    def biases(gates: Gates) -> Sequence[PairwiseDecay]:
+    def decays(gates: Gates) -> Sequence[PairwiseDecay]:
         decay = case.decay(gates)
         return [decay.rows, decay.columns] if isinstance(decay, AxialDecay) else [decay]
 
-    return peer(case, lambda q, k, v, bias: kernel(q, k, v, score_mod=score_mod(bias)), biases)
+    return peer(case, lambda q, k, v, decay: kernel(q, k, v, score_mod=score_mod(decay)), decays)
 
 
-def library(case: Case, backend: str, *, decays: bool = True) -> Attend:
+def library(case: Case, backend: Any, *, decays: bool = True) -> Attend:
     """This package's decay_attention."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
@@ -229,7 +229,7 @@ def make_call(case: Case, setting: Setting, contender: str, which: str, exact: b
     def heads() -> Tensor:
         shape = (case.batch_size, case.grid.num_tokens, case.num_heads, case.head_dim)
         x = torch.randn(shape, generator=generator).to(device, setting.dtype).transpose(1, 2)
-        x = x if setting.layout == "tokens" else x.contiguous()
+        x = x if setting.memory == "tokens" else x.contiguous()
         return x.double() if exact else x
 
     def gate() -> Tensor:
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
     parser = command_line(__doc__.splitlines()[0], "attention", rounds=15)
     parser.add_argument("--kinds", default="full,1d,decomposed", help="of decay, comma-separated")
-    parser.add_argument("--layout", choices=("tokens", "heads"), default="tokens", help="of q, k and v in memory")
+    parser.add_argument("--memory", choices=("tokens", "heads"), default="tokens", help="order of q, k and v there")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument(
         "--autotune", action="store_true", help="also those that time their tiles first, on cuda: minutes a case"
@@ -320,8 +320,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     if unknown := set(kinds) - set(cases):
         parser.error(f"argument --kinds: choose from {', '.join(cases)}: got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
-    setting = Setting(torch.device(arguments.device), DTYPES[arguments.dtype], arguments.layout)
-    where = machine(setting.device, arguments.dtype) | {"layout": setting.layout}
+    setting = Setting(torch.device(arguments.device), DTYPES[arguments.dtype], arguments.memory)
+    where = machine(setting.device, arguments.dtype) | {"memory": setting.memory}
     where |= {"cold_cache": arguments.cold_cache, "eager": arguments.eager}
     rows: list[Row] = []
     for case in (case for kind in kinds for case in cases[kind][: 1 if arguments.quick else None]):

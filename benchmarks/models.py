@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from benchmarks.attention import AUTOTUNED
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, interleaved, reasons
-from spatial_decay import GaussianDecay, locatvit_tiny, rmt_tiny, sdt_h_tiny, sdt_p_small, swap_attention
-from spatial_decay.decay import PairwiseDecay, dense
+from spatial_decay import models, sdt_h_tiny, sdt_p_small, swap_attention
+from spatial_decay.decay import GaussianDecay, dense
+from spatial_decay.layers.kinds import DecayLike
 from spatial_decay.ops import BACKENDS
 from spatial_decay.ops.inputs import Inputs
 
 FLOOR = "decay none"
-SAME_LAYOUT = "plain SDPA in its place"
+IN_ITS_PLACE = "plain SDPA in its place"
 AUTHORS = "authors' formulas"
 PEER = "timm vit_tiny_patch16_224"
 SWAPPED = "timm_vit_tiny_swapped"
@@ -56,19 +57,20 @@ class _Authors(_Plain):
     """
 
     def attention(self, inputs: Inputs) -> Tensor:
-        (q, k, v), bias = inputs.sequences(), inputs.bias
-        assert isinstance(bias, PairwiseDecay)
-        if isinstance(bias, GaussianDecay):
-            mask = _gaussian_mask(bias)
+        (q, k, v), decay = inputs.sequences(), inputs.decay
+        assert decay is not None
+        if isinstance(decay, GaussianDecay):
+            mask = _gaussian_mask(decay)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), scale=inputs.scale)
-        scores = (q * inputs.scale) @ k.transpose(-2, -1) + dense(bias, dtype=q.dtype)
+        scores = (q * inputs.scale) @ k.transpose(-2, -1) + dense(decay, dtype=q.dtype)
         return scores.softmax(-1) @ v
 
 
-def _gaussian_mask(bias: GaussianDecay) -> Tensor:
-    num_prefix = decay.layout.num_prefix_tokens
-    amplitude, *variances = (token[..., num_prefix:, None] for token in decay.numbers)  # (B, N, H*W, 1)
-    position = torch.stack(decay.layout.positions(device=amplitude.device, dtype=amplitude.dtype), -1)  # (H*W, 2)
+def _gaussian_mask(decay: GaussianDecay) -> Tensor:
+    grid = decay.layout.as_grid("LocAtViT's Gaussian")
+    num_prefix = grid.num_prefix_tokens
+    amplitude, *variances = (number[..., num_prefix:, None] for number in decay.numbers)  # (B, N, H*W, 1)
+    position = torch.stack(grid.positions(device=amplitude.device, dtype=amplitude.dtype), -1)  # (H*W, 2)
     numerator = -0.5 * (position[:, None] - position) ** 2  # (H*W, H*W, 2)
     mask = amplitude * (numerator / torch.stack(variances, -1)).sum(-1).exp()
     return F.pad(mask, (num_prefix, 0, num_prefix, 0))
@@ -88,7 +90,9 @@ def denoise(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return noise, F.mse_loss(noise[:, :4].float(), latents)
 
 
-def swapped_vit_tiny(num_classes: int, *, decay: str = "full", backend: str = "auto", **options: Any) -> nn.Module:
+def swapped_vit_tiny(
+    num_classes: int, *, decay: DecayLike = "full", backend: Any = "auto", **options: Any
+) -> nn.Module:
     """timm's ViT after swap_attention; with decay "none", before."""
     model: nn.Module = importlib.import_module("timm").create_model(PEER[5:], num_classes=num_classes, **options)
     if decay != "none":
@@ -109,9 +113,9 @@ class Model:
 
 
 MODELS = {
-    "sdt_h_tiny": Model(sdt_h_tiny, {"decays": ("none",) * 4}, {"depths": (1, 1, 1, 1)}, has_authors_code=False),
-    "rmt_tiny": Model(rmt_tiny, {"decays": ("none",) * 4}, {"depths": (1, 1, 1, 1)}),
-    "locatvit_tiny": Model(locatvit_tiny, {"decay": "none"}, {"depth": 1}, any_size=False),
+    "sdt_h_tiny": Model(sdt_h_tiny, {"decay": ("none",) * 4}, {"depths": (1, 1, 1, 1)}, has_authors_code=False),
+    "rmt_tiny": Model(models.rmt_tiny, {"decay": ("none",) * 4}, {"depths": (1, 1, 1, 1)}),
+    "locatvit_tiny": Model(models.locatvit_tiny, {"decay": "none"}, {"depth": 1}, any_size=False),
     "sdt_p_small": Model(
         partial(sdt_p_small, 32, 2, 4), {"decay": "none"}, {"depth": 1}, run=denoise, has_authors_code=False
     ),
@@ -132,7 +136,7 @@ def builders(name: str, image_size: int, *, quick: bool) -> dict[str, Callable[[
         backend: build(backend=backend) for backend in ("auto", *BACKENDS) if backend not in AUTOTUNED
     }
     if not model.has_authors_code:
-        del found[AUTHORS]
+        found.pop(AUTHORS, None)
     if name == "sdt_h_tiny" and importlib.util.find_spec("timm"):
         timm = importlib.import_module("timm")
         found[PEER] = lambda: timm.create_model(PEER[5:], num_classes=NUM_CLASSES, img_size=image_size)
@@ -198,9 +202,10 @@ def measure(name: str, which: str, images: Tensor, dtype: torch.dtype, arguments
     return rows
 
 
-def profile_step(images: Tensor, dtype: torch.dtype) -> str:
+def profile_step(images: Tensor, dtype: torch.dtype, *, quick: bool) -> str:
     """torch.profiler's table of a training step of sdt_h_tiny with backend auto, by operator."""
-    step = make_call("sdt_h_tiny", lambda: sdt_h_tiny(NUM_CLASSES), PASSES[1], images, dtype)
+    build = builders("sdt_h_tiny", images.shape[-1], quick=quick)["auto"]
+    step = make_call("sdt_h_tiny", build, PASSES[1], images, dtype)
     step()
     on_cuda = images.is_cuda
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_cuda
@@ -229,7 +234,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     where = machine(device, arguments.dtype) | {"images": f"{batch_size} of {size} x {size}"}
     rows: list[Row] = []
-    BACKENDS[SAME_LAYOUT], BACKENDS[AUTHORS] = _Plain(), _Authors()  # behind the others, so that auto does not see them
+    BACKENDS[IN_ITS_PLACE], BACKENDS[AUTHORS] = (
+        _Plain(),
+        _Authors(),
+    )  # behind the others, so that auto does not see them
     try:
         for name in names:
             for which in PASSES:
@@ -237,10 +245,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
                 print(f"\n{format_table(new)}", flush=True)
                 rows += new
     finally:
-        del BACKENDS[SAME_LAYOUT], BACKENDS[AUTHORS]
+        del BACKENDS[IN_ITS_PLACE], BACKENDS[AUTHORS]
     write_results(arguments.output, "Whole models", ABOUT, rows, where, by=["model", "pass"])
     if arguments.profile:
-        table = profile_step(images, dtype)
+        table = profile_step(images, dtype, quick=arguments.quick)
         print(table)
         (arguments.output / "profile.txt").write_text(table, encoding="utf-8")
     return rows
@@ -248,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 ABOUT = f"""`ratio` is to `{FLOOR}` in the same round: median (quartiles). That is the same model with kind `none` in
 every stage, and so with attention over all tokens where the first two stages of sdt_h_tiny and rmt_tiny have rows, then
-columns. `{SAME_LAYOUT}` is the model as it is, gates, rows and columns included, with nothing added to the scores.
+columns. `{IN_ITS_PLACE}` is the model as it is, gates, rows and columns included, with nothing added to the scores.
 `{AUTHORS}`: written after RMT's and LocAtViT's code, all L x L pairs in memory; the layers around them are ours.
 `sdt_p_small` denoises latents of 4 channels and 32 x 32, patch 2. `{SWAPPED}`: `{FLOOR}` is timm's model as it is.
 A training step is forward, loss, backward and AdamW; forward is in eval mode without autograd."""

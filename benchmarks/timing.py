@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Timing", "captured", "interleaved", "peak_memory", "reasons", "relative_error"]
+__all__ = ["Call", "Timing", "captured", "interleaved", "peak_memory", "reasons", "relative_error", "summary"]
 
 Call = Callable[[], Any]
 """What is measured: it does all of its work each time."""
@@ -73,7 +73,7 @@ def interleaved(
             elapsed = _seconds(calls[name], repeats, device, flush)
             if i >= warmup:
                 seconds[name].append(elapsed)
-    return {name: _summary(seconds[name], seconds[floor]) for name in names}
+    return {name: summary(seconds[name], seconds[floor]) for name in names}
 
 
 def _seconds(call: Call, repeats: int, device: torch.device, flush: Tensor) -> float:
@@ -119,7 +119,8 @@ def captured(call: Call, device: torch.device) -> Call:
     return replay
 
 
-def _summary(seconds: Sequence[float], floor: Sequence[float]) -> Timing:
+def summary(seconds: Sequence[float], floor: Sequence[float]) -> Timing:
+    """Of times and of the floor's in the same rounds."""
     ratios = [a / b for a, b in zip(seconds, floor, strict=True)]
     # quantiles wants two values; of one round, the quartiles are the round itself.
     low, middle, high = statistics.quantiles(ratios * 2 if len(ratios) == 1 else ratios, n=4, method="inclusive")

@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from spatial_decay import SDTP
-from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layers.kinds import KINDS, KindName
 from spatial_decay.models.sdt_p import SDTPOptions
 
 NUM_CLASSES = 10
@@ -48,7 +48,7 @@ CHECKPOINT_EVERY = 100  # steps
 SAMPLER_STEPS = 20  # divides 1000, or DDIM lands beside its own timesteps; 50 score the same
 SAMPLES_PER_CLASS = 50  # for the classifier
 NUM_SHOWN = 10  # of each class in the picture
-COMPARED = ("none", "fixed", "full")
+COMPARED: tuple[KindName, ...] = ("none", "fixed", "full")
 NUM_SEEDS = 3  # of --compare
 
 SMALL: SDTPOptions = {"dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2, "gate_rank": 8, "learn_sigma": False}
@@ -98,7 +98,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 class Training:
     """One model on its way: everything that the next step depends on, so that it can be left and taken up again."""
 
-    def __init__(self, decay: str, *, steps: int, seed: int) -> None:
+    def __init__(self, decay: KindName, *, steps: int, seed: int) -> None:
         torch.manual_seed(seed)
         self.model = SDTP(8, 2, 1, NUM_CLASSES, **(SMALL | SDTPOptions(decay=decay)))
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
@@ -165,7 +165,7 @@ class Training:
         return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "schedule": self.schedule}
 
 
-def train(decay: str, *, steps: int, seed: int, output: Path) -> Training:
+def train(decay: KindName, *, steps: int, seed: int, output: Path) -> Training:
     """Train one model, or go on with it; the last step counts."""
     data, _ = load_data()
     training = Training(decay, steps=steps, seed=seed)
@@ -279,7 +279,7 @@ def describe(*, steps: int, seeds: Sequence[int], real: float) -> str:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small SDT-P to draw scikit-learn's 8 x 8 digits.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--decay", choices=DECAY_KINDS, default="full", help="kind of decay (default: full)")
+    what.add_argument("--decay", choices=KINDS, default="full", help="kind of decay (default: full)")
     what.add_argument("--compare", action="store_true", help="train none, fixed and full, 3 seeds each")
     parser.add_argument("--steps", type=_at_least(20), default=1200, help="at least 20 (default: 1200)")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="of --compare: the first of three (default: 0)")

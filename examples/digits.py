@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from spatial_decay import SDTH, viz
-from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layers.kinds import KINDS, KindName
 
 NUM_TRAIN = 1400
 BATCH_SIZE = 100
@@ -33,7 +33,7 @@ LABEL_SMOOTHING = 0.1
 MAX_SHIFT = 1  # pixels
 NUM_SEEDS = 3  # of --compare
 
-MECHANISMS = {
+MECHANISMS: dict[KindName, str] = {
     "none": "No decay",
     "fixed": "Spatial Decay",
     "1d": "1D Decay",
@@ -68,7 +68,7 @@ def load_data() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
-def build_model(decay: str) -> SDTH:
+def build_model(decay: KindName) -> SDTH:
     """Two stages, 8 x 8 and 4 x 4 tokens, with the same kind of decay in both."""
     return SDTH(
         num_classes=10,
@@ -77,8 +77,7 @@ def build_model(decay: str) -> SDTH:
         depths=(2, 2),
         num_heads=(2, 4),
         mlp_ratios=(2, 2),
-        decays=(decay, decay),
-        heads_ranges=(4, 4),
+        decay=(decay, decay),
         init_values=(None, None),
         drop_path_rate=0.1,
         projection_dim=128,
@@ -117,7 +116,7 @@ def evaluate(model: SDTH, data: TensorDataset) -> float:
     return 100 * correct.float().mean().item()
 
 
-def train(decay: str, *, epochs: int, seed: int) -> tuple[SDTH, History]:
+def train(decay: KindName, *, epochs: int, seed: int) -> tuple[SDTH, History]:
     """Train one model. The test set is measured for the curve only: nothing is chosen by it, the last epoch counts."""
     train_data, test_data = load_data()
     images, labels = train_data.tensors
@@ -159,22 +158,22 @@ def save_pictures(model: SDTH, history: History, output: Path) -> None:
     curve.savefig(output / "training_curve.png", dpi=150)
     images = load_data()[1].tensors[0][:2]
     model.eval()
-    layer = [layer for layer in viz.record(model, images) if layer.grid.size == (8, 8)][-1]
+    layer = [layer for layer in viz.record(model, images) if layer.layout.size == (8, 8)][-1]
     queries = [(image, h, w) for image in range(len(images)) for h, w in ((3, 4), (6, 1))]
     viz.plot_decay_maps(layer, images, queries).savefig(output / "decay_maps.png", dpi=150)
 
 
-def compare(*, epochs: int, seeds: Sequence[int]) -> dict[str, list[float]]:
+def compare(*, epochs: int, seeds: Sequence[int]) -> dict[KindName, list[float]]:
     """Test accuracy in percent after the last epoch, of each mechanism and seed; the recipe is the same for all."""
     return {kind: [train(kind, epochs=epochs, seed=seed)[1].test_accuracy[-1] for seed in seeds] for kind in MECHANISMS}
 
 
-def format_table(results: Mapping[str, Sequence[float]]) -> str:
+def format_table(results: Mapping[KindName, Sequence[float]]) -> str:
     """Accuracies in percent, kind -> one a seed, as Markdown in the form of the paper's Tables 3 and 4."""
     lines = ["| Decay mechanism | `decay` | Acc (%) |", "|---|---|---|"]
     for kind, accuracies in results.items():
         spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
-        lines.append(f"| {MECHANISMS.get(kind, kind)} | `{kind}` | {statistics.mean(accuracies):.2f}{spread} |")
+        lines.append(f"| {MECHANISMS[kind]} | `{kind}` | {statistics.mean(accuracies):.2f}{spread} |")
     return "\n".join(lines)
 
 
@@ -190,7 +189,7 @@ def describe(*, epochs: int, seeds: Sequence[int]) -> str:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small SDT-H on scikit-learn's 8 x 8 digits.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--decay", choices=DECAY_KINDS, default="full", help="kind of decay (default: full)")
+    what.add_argument("--decay", choices=KINDS, default="full", help="kind of decay (default: full)")
     what.add_argument("--compare", action="store_true", help="train the mechanisms of Tables 3 and 4, 3 seeds each")
     parser.add_argument("--epochs", type=_at_least(1), default=15, help="default: 15")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="of --compare: the first of three (default: 0)")
@@ -215,7 +214,7 @@ def _at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
+def main(argv: Sequence[str] | None = None) -> dict[KindName, list[float]]:
     """Run the command line; test accuracies in percent after the last epoch, kind -> one a seed."""
     arguments = parse_arguments(argv)
     if arguments.threads is not None:

@@ -100,7 +100,7 @@ def otsu(scans: Tensor) -> Tensor:
 
 def mean_iou(predicted: Tensor, masks: Tensor) -> float:
     """Intersection over union in percent, over the patches of all images; the mean of the classes that occur."""
-    pairs = [(predicted == kind, masks == kind) for kind in torch.cat([predicted, masks]).unique()]
+    pairs = [(predicted == number, masks == number) for number in torch.cat([predicted, masks]).unique()]
     return 100 * statistics.mean(((a & b).sum() / (a | b).sum()).item() for a, b in pairs)
 
 

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -21,7 +21,13 @@ Steps: TypeAlias = tuple[Tensor, ...]
 
 
 class Layout(ABC):
-    """Where the L tokens of a sequence lie. Nothing is added to any score of a token that lies nowhere."""
+    """Where the L tokens of a sequence lie. Nothing is added to any score of a token that lies nowhere.
+
+    Attributes:
+        num_prefix_tokens: P, tokens without a position, first in the sequence; a description of pairs is without them.
+    """
+
+    num_prefix_tokens: int
 
     @property
     @abstractmethod
@@ -221,6 +227,8 @@ class Positions(Layout):
     w: Tensor
     has_position: Tensor | None = None
 
+    num_prefix_tokens: int = field(default=0, init=False)  # those without a position may be anywhere
+
     def __post_init__(self) -> None:
         if self.h.ndim != 2 or self.h.shape != self.w.shape or self.h.device != self.w.device:
             raise ValueError(
@@ -282,11 +290,6 @@ class Positions(Layout):
     @property
     def num_tokens(self) -> int:
         return self.h.shape[1]
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """0: tokens without a position may be anywhere in the sequence."""
-        return 0
 
     @property
     def known(self) -> Tensor | None:

@@ -2,11 +2,12 @@
 
 import csv
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import attention, models, report, timing
+from benchmarks import attention, compare, models, report, timing
 from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS, decay_attention
 from tests.cases import CASES, make_gates
@@ -70,8 +71,51 @@ def test_rounds_are_interleaved_and_rotated():
 
 
 def test_summary_is_of_the_ratios_in_each_round():
-    found = timing._summary([2.0, 3.0, 40.0], [1.0, 2.0, 10.0])
+    found = timing.summary([2.0, 3.0, 40.0], [1.0, 2.0, 10.0])
     assert found == timing.Timing(seconds=3.0, ratio=2.0, low=1.75, high=3.0)
+
+
+def measured(contender, ms, ratio, note=""):
+    columns = {"kind": "full", "B, N, grid, d": "1, 2", "L": "4", "pass": "forward", "contender": contender}
+    columns |= {"ms": ms, "ratio": ratio, "note": note} | dict.fromkeys(("cpu", "cores", "threads", "torch"), "x")
+    columns |= {"device": "cpu", "dtype": "float32", "date": "today"}
+    return {tuple(columns.get(name, "") for name in compare.COLUMNS): columns}
+
+
+def test_compare_runs_in_turn_and_takes_ratios_over_the_floor(tmp_path, monkeypatch, capsys):
+    root = Path(__file__).parents[1]
+    (tmp_path / "old").symlink_to(root)
+    ran = []
+
+    def run(folder, benchmark, options):
+        ran.append((folder.name, benchmark, options))
+        slowdown = len(ran)  # of the machine
+        times = {"tiled": (2, 2), "sdpa": (3, 4)}
+        rows = {}
+        for name, (before, after) in times.items():
+            ratio = before if folder.name == "old" else after
+            rows |= measured(name, str(ratio * slowdown), str(float(ratio)))
+        return rows | (measured("flex", "", "", "cannot") if folder.name == "old" else {})
+
+    monkeypatch.setattr(compare, "run", run)
+    folders = [str(tmp_path / "old"), str(root)]
+    rows = compare.main([*folders, "attention", "--turns", "3", "--kinds", "full", "--output", str(tmp_path / "new")])
+    options = ["--kinds", "full"]
+    assert [name for name, _, _ in ran] == ["old", root.name, root.name, "old", "old", root.name]
+    assert all(arguments == ["attention", options] for _, *arguments in ran)
+    tiled, sdpa, flex = rows
+    assert (tiled["contender"], tiled["ratio"], tiled["note"]) == ("tiled", 1.0, "")
+    assert (sdpa["ratio"], sdpa["note"]) == (pytest.approx(4 / 3), "slower")
+    assert (flex["ratio"], flex["note"]) == (None, "before: cannot; after: not measured")
+    assert "model" not in tiled
+    assert "| 1.33 (1.33 to 1.33) | slower |" in capsys.readouterr().out
+    assert (tmp_path / "new/results.csv").exists()
+
+
+def test_compare_needs_two_checkouts(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path), ".", "attention"])
+    assert "must be the root of a checkout" in capsys.readouterr().err
 
 
 def make_allocation(megabytes):
@@ -119,7 +163,7 @@ def test_models(tmp_path, capsys):
     assert list(BACKENDS) == before
     assert all(row["note"] or row["images/s"] > 0 for row in rows)
     found = {(row["model"], row["contender"]) for row in rows}
-    assert found >= {(name, which) for name in models.MODELS for which in (models.FLOOR, "auto", models.SAME_LAYOUT)}
+    assert found >= {(name, which) for name in models.MODELS for which in (models.FLOOR, "auto", models.IN_ITS_PLACE)}
     assert found >= {("sdt_h_tiny", models.PEER), ("rmt_tiny", models.AUTHORS), ("locatvit_tiny", models.AUTHORS)}
     assert "Self CPU" in capsys.readouterr().out
     assert (tmp_path / "results.md").exists()

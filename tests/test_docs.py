@@ -32,7 +32,8 @@ KERNELS = {f"spatial_decay.ops.triton_{name}" for name in ("kernels", "short", "
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in KERNELS])
 def test_docstring_examples(name):
     module = importlib.import_module(name)
-    names = {**{public: getattr(spatial_decay, public) for public in spatial_decay.__all__}, "torch": torch}
+    rooms = (spatial_decay, spatial_decay.decay, spatial_decay.layers, spatial_decay.models)
+    names = {public: getattr(room, public) for room in rooms for public in room.__all__} | {"torch": torch}
     result = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 

@@ -1,13 +1,17 @@
 """viz: recorded maps equal the equations and what the layers compute; hooks leave no trace; figures save to PNG."""
 
+import importlib
+
 import matplotlib.image
 import pytest
+import timm
 import torch
 from torch import nn
 
-from spatial_decay import SDTH, SDTBlock, SpatialDecayAttention, viz
-from spatial_decay.layers import DECAY_KINDS
-from spatial_decay.layout import Grid
+from spatial_decay import SDTH, SDTP, SDTBlock, SpatialDecayAttention, swap_attention, viz
+from spatial_decay.layers.kinds import KINDS
+from spatial_decay.layout import Grid, Positions
+from spatial_decay.ops import attention_weights
 from tests.cases import GATED, GATES_OF_KIND, case_id, reference_of_head
 
 DIM, HEADS, SIZE = 8, 2, (3, 4)
@@ -26,15 +30,14 @@ class Backbone(nn.Module):
 
     def forward(self, images, attn_mask=None):
         x = self.embed(images)
-        grid_size = x.shape[-2:]
+        layout = tuple(x.shape[-2:])
         x = torch.cat([self.prefix.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
-        x = self.first(x, grid_size)
-        x += self.second(x, attn_mask=attn_mask, grid_size=grid_size)  # in place: the record must not follow
-        return x
+        x = self.first(x, layout)
+        return x + self.second(x, attn_mask=attn_mask, layout=layout)
 
 
-def make(decay, num_prefix=0, dtype=torch.float64, **options):
-    model = Backbone(decay, num_prefix, **options).to(dtype).eval()
+def make(decay, num_prefix=0, dtype=torch.float64):
+    model = Backbone(decay, num_prefix).to(dtype).eval()
     for name, parameter in model.named_parameters():
         if "gate" in name:
             nn.init.normal_(parameter)
@@ -50,7 +53,7 @@ def as_queries():
     ("case", "num_prefix"), [(case, p) for case in GATED for p in (0, 2) if not (p and case.is_axial)], ids=case_id
 )
 def test_gates_and_decay_are_those_of_the_equations(case, num_prefix):
-    model, images = make(case.kind, num_prefix, **case.options)
+    model, images = make({"kind": case.kind, **case.options}, num_prefix)
     layer = viz.record(model, images)[0]
     gates = layer.gates()
     assert list(gates) == GATES_OF_KIND[case.kind]
@@ -72,7 +75,7 @@ def test_gates_and_decay_are_those_of_the_equations(case, num_prefix):
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_prefix"), [(kind, p) for kind in DECAY_KINDS for p in (0, 2) if not (p and kind in AXIAL_KINDS)]
+    ("kind", "num_prefix"), [(kind, p) for kind in KINDS for p in (0, 2) if not (p and kind in AXIAL_KINDS)]
 )
 def test_attention_is_what_the_layers_compute(kind, num_prefix):
     model, images = make(kind, num_prefix)
@@ -82,8 +85,8 @@ def test_attention_is_what_the_layers_compute(kind, num_prefix):
     records = viz.record(model, images)
     assert [record.name for record in records] == ["first.attn", "second"]
     for record, (module, x) in zip(records, seen, strict=True):
-        assert record.layer is module
-        assert record.grid == Grid(*SIZE, num_prefix)
+        assert record.kind == module.decay.kind
+        assert record.layout == Grid(*SIZE, num_prefix)
         expected = module.attention_weights(x, SIZE).detach()
         for i, query in enumerate(as_queries()):
             attention = record.attention(query)
@@ -91,28 +94,38 @@ def test_attention_is_what_the_layers_compute(kind, num_prefix):
             torch.testing.assert_close(attention.flatten(2), expected[:, :, num_prefix + i, num_prefix:])
 
 
-def test_record_keeps_the_input_from_before_changes_in_place():
+def test_maps_stay_those_of_the_call():
     model, images = make("full")
-    second = viz.record(model, images)[1]
-    x = model.first(model.embed(images).flatten(2).transpose(1, 2), SIZE)
-    torch.testing.assert_close(second.tokens, x.detach())
-    assert not second.tokens.requires_grad
+    mask = torch.zeros(12, 12, dtype=torch.float64)
+    second = viz.record(model, images, attn_mask=mask)[1]
+    before = [second.gates()["gate"], second.decay((1, 2)), second.attention((1, 2))]
+    mask.fill_(float("-inf"))
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    after = [second.gates()["gate"], second.decay((1, 2)), second.attention((1, 2))]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert not any(x.requires_grad for x in after)
+
+
+def test_what_the_model_does_in_place_is_not_in_the_record():
+    class Scribbler(SpatialDecayAttention):
+        def attend(self, q, k, v, *args, **kwargs):
+            out = super().attend(q, k, v, *args, **kwargs)
+            q.zero_()
+            k.zero_()
+            return out
+
+    attn = Scribbler(DIM, HEADS, rope="none").eval()
+    x = torch.randn(2, 12, DIM)
+    attention = viz.record(attn, x, SIZE)[0].attention((1, 2))
+    torch.testing.assert_close(attention.flatten(2), attn.attention_weights(x, SIZE)[:, :, 6].detach())
 
 
 def test_the_mask_of_the_call_is_in_the_attention():
     model, images = make("full")
     may_attend = torch.ones(12, dtype=torch.bool)
     may_attend[5:] = False
-
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images):
-            return self.model(images, attn_mask=may_attend)
-
-    attention = viz.record(Masked(), images)[1].attention((0, 0)).flatten(2)
+    attention = viz.record(model, images, attn_mask=may_attend)[1].attention((0, 0)).flatten(2)
     assert (attention[..., 5:] == 0).all()
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, HEADS, dtype=torch.float64))
 
@@ -125,15 +138,14 @@ def test_maps_of_a_hierarchical_model_in_half_precision():
         depths=(1, 2),
         num_heads=(2, 4),
         mlp_ratios=(2, 2),
-        decays=("decomposed", "full"),
-        heads_ranges=(4, 4),
+        decay=("decomposed", "full"),
         init_values=(None, None),
         stem_stride=1,
     )
     records = viz.record(model.eval().bfloat16(), torch.rand(1, 1, 6, 8, dtype=torch.bfloat16))
     names = ["stages.0.blocks.0.attn", "stages.1.blocks.0.attn", "stages.1.blocks.1.attn"]
     assert [record.name for record in records] == names
-    assert [record.grid.size for record in records] == [(6, 8), (3, 4), (3, 4)]
+    assert [record.layout.size for record in records] == [(6, 8), (3, 4), (3, 4)]
     for record in records:
         assert record.decay((1, 2)).dtype == record.attention((1, 2)).dtype == torch.float32
         assert all(gate.dtype == torch.float32 for gate in record.gates().values())
@@ -142,7 +154,7 @@ def test_maps_of_a_hierarchical_model_in_half_precision():
 def test_hooks_are_removed():
     model, images = make("full")
     viz.record(model, images)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_hooks_are_removed_when_the_model_raises():
@@ -150,7 +162,7 @@ def test_hooks_are_removed_when_the_model_raises():
     model.second.proj = nn.Linear(1, 1)  # does not fit
     with pytest.raises(RuntimeError):
         viz.record(model, images)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -159,6 +171,104 @@ def test_the_mode_stays_as_it_is(training):
     model.train(training)
     viz.record(model, images)
     assert all(module.training == training for module in model.modules())
+
+
+def make_vit(**options):
+    options = {"img_size": (24, 32), "patch_size": 8, "embed_dim": DIM, "depth": 2, "num_heads": HEADS} | options
+    return timm.models.VisionTransformer(num_classes=0, mlp_ratio=1, **options).double().eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_swapped_model(kind):
+    prefix = {} if kind not in AXIAL_KINDS else {"class_token": False, "global_pool": "avg"}
+    num_prefix = 0 if prefix else 1
+    model = make_vit(**prefix)
+    decay = {"kind": kind, "gate_bias_init": 0.0} if GATES_OF_KIND.get(kind) else kind
+    swap_attention(model, decay, num_prefix_tokens=num_prefix)
+    images = torch.randn(2, 3, 24, 32, dtype=torch.float64)
+    seen = []  # q, k, v as timm makes them, and the tokens
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda module, args: seen.append((module, args[0].clone())))
+    records = viz.record(model, images)
+    assert [record.name for record in records] == ["blocks.0.attn", "blocks.1.attn"]
+    for record, (module, x) in zip(records, seen, strict=True):
+        q, k, _ = module.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        core, layout = module.spatial_decay, Grid(*SIZE, num_prefix)
+        assert (record.kind, record.layout) == (core.decay.kind, layout)
+        features = q.transpose(1, 2).flatten(2) if kind == "gaussian" else x
+        mask = core.decay(features, layout)
+        gates = record.gates()
+        assert list(gates) == GATES_OF_KIND.get(kind, [])
+        for name, gate in gates.items():
+            expected = getattr(core.decay, name)(x)[:, num_prefix:].transpose(1, 2).unflatten(-1, SIZE)
+            torch.testing.assert_close(gate, expected.detach())
+        for i, query in enumerate(as_queries()):
+            if kind in AXIAL_KINDS:
+                expected = attention_weights(q, k, core.decay.describe(features, layout))
+            else:
+                mask = torch.zeros(13, 13, dtype=torch.float64) if mask is None else mask
+                expected = (q @ k.mT * q.shape[-1] ** -0.5 + mask).softmax(-1)
+                factor = mask.expand(2, HEADS, -1, -1)[:, :, num_prefix + i, num_prefix:].exp()
+                torch.testing.assert_close(record.decay(query).flatten(2), factor.detach())
+            row = expected[:, :, num_prefix + i, num_prefix:].detach()
+            torch.testing.assert_close(record.attention(query).flatten(2), row)
+
+
+def test_a_swapped_module_alone_has_the_name_of_its_class():
+    model = make_vit()
+    swap_attention(model, "full")
+    host = model.blocks[0].attn
+    model.forward_features(torch.zeros(1, 3, 24, 32, dtype=torch.float64))  # the layout is noted by the whole model
+    assert [record.name for record in viz.record(host, torch.zeros(1, 13, DIM).double())] == [type(host).__name__]
+
+
+def test_attention_as_attn_layer_of_timm():
+    attention_layer = importlib.import_module("spatial_decay.integrations.timm").attention_layer
+    model = make_vit(img_size=32, attn_layer=attention_layer("1d"))
+    seen = []
+    model.blocks[1].attn.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    records = viz.record(model, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert [record.name for record in records] == ["blocks.0.attn", "blocks.1.attn"]
+    attn = model.blocks[1].attn
+    expected = attn.attention_weights(seen[0]).detach()
+    torch.testing.assert_close(records[1].attention((1, 2)).flatten(2), expected[:, :, 7, 1:])
+    torch.testing.assert_close(records[1].decay((1, 2)).flatten(2), attn.decay(seen[0]).exp().detach()[:, :, 7, 1:])
+
+
+def test_sdt_p():
+    model = SDTP(8, 2, 4, 10, dim=DIM, depth=2, num_heads=HEADS, mlp_ratio=1, gate_rank=2).double().eval()
+    for block in model.blocks:
+        nn.init.normal_(block.modulation.weight)  # else all blocks are nothing at first
+        nn.init.normal_(block.modulation.bias)
+    seen = []
+    model.blocks[1].attn.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    latents = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    records = viz.record(model, latents, torch.tensor([3, 700]), y=torch.tensor([0, 10]))
+    assert [record.name for record in records] == ["blocks.0.attn", "blocks.1.attn"]
+    attn, layer = model.blocks[1].attn, records[1]
+    assert layer.layout == Grid(*SIZE)
+    gate = attn.decay.gate(seen[0]).transpose(1, 2).unflatten(-1, SIZE).detach()
+    torch.testing.assert_close(layer.gates()["gate"], gate)
+    mask = attn.decay(seen[0], SIZE).detach()
+    torch.testing.assert_close(layer.decay((1, 2)).flatten(2), mask.exp()[:, :, 6])
+    expected = attn.attention_weights(seen[0], SIZE).detach()
+    torch.testing.assert_close(layer.attention((1, 2)).flatten(2), expected[:, :, 6])
+
+
+def test_a_layer_that_is_called_twice():
+    attn = SpatialDecayAttention(DIM, HEADS).eval()
+    x = torch.randn(1, 4, DIM)
+    first, second = viz.record(nn.Sequential(attn, attn), x)
+    assert (first.name, second.name) == ("0", "0")
+    torch.testing.assert_close(second.gates()["gate"].flatten(2), attn.decay.gate(attn(x)).mT.detach())
+    assert not torch.equal(first.gates()["gate"], second.gates()["gate"])
+
+
+def test_tokens_that_fill_no_grid():
+    attn = SpatialDecayAttention(DIM, HEADS, lpe_kernel_size=0)
+    positions = Positions(torch.tensor([[0, 0, 2]]), torch.tensor([[0, 1, 1]]))
+    with pytest.raises(ValueError, match=r"SpatialDecayAttention needs a whole grid.*Positions of 3 tokens"):
+        viz.record(attn, torch.zeros(1, 3, DIM), positions)
 
 
 def test_a_model_without_attention_with_decay():

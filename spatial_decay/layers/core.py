@@ -35,6 +35,7 @@ class DecayAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         decay: Decay | None,
+        layout: Layout,  # noqa: ARG002  for those who look on: a decay of None does not say it
         *,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
@@ -100,7 +101,7 @@ class AttentionCore(nn.Module):
         Returns:
             (B, L, N*d).
         """
-        out = self.attention(q, k, v, decay, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
+        out = self.attention(q, k, v, decay, layout, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
         out = merge_heads(out)  # (B, L, N*d)
         if self.lpe is not None:
             out = out + self.lpe(merge_heads(v), layout)

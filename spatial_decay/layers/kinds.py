@@ -136,8 +136,8 @@ class _Gated(Kind):
         bias, bias_init = bool(self.gate_bias), self.gate_bias_init or 0.0
         return {name: ContextAwareGate(dim, num_heads, bias=bias, bias_init=bias_init) for name in self.gates}
 
-    def _gates(self, mask: Any, x: Tensor) -> list[Tensor]:
-        """G of each gate, (B, N, L)."""
+    def gates_of(self, mask: Any, x: Tensor) -> list[Tensor]:
+        """G of each gate, (B, N, L), by the modules of a SpatialDecayMask."""
         return [getattr(mask, name)(x).transpose(1, 2) for name in self.gates]
 
 
@@ -165,7 +165,8 @@ class Full(_Gated):
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
         assert self.alpha is not None
-        return ManhattanDecay.from_gate(*self._gates(mask, x), layout, alpha=self.alpha)
+        (gate,) = self.gates_of(mask, x)
+        return ManhattanDecay.from_gate(gate, layout, alpha=self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,7 @@ class _Rated(Kind):
                 f"initial_value={self.initial_value}, heads_range={self.heads_range}, N = {num_heads}."
             )
 
-    def _rates(self, mask: Any, x: Tensor) -> Tensor:
+    def rates_of(self, mask: Any, x: Tensor) -> Tensor:
         """lambda_n, (N,). Made anew for each call: a buffer would follow the model into half precision."""
         assert self.initial_value is not None
         assert self.heads_range is not None
@@ -219,7 +220,7 @@ class Fixed(_Rated):
     name: ClassVar[str] = "fixed"
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        return ManhattanDecay.constant(self._rates(mask, x), layout)
+        return ManhattanDecay.constant(self.rates_of(mask, x), layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +243,8 @@ class OneDimensional(_Gated):
         _check_flag(self, causal=self.causal)
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        return PathDecay.from_gate(*self._gates(mask, x), layout, causal=bool(self.causal))
+        (gate,) = self.gates_of(mask, x)
+        return PathDecay.from_gate(gate, layout, causal=bool(self.causal))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +260,8 @@ class Bidirectional(_Gated):
     gates: ClassVar[tuple[str, ...]] = ("gate_forward", "gate_backward")
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        return PathDecay.bidirectional(*self._gates(mask, x), layout)
+        forward_gate, backward_gate = self.gates_of(mask, x)
+        return PathDecay.bidirectional(forward_gate, backward_gate, layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +279,8 @@ class Decomposed(_Gated):
     takes_prefix_tokens: ClassVar[bool] = False
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        return AxialDecay.from_gates(*self._gates(mask, x), layout)
+        gate_h, gate_w = self.gates_of(mask, x)
+        return AxialDecay.from_gates(gate_h, gate_w, layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +297,7 @@ class FixedDecomposed(_Rated):
     takes_prefix_tokens: ClassVar[bool] = False
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        return AxialDecay.constant(self._rates(mask, x), layout)
+        return AxialDecay.constant(self.rates_of(mask, x), layout)
 
 
 @dataclass(frozen=True, kw_only=True)

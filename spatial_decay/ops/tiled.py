@@ -175,7 +175,7 @@ class _Blocks:
         t = numbers.to(self.dtype).expand(batch_size, *numbers.shape[1:])
         t = t.reshape(self.num_sequences, *numbers.shape[2:])
         self.decay: Factored | Gaussian = (
-            Gaussian(t, *grid) if factor == _GAUSSIAN else Factored(t, *grid, factor, sign)
+            Gaussian(t, *grid) if factor == _GAUSSIAN else Factored(t, factor, sign, *grid)
         )
 
     def as_sequences(self, x: Tensor) -> Tensor:

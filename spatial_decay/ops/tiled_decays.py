@@ -52,16 +52,14 @@ class Factored(_OnGrid):
     """(t_i + s * t_j) * F(steps); t is (S, L).
 
     Args:
-        t: As the next three of _OnGrid.
-        height: The same.
-        width: The same.
-        num_prefix: The same.
+        t: As in _OnGrid.
         factor: Name of F.
         sign: s.
+        grid: H, W and P.
     """
 
-    def __init__(self, t: Tensor, height: int, width: int, num_prefix: int, factor: str, sign: int) -> None:
-        super().__init__(t, height, width, num_prefix)
+    def __init__(self, t: Tensor, factor: str, sign: int, *grid: int) -> None:
+        super().__init__(t, *grid)
         self.factor, self.sign = factor, sign
 
     def of_grid(self, i: slice, j: slice) -> Tensor:

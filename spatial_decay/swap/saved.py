@@ -1,23 +1,27 @@
 """A swapped model of transformers or diffusers in a folder: as its own library saves it, with the gates beside it."""
 
 import importlib
+import inspect
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from spatial_decay.checkpoint import load_checkpoint
-from spatial_decay.swap.decayed import AddedDecay, added_decays
-from spatial_decay.swap.swap import put_back, swap_attention, take_out
+from spatial_decay.layers.kinds import as_kind
+from spatial_decay.swap.decayed import AddedDecay, added_decays, put_back, take_out
+from spatial_decay.swap.swap import swap_attention
 
 __all__ = ["load_swapped", "save_swapped"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 _OPTIONS, _WEIGHTS = "spatial_decay.json", "spatial_decay.safetensors"
 
 
-def save_swapped(model: Any, folder: str | os.PathLike[str]) -> None:
+def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save a model that swap_attention has changed, for load_swapped.
 
     The folder is what the model's own save_pretrained writes, which its library still reads, then without the decay;
@@ -41,7 +45,7 @@ def save_swapped(model: Any, folder: str | os.PathLike[str]) -> None:
     safetensors = _safetensors()
     taken = take_out(model)
     try:
-        model.save_pretrained(folder)
+        cast(Any, model).save_pretrained(folder)
     finally:
         put_back(model, taken)
     weights = {name: value.detach().cpu().contiguous() for name, value in _container(added).state_dict().items()}
@@ -51,7 +55,7 @@ def save_swapped(model: Any, folder: str | os.PathLike[str]) -> None:
         os.replace(Path(folder, f"{name}.part"), Path(folder, name))
 
 
-def load_swapped(model_class: Any, folder: str | os.PathLike[str], **options: Any) -> Any:
+def load_swapped(model_class: type[_Model], folder: str | os.PathLike[str], **options: Any) -> _Model:
     """The model that save_swapped has saved, swapped again.
 
     Args:
@@ -61,16 +65,33 @@ def load_swapped(model_class: Any, folder: str | os.PathLike[str], **options: An
 
     Raises:
         FileNotFoundError: the folder is not one of save_swapped.
-        ValueError: the gates do not fit the model.
+        ValueError: the options of the swap are not those of this version; the gates do not fit the model.
         ImportError: without the safetensors package.
     """
-    if not Path(folder, _OPTIONS).is_file():
-        raise FileNotFoundError(f"{folder} must be a folder of save_swapped: it has no {_OPTIONS}.")
+    swap = _options_of_swap(Path(folder, _OPTIONS))
     _safetensors()
-    model = model_class.from_pretrained(folder, **options)
-    swap_attention(model, **json.loads(Path(folder, _OPTIONS).read_text()))
+    model: _Model = cast(Any, model_class).from_pretrained(folder, **options)
+    swap_attention(model, **swap)
     load_checkpoint(_container(added_decays(model)), Path(folder, _WEIGHTS))
     return model
+
+
+def _options_of_swap(file: Path) -> dict[str, Any]:
+    """The keywords of swap_attention that were saved, checked before a model is loaded for them."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} must be a folder of save_swapped: it has no {file.name}.")
+    expected = set(inspect.signature(swap_attention).parameters) - {"model"}
+    try:
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict) or set(found) != expected:
+            raise ValueError(f"it needs {', '.join(sorted(expected))}, and has {', '.join(sorted(found))}.")
+        as_kind(found["decay"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is not what this version's save_swapped writes. Load it with the version of spatial-decay "
+            f"that has saved it, or swap the model of its folder anew: {error}"
+        ) from error
+    return found
 
 
 def _container(added: dict[str, AddedDecay]) -> nn.Module:

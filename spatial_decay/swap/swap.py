@@ -1,7 +1,5 @@
 """Spatial decay for the ViT or DiT that someone already has: its attention modules, changed in place, and back."""
 
-import importlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +7,15 @@ from typing import Any
 from torch import nn
 
 from spatial_decay.layers.kinds import DecayLike, Kind, as_kind
-from spatial_decay.layers.mask import SpatialDecayMask
 from spatial_decay.ops import Backend
 from spatial_decay.ops.choice import check_backend
-from spatial_decay.swap.decayed import AddedDecay, added_decays, decayed_class, original_class
-from spatial_decay.swap.hosts import Host, PatchEmbed, class_names, host_of, looks_like_attention, patch_embeds_of
-from spatial_decay.swap.layout import TokenLayout
+from spatial_decay.swap.calls import Calls
+from spatial_decay.swap.decayed import AddedDecay, added_decays, parameters_of_forward, put_back, take_out
+from spatial_decay.swap.hooks import install_hooks, remove_hooks
+from spatial_decay.swap.hosts.base import Host, PatchEmbed
+from spatial_decay.swap.hosts.table import host_of, looks_like_attention, patch_embeds_of
 
-__all__ = ["SwapReport", "put_back", "restore_attention", "swap_attention", "take_out"]
+__all__ = ["SwapReport", "restore_attention", "swap_attention"]
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,10 @@ def swap_attention(
     Args:
         model: Changed in place. Swap before torch.compile, before wrapping it for several processes, and before making
             the optimizer.
-        decay: Kind of decay, see SpatialDecayMask. Options that are left out are those of a quiet start, with next to no
+        decay: Kind of decay, see SpatialDecayMask: a name, a value such as kinds.Full(gate_bias_init=0.0), which starts
+            with a strong one, or a mapping. Options that are left out are those of a quiet start, with next to no
             decay: gates have a trained bias that begins at 6 for `full`, and at 9 for the kinds that add up along a
-            path. kinds.Full(gate_bias_init=0.0) starts with a strong one. The fixed kinds and `gaussian` have no gates.
+            path. The fixed kinds and `gaussian` have no gates, and no quiet start.
         lpe_kernel_size: Add an LPE, see SpatialDecayAttention; it starts at random.
         gate_rank: Add an output gate, see SpatialDecayAttention; it starts near one.
         layers: Which of the attention modules that can take a decay, by number in the order of the model, negative
@@ -77,8 +77,8 @@ def swap_attention(
         What was replaced, and what was left and why; print it.
 
     Raises:
-        ValueError: nothing could be replaced; an option that cannot be; the model has been swapped already. The model
-            is as it was.
+        TypeError, ValueError: nothing could be replaced; an option that cannot be, or that the kind has not; the model
+            has been swapped already. The model is as it was.
 
     Example:
         >>> import timm
@@ -111,34 +111,21 @@ def swap_attention(
         "patch_embed": patch_embed,
         "backend": backend,
     }
-    modules, layouts, added = dict(model.named_modules()), dict[str, TokenLayout](), dict[str, AddedDecay]()
+    modules, calls_of, added = dict(model.named_modules()), dict[str, Calls](), dict[str, AddedDecay]()
     for name in chosen:
         host, embed = able[name]
         prefix = _num_prefix_tokens(model, name, host, num_prefix_tokens)
-        layout = layouts.setdefault(embed.name, TokenLayout(prefix))
-        if layout.num_prefix_tokens != prefix:
+        calls = calls_of.setdefault(embed.name, Calls(prefix))
+        if calls.num_prefix_tokens != prefix:
             raise ValueError(
                 f"attention behind one patch embedding must agree on its prefix tokens: got {prefix} in {name} and "
-                f"{layout.num_prefix_tokens} before it. Pass num_prefix_tokens."
-            )
-        attn = modules[name]
-        mask = SpatialDecayMask(
-            host.num_channels(attn) if kind.reads_queries else host.dim(attn),
-            host.num_heads(attn),
-            decay=kind,
-            num_prefix_tokens=prefix,
-        )
-        if gate_rank and host.num_channels(attn) != host.dim(attn):
-            raise ValueError(
-                f"gate_rank needs attention as wide as its tokens: got {host.num_channels(attn)} and {host.dim(attn)} "
-                f"in {name}. Leave the output gate out."
+                f"{calls.num_prefix_tokens} before it. Pass num_prefix_tokens."
             )
         added[name] = AddedDecay(
-            mask,
-            layout,
-            parameters_of_forward=_parameters_of_forward(attn),
-            mask_name=host.mask_name,
-            num_channels=host.num_channels(attn),
+            modules[name],
+            host,
+            calls,
+            decay=kind,
             lpe_kernel_size=lpe_kernel_size,
             gate_rank=gate_rank,
             backend=backend,
@@ -152,7 +139,7 @@ def swap_attention(
     put_back(model, added)
     for embed in {able[name][1].name: able[name][1] for name in chosen}.values():
         behind = [name for name in chosen if able[name][1].name == embed.name]
-        _install_hooks(model, embed, behind, layouts[embed.name])
+        install_hooks(model, embed, behind, calls_of[embed.name])
     return SwapReport(kind, tuple(chosen), left)
 
 
@@ -168,35 +155,8 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
     taken = take_out(model)
     if not taken:
         raise ValueError("the model must have been changed by swap_attention: it has no attention with decay.")
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), TokenLayout):
-                del module._forward_pre_hooks[key]
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), TokenLayout):
-                del module._forward_hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-                if hook.__name__ == "note_kept_and_leave_tokens":
-                    module.__class__ = _sibling(module, "PatchDropout")
+    remove_hooks(model)
     return tuple(taken)
-
-
-def take_out(model: nn.Module) -> dict[str, AddedDecay]:
-    """The decays of a model, by the names of their modules, which have none then; its hooks stay."""
-    taken = added_decays(model)
-    for name in taken:
-        module = model.get_submodule(name)
-        del module.spatial_decay
-        module.__class__ = original_class(module)
-    return taken
-
-
-def put_back(model: nn.Module, taken: dict[str, AddedDecay]) -> None:
-    """The inverse of take_out."""
-    for name, added in taken.items():
-        module = model.get_submodule(name)
-        module.spatial_decay = added
-        module.__class__ = decayed_class(type(module))
 
 
 def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tuple[Host, PatchEmbed]], dict[str, str]]:
@@ -212,11 +172,11 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
             continue
         inside.append(name)
         nearest = _nearest(name, embeds)
-        if "temporal" in name:
+        if "temporal" in name:  # video models, diffusers' and those that are made of timm's attention
             left[name] = "it attends over time"
         elif "forward" in vars(module):
             left[name] = "its forward has been replaced on this very module (by hooks of accelerate?)"
-        elif host.mask_name not in _parameters_of_forward(module):
+        elif host.mask_name not in parameters_of_forward(module):
             left[name] = f"its forward takes no {host.mask_name}; a newer version of its library does"
         elif reason := _reason_against(host, module):
             left[name] = reason
@@ -249,17 +209,13 @@ def _reason_against(host: Host, module: nn.Module) -> str:
         return f"it is not built as its class is: {error}"
 
 
-def _parameters_of_forward(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
-
-
 def _patch_embeds(model: nn.Module, name: str | None) -> list[PatchEmbed]:
     if name is None:
         return patch_embeds_of(model)
     modules = dict(model.named_modules())
     if name not in modules:
         raise ValueError(f"patch_embed must be the name of a module of the model: got {name!r}.")
-    return [PatchEmbed(name, modules[name], "note_map")]
+    return [PatchEmbed(name, modules[name])]
 
 
 def _nearest(name: str, embeds: list[PatchEmbed]) -> list[PatchEmbed]:
@@ -290,28 +246,3 @@ def _num_prefix_tokens(model: nn.Module, name: str, host: Host, given: int | Non
         name = name.rpartition(".")[0]
         known = getattr(model.get_submodule(name), "num_prefix_tokens", None if name else 0)
     return known
-
-
-def _install_hooks(model: nn.Module, embed: PatchEmbed, behind: list[str], layout: TokenLayout) -> None:
-    embed.module.register_forward_hook(getattr(layout, embed.hook), with_kwargs=embed.with_kwargs)
-    root = embed.name  # of the smallest part of the model that has the patch embedding and the attention behind it
-    while root and not all(name.startswith(f"{root}.") for name in behind):
-        root = root.rpartition(".")[0]
-    part = model.get_submodule(root)
-    part.register_forward_pre_hook(layout.forget)
-    for module in filter(_is_patch_dropout, part.modules()):
-        if type(module).__name__ == "PatchDropout":
-            # The same random numbers in the same order, but it says which patches it kept.
-            module.__class__ = _sibling(module, "PatchDropoutWithIndices")
-            module.register_forward_hook(layout.note_kept_and_leave_tokens)
-        else:
-            module.register_forward_hook(layout.note_kept)
-
-
-def _is_patch_dropout(module: nn.Module) -> bool:
-    return class_names(module)[0].startswith("timm.layers.patch_dropout.PatchDropout")
-
-
-def _sibling(module: nn.Module, name: str) -> Any:
-    """The class of this name beside the module's own."""
-    return getattr(importlib.import_module(type(module).__module__), name)

@@ -17,15 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from spatial_decay import SpatialDecayAttention, explain_backend
 from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay
-from spatial_decay.grid import Grid
-from spatial_decay.ops import choice, decay_attention, triton_call, triton_op, triton_schedule
+from spatial_decay.layout import Grid, Positions
+from spatial_decay.ops import choice, decay_attention
+from spatial_decay.ops import triton as room
 from spatial_decay.ops.inputs import checked_inputs
-from spatial_decay.ops.triton_schedule import Schedule
-from spatial_decay.positions import Positions
+from spatial_decay.ops.triton import launch, operators, schedule
+from spatial_decay.ops.triton.schedule import Schedule
 from tests.cases import AXIAL, PAIRWISE, case_id, make_gates
 
 pytestmark = pytest.mark.skipif(
-    (triton_op._TRITON or (0, 0)) < triton_op._OLDEST_TRITON, reason="needs Triton 3.3 or newer: pip install triton"
+    (room._TRITON or (0, 0)) < room._OLDEST_TRITON, reason="needs Triton 3.3 or newer: pip install triton"
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,34 +53,34 @@ def heads(batch_size, num_heads, length, head_dim, dtype=torch.float32):
 
 
 def make(case, grid, *, head_dim=16, batch_size=1, num_heads=2, dtype=torch.float32):
-    """q, k, v, the gradient of the output, and a decay; the numbers of its tokens are float32 in all dtypes."""
+    """q, k, v, the gradient of the output, and a decay; its numbers are float32 in all dtypes."""
     q, k, v, grad = (heads(batch_size, num_heads, grid.num_tokens, head_dim, dtype) for _ in range(4))
     gates = make_gates(case, batch_size, num_heads, grid.num_tokens, torch.float32)
     with torch.device(DEVICE):
         return q, k, v, grad, case.build([gate.to(DEVICE) for gate in gates], num_heads, grid)
 
 
-def run(q, k, v, grad, bias, backend="triton", **options):
-    """Output, and the gradients of q, k, v and of the numbers of the tokens; math in float64."""
+def run(q, k, v, grad, decay, backend="triton", **options):
+    """Output, and the gradients of q, k, v and of the decay's numbers; math in float64."""
     dtype = torch.float64 if backend == "math" else None
     q, k, v = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, v))
     if "attn_mask" in options and dtype is not None and options["attn_mask"].is_floating_point():
         options["attn_mask"] = options["attn_mask"].to(dtype)
-    bias, tokens = with_leaves(bias, dtype)
-    out = decay_attention(q, k, v, bias, backend=backend, **options)
-    return [out, *torch.autograd.grad(out, (q, k, v, *tokens), grad.to(out.dtype))]
+    decay, numbers = with_leaves(decay, dtype)
+    out = decay_attention(q, k, v, decay, backend=backend, **options)
+    return [out, *torch.autograd.grad(out, (q, k, v, *numbers), grad.to(out.dtype))]
 
 
-def with_leaves(bias, dtype):
-    """The same decay with tokens that ask for gradients, and these."""
-    if bias is None:
+def with_leaves(decay, dtype):
+    """The same decay with numbers that ask for gradients, and these."""
+    if decay is None:
         return None, []
-    if isinstance(bias, AxialDecay):
-        (rows, first), (columns, second) = with_leaves(bias.rows, dtype), with_leaves(bias.columns, dtype)
-        return dataclasses.replace(bias, rows=rows, columns=columns), first + second
-    names = [field.name for field in dataclasses.fields(bias) if isinstance(getattr(bias, field.name), torch.Tensor)]
-    leaves = {name: getattr(bias, name).detach().to(dtype or torch.float32).requires_grad_() for name in names}
-    return dataclasses.replace(bias, **leaves), list(leaves.values())
+    if isinstance(decay, AxialDecay):
+        (rows, first), (columns, second) = with_leaves(decay.rows, dtype), with_leaves(decay.columns, dtype)
+        return dataclasses.replace(decay, rows=rows, columns=columns), first + second
+    names = [field.name for field in dataclasses.fields(decay) if isinstance(getattr(decay, field.name), torch.Tensor)]
+    leaves = {name: getattr(decay, name).detach().to(dtype or torch.float32).requires_grad_() for name in names}
+    return dataclasses.replace(decay, **leaves), list(leaves.values())
 
 
 def check(inputs, dtype=torch.float32, backend="triton", **options):
@@ -113,19 +114,19 @@ def test_head_dims(case, head_dim):
 @pytest.mark.parametrize("size", [(7, 10), (4, 5)], ids=["long", "short"])
 def test_paths_that_cost_nothing(size):
     """Which of two tokens comes later is to be known where their sums are equal."""
-    q, k, v, grad, bias = make(PATH, Grid(*size))
-    check((q, k, v, grad, dataclasses.replace(bias, cumulative=bias.cumulative.div(4).round())))
+    q, k, v, grad, decay = make(PATH, Grid(*size))
+    check((q, k, v, grad, dataclasses.replace(decay, cumulative=decay.cumulative.div(4).round())))
 
 
 @pytest.mark.parametrize("case", [FULL, PATH, GAUSSIAN], ids=case_id)
 def test_what_stands_at_prefix_tokens_is_not_read(case):
-    q, k, v, grad, bias = make(case, Grid(7, 10, 2))
-    expected = run(q, k, v, grad, bias)
-    nonsense = {field.name: getattr(bias, field.name) for field in dataclasses.fields(bias)}
+    q, k, v, grad, decay = make(case, Grid(7, 10, 2))
+    expected = run(q, k, v, grad, decay)
+    nonsense = {field.name: getattr(decay, field.name) for field in dataclasses.fields(decay)}
     nonsense = {name: x.clone() for name, x in nonsense.items() if isinstance(x, torch.Tensor)}
     for value, x in zip((float("nan"), float("inf"), float("inf")), nonsense.values(), strict=False):
         x[..., :2] = value
-    for got, wanted in zip(run(q, k, v, grad, dataclasses.replace(bias, **nonsense)), expected, strict=True):
+    for got, wanted in zip(run(q, k, v, grad, dataclasses.replace(decay, **nonsense)), expected, strict=True):
         assert torch.equal(got, wanted)
 
 
@@ -135,31 +136,31 @@ def test_what_stands_at_prefix_tokens_is_not_read(case):
 @pytest.mark.parametrize("case", AXIAL, ids=case_id)
 def test_rows_and_columns(monkeypatch, case, size, longest_short):
     """Both axes by the kernels for short sequences, one, or none."""
-    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda work: int(work.num_patches <= longest_short))
+    monkeypatch.setattr(schedule, "num_warps_of_short", lambda work: int(work.num_patches <= longest_short))
     check(make(case, Grid(*size), batch_size=2))
 
 
 @pytest.mark.parametrize("layout", ["tokens", "heads", "features last but one", "every other head"])
 @pytest.mark.parametrize("grid", [Grid(9, 8), Grid(4, 5)], ids=["long", "short"])
 def test_any_strides(grid, layout):
-    q, k, v, grad, bias = make(FULL, grid)
-    expected = run(q, k, v, grad, bias)
+    q, k, v, grad, decay = make(FULL, grid)
+    expected = run(q, k, v, grad, decay)
     if layout == "heads":
         q, k, v = (x.contiguous() for x in (q, k, v))
     elif layout == "features last but one":
         q, grad = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, grad))
     elif layout == "every other head":
         q, k = (x.repeat_interleave(2, dim=1)[:, ::2] for x in (q, k))
-        bias = dataclasses.replace(bias, strength=bias.strength.repeat_interleave(2, dim=1)[:, ::2])
-    for got, wanted in zip(run(q, k, v, grad, bias), expected, strict=True):
+        decay = dataclasses.replace(decay, strength=decay.strength.repeat_interleave(2, dim=1)[:, ::2])
+    for got, wanted in zip(run(q, k, v, grad, decay), expected, strict=True):
         assert torch.equal(got, wanted)
 
 
 def test_outputs_lie_as_a_projection_wants_them():
-    q, k, v, _, bias = make(FULL, Grid(9, 8))
-    assert decay_attention(q, k, v, bias, backend="triton").transpose(1, 2).is_contiguous()
-    q, k, v, _, bias = make(AXIAL[0], Grid(3, 5))
-    assert decay_attention(q, k, v, bias, backend="triton").transpose(1, 2).is_contiguous()
+    q, k, v, _, decay = make(FULL, Grid(9, 8))
+    assert decay_attention(q, k, v, decay, backend="triton").transpose(1, 2).is_contiguous()
+    q, k, v, _, decay = make(AXIAL[0], Grid(3, 5))
+    assert decay_attention(q, k, v, decay, backend="triton").transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("case", [FULL, AXIAL[0]], ids=case_id)
@@ -205,9 +206,9 @@ def test_without_decay():
 @pytest.mark.parametrize("size", [(5, 6), (9, 11)], ids=case_id)
 def test_short_and_long_kernels_agree(monkeypatch, size):
     inputs = make(PATH, Grid(*size))
-    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda work: 8)
+    monkeypatch.setattr(schedule, "num_warps_of_short", lambda work: 8)
     short = run(*inputs)
-    monkeypatch.setattr(triton_schedule, "num_warps_of_short", lambda work: 0)
+    monkeypatch.setattr(schedule, "num_warps_of_short", lambda work: 0)
     for a, b in zip(short, run(*inputs), strict=True):
         assert error(a, b.double()) < TOLERANCE[torch.float32]
 
@@ -215,40 +216,40 @@ def test_short_and_long_kernels_agree(monkeypatch, size):
 @pytest.mark.parametrize("tile", [(64, 64), (128, 32), (16, 128)], ids=case_id)
 @pytest.mark.parametrize("case", [FULL, GAUSSIAN], ids=case_id)
 def test_any_tiles_give_the_same(monkeypatch, case, tile):
-    monkeypatch.setattr(triton_schedule, "from_table", lambda step, work: Schedule(*tile, 4, 2))
+    monkeypatch.setattr(schedule, "from_table", lambda step, work: Schedule(*tile, 4, 2))
     check(make(case, Grid(9, 15, 1), num_heads=1))
 
 
 @pytest.mark.parametrize("case", [FULL, AXIAL[0]], ids=case_id)
 def test_autotuned_takes_the_fastest_tiles(monkeypatch, case):
-    monkeypatch.setattr(triton_schedule, "_FASTEST", {})
+    monkeypatch.setattr(schedule, "_FASTEST", {})
     if not case.is_axial:  # few, because the interpreter is slow
         few = [Schedule(32, 32, 4, 2), Schedule(16, 64, 4, 2)]
-        monkeypatch.setattr(triton_schedule, "candidates", lambda step, first: few)
+        monkeypatch.setattr(schedule, "candidates", lambda step, first: few)
     inputs = make(case, Grid(2, 3) if case.is_axial else Grid(9, 8))
     check(inputs, backend="triton_autotune")
-    timed = dict(triton_schedule._FASTEST)
-    steps = {"short forward", "short backward"} if case.is_axial else {"forward", "rows", "columns"}
+    timed = dict(schedule._FASTEST)
+    steps = {"short forward", "short backward"} if case.is_axial else {"forward", "backward rows", "backward columns"}
     assert {step for step, *_ in timed} == steps
     run(*inputs, backend="triton_autotune")
-    assert timed == triton_schedule._FASTEST
+    assert timed == schedule._FASTEST
 
 
 def test_the_fastest_that_fits_is_kept(monkeypatch):
-    monkeypatch.setattr(triton_schedule, "_FASTEST", {})
+    monkeypatch.setattr(schedule, "_FASTEST", {})
     first = Schedule(128, 64, 8, 2)
-    choices = triton_schedule.candidates("rows", first)
+    choices = schedule.candidates("backward rows", first)
     assert choices[0] == first
     assert len(set(choices)) == len(choices) > 5
     times = {choices[0]: 3.0, choices[1]: None, choices[2]: 1.0}
-    assert triton_schedule.fastest("a key", choices, lambda choice: times.get(choice, 2.0)) == choices[2]
-    assert triton_schedule.fastest("a key", choices, lambda choice: pytest.fail("was timed before")) == choices[2]
+    assert schedule.fastest("a key", choices, lambda choice: times.get(choice, 2.0)) == choices[2]
+    assert schedule.fastest("a key", choices, lambda choice: pytest.fail("was timed before")) == choices[2]
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured. Call it once before"):
-        triton_call._seconds(pytest.fail, Schedule(64, 64, 4, 2), torch.device("cuda"))
+        launch._seconds(pytest.fail, Schedule(64, 64, 4, 2), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("grid", [Grid(9, 8, 1), Grid(4, 5)], ids=["long", "short"])
@@ -258,26 +259,26 @@ def test_results_are_bitwise_repeatable(case, grid):
     assert all(torch.equal(a, b) for a, b in zip(run(*inputs), run(*inputs), strict=True))
 
 
-def arguments(length, kind="path"):
+def arguments(length, formula="path"):
     """Of the operators."""
     q, k, v = (torch.randn(1, 2, 1, length, 8, device=DEVICE, requires_grad=True) for _ in range(3))
-    tokens = torch.rand(1, 2, 1, length, device=DEVICE).cumsum(-1).requires_grad_()
+    numbers = torch.rand(1, 2, 1, length, device=DEVICE).cumsum(-1).requires_grad_()
     mask, positions = torch.randn(2, 1, 1, length, device=DEVICE), torch.rand(1, 2, length, device=DEVICE)
-    return q, k, v, kind, tokens, mask, positions, 0, 0.5, False
+    return q, k, v, formula, numbers, mask, positions, 0, 0.5, False
 
 
 def test_the_operators_are_well_made():
-    torch.library.opcheck(triton_op._short_forward, arguments(20))
-    torch.library.opcheck(triton_op._forward, arguments(40, "manhattan"))
+    torch.library.opcheck(operators.short_forward, arguments(20))
+    torch.library.opcheck(operators.forward, arguments(40, "manhattan"))
 
 
 @pytest.mark.parametrize("case", [FULL, AXIAL[0]], ids=case_id)
 def test_it_is_one_graph(case):
     torch.compiler.reset()
-    q, k, v, grad, bias = make(case, Grid(3, 4) if case.is_axial else Grid(9, 8))
+    q, k, v, grad, decay = make(case, Grid(3, 4) if case.is_axial else Grid(9, 8))
 
     def attend(q, k, v):
-        return decay_attention(q, k, v, bias, backend="triton")
+        return decay_attention(q, k, v, decay, backend="triton")
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -291,8 +292,8 @@ def test_it_is_one_graph(case):
 
 def test_it_can_be_exported():
     class Attend(torch.nn.Module):
-        def forward(self, q, bias):
-            return decay_attention(q, q, q, ManhattanDecay(bias, Grid(4, 5)), backend="triton")
+        def forward(self, q, strength):
+            return decay_attention(q, q, q, ManhattanDecay(strength, Grid(4, 5)), backend="triton")
 
     inputs = heads(1, 2, 20, 8), -torch.rand(1, 2, 20, device=DEVICE)
     program = torch.export.export(Attend(), inputs)
@@ -333,41 +334,41 @@ def test_it_says_all_that_it_cannot():
 
 
 @pytest.mark.parametrize(
-    ("bias", "reason"),
+    ("decay", "reason"),
     [
         (PathDecay(torch.zeros(1, 1, 4), Grid(2, 2), causal=True), "a causal PathDecay (needs causal=False)"),
         (
             GaussianDecay(*torch.ones(3, 1, 1, 4), Grid(1, 4), max_distance=2),
-            "a grid wider than max_distance=2 (needs one within it)",
+            "a grid of 1 x 4 patches behind 0 prefix tokens with max_distance=2 (needs a Grid within it, or none)",
         ),
         (
             GaussianDecay(*torch.ones(3, 1, 1, 4), Positions(*torch.ones(2, 1, 4)), max_distance=2),
-            "Positions with max_distance=2 (needs a Grid, or no max_distance)",
+            "Positions of 4 tokens with max_distance=2 (needs a Grid within it, or none)",
         ),
     ],
 )
-def test_decays_that_it_cannot(bias, reason):
-    q = torch.randn(1, 1, bias.grid.num_tokens, 8)
-    inputs = checked_inputs(q, q, q, bias, None, 0.0, None)
-    assert triton_op._reasons_of_the_inputs(inputs) == [reason]
+def test_decays_that_it_cannot(decay, reason):
+    q = torch.randn(1, 1, decay.layout.num_tokens, 8)
+    inputs = checked_inputs(q, q, q, decay, None, 0.0, None)
+    assert room._reasons_of_the_inputs(inputs) == [reason]
 
 
 def test_machines_that_it_cannot(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert triton_op._reasons_of_the_machine(torch.device("cpu")) == ["q is on cpu (needs cuda)"]
+    assert room._reasons_of_the_machine(torch.device("cpu")) == ["q is on cpu (needs cuda)"]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7, minor=5))
-    assert triton_op._reasons_of_the_machine(cuda) == ["compute capability 7.5 (needs 8.0 or newer)"]
-    monkeypatch.setattr(triton_op, "_TRITON", (3, 2))
-    assert triton_op._reasons_of_the_machine(cuda) == ["Triton 3.2 (needs 3.3 or newer)"]
-    monkeypatch.setattr(triton_op, "_TRITON", None)
-    assert triton_op._reasons_of_the_machine(cuda) == ["Triton is not installed (pip install triton)"]
+    assert room._reasons_of_the_machine(cuda) == ["compute capability 7.5 (needs 8.0 or newer)"]
+    monkeypatch.setattr(room, "_TRITON", (3, 2))
+    assert room._reasons_of_the_machine(cuda) == ["Triton 3.2 (needs 3.3 or newer)"]
+    monkeypatch.setattr(room, "_TRITON", None)
+    assert room._reasons_of_the_machine(cuda) == ["Triton is not installed (pip install triton)"]
 
 
 def test_auto_takes_it_on_cuda_and_goes_on_where_it_cannot(monkeypatch):
     def chosen(**options):
-        bias = options.pop("bias", ManhattanDecay(torch.zeros(1, 2, 72), Grid(9, 8)))
-        inputs = checked_inputs(*torch.randn(3, 1, 2, 72, 8), bias, options.pop("mask", None), 0.0, None)
+        decay = options.pop("decay", ManhattanDecay(torch.zeros(1, 2, 72), Grid(9, 8)))
+        inputs = checked_inputs(*torch.randn(3, 1, 2, 72, 8), decay, options.pop("mask", None), 0.0, None)
         q = SimpleNamespace(**{name: getattr(inputs.q, name) for name in ("shape", "dtype", "stride")}, **options)
         q.device, q.is_cuda, q.requires_grad = torch.device("cuda"), True, False
         return choice.choose(dataclasses.replace(inputs, q=q), "auto")
@@ -377,19 +378,19 @@ def test_auto_takes_it_on_cuda_and_goes_on_where_it_cannot(monkeypatch):
     assert chosen() == "triton"
     assert chosen(mask=torch.zeros(1, 1, 1, 72)) == "triton"
     assert chosen(mask=torch.zeros(1, 1, 72, 72)) == "sdpa"
-    assert chosen(bias=None) == "sdpa"  # without a decay there is nothing to gain
+    assert chosen(decay=None) == "sdpa"  # without a decay there is nothing to gain
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7, minor=5))
     assert chosen() == "sdpa"
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="is about the interpreter")
 def test_auto_does_not_take_the_interpreter():
-    q, k, v, _, bias = make(FULL, Grid(9, 8))
-    assert "triton could: on cpu it runs in Triton's interpreter" in explain_backend(q, k, v, bias)
+    q, k, v, _, decay = make(FULL, Grid(9, 8))
+    assert "triton could: on cpu it runs in Triton's interpreter" in explain_backend(q, k, v, decay)
 
 
 def test_the_machine_code_has_not_become_worse():
-    """For GPUs that are not there: tensor cores, no or few registers spilled, no more instructions than in the table."""
+    """For GPUs that are not there: tensor cores, few registers spilled, no more instructions than in the table."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ops.triton_instructions"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -436,11 +437,11 @@ def test_more_sequences_than_a_grid_dimension_holds():
 
 @pytest.mark.gpu
 def test_a_cuda_graph_replays_it():
-    q, k, v, _, bias = make(FULL, Grid(14, 15))
-    expected = decay_attention(q, k, v, bias, backend="triton")
+    q, k, v, _, decay = make(FULL, Grid(14, 15))
+    expected = decay_attention(q, k, v, decay, backend="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decay_attention(q, k, v, bias, backend="triton")
+        out = decay_attention(q, k, v, decay, backend="triton")
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, expected)

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not there, and reads from the machine code what a score costs.
+"""Compiles the Triton kernel for GPUs that are not there, and reads from the machine code what a score costs.
 
     python -m tests.ops.triton_instructions           # a row for each kernel, as JSON
     python -m tests.ops.triton_instructions --write   # ... kept as the table that test_triton.py compares with
@@ -24,11 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from spatial_decay.ops import triton_call, triton_op
+from spatial_decay.ops.triton import launch, operators
+from spatial_decay.ops.triton.formulas import FORMULAS
 
 TABLE = Path(__file__).with_suffix(".json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-KINDS = {"none": 0, "manhattan": 1, "path": 1, "gaussian": 3}  # numbers a token
 
 
 class NoDriver:
@@ -51,12 +51,12 @@ class Shape(NamedTuple):
     """What a forward and a backward pass are compiled for."""
 
     capability: int
-    kind: str
+    formula: str
     head_dim: int
     num_patches: int = 256
     num_prefix: int = 0
     has_key_mask: bool = False
-    has_flags: bool = False  # Positions, of which some tokens have none
+    has_flags: bool = False  # Positions, some tokens of which lie nowhere
     is_line: bool = False  # one of many rows of a grid, so long
 
 
@@ -67,7 +67,7 @@ def compiled(shape, dtype=torch.bfloat16):
     def compile_only(self, grid):
         def call(*args, **kwargs):
             kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
-            found.append((f"{'short ' if shape.is_line else ''}{self.__name__.replace('_', ' ')}", kernel, kwargs))
+            found.append((kwargs["STEP"], kernel, kwargs))
 
         return call
 
@@ -76,21 +76,21 @@ def compiled(shape, dtype=torch.bfloat16):
     q, k, v, grad = (
         torch.empty(2, num_lines, length, 4, shape.head_dim, dtype=dtype).transpose(2, 3) for _ in range(4)
     )
-    tokens = torch.zeros(max(KINDS[shape.kind], 1), q.shape[0] * q.shape[1], 4, length)
+    numbers = torch.zeros(max(FORMULAS[shape.formula].num_numbers, 1), q.shape[0] * q.shape[1], 4, length)
     mask = torch.zeros(2, 1, 1, length) if shape.has_key_mask else None
     positions = torch.zeros(2, 3, length) if shape.has_flags else torch.zeros(1, 2, length)
-    arguments = (q, k, v, shape.kind, tokens, mask, positions, shape.num_prefix, 0.125, False)
+    arguments = (q, k, v, shape.formula, numbers, mask, positions, shape.num_prefix, 0.125, False)
     driver.set_active(NoDriver(shape.capability))
     with (
         patch.object(KernelInterface, "__getitem__", compile_only),
-        patch.object(triton_call, "_has_warp_groups", lambda device: shape.capability in (90, 100)),
+        patch.object(launch, "_has_warp_groups", lambda device: shape.capability in (90, 100)),
     ):
         if shape.is_line:
-            triton_op._short_forward._init_fn(*arguments)
-            triton_op._short_backward._init_fn(grad, *arguments)
+            operators.short_forward._init_fn(*arguments)
+            operators.short_backward._init_fn(grad, *arguments)
         else:
-            out, lse = triton_op._forward._init_fn(*arguments)
-            triton_op._backward._init_fn(grad, out, lse, *arguments)
+            out, lse = operators.forward._init_fn(*arguments)
+            operators.backward._init_fn(grad, out, lse, *arguments)
     return found
 
 
@@ -117,8 +117,7 @@ def row(name, kernel, constants, shape):
     instructions, loops = disassembled(kernel)
     inside = [instructions[first : last + 1] for first, last in loops]
     inside = [loop for loop in inside if any("MMA" in text for text in loop)]
-    block = constants.get("BLOCK")
-    num_scores = block * block if block else constants["BLOCK_Q"] * constants["BLOCK_K"]
+    num_scores = constants["BLOCK_Q"] * constants["BLOCK_K"]
     main = max(inside, key=len) if inside else instructions  # tails and prefixes are smaller
     spills = sum(bool(re.search(r"\b(STL|LDL)\b", text)) for text in main)
     return {
@@ -131,10 +130,10 @@ def row(name, kernel, constants, shape):
 
 
 COMPILED = [
-    *[Shape(90, kind, 64) for kind in KINDS],
-    *[Shape(90, kind, 64, 196, 1) for kind in ("manhattan", "path", "gaussian")],
+    *[Shape(90, formula, 64) for formula in FORMULAS],
+    *[Shape(90, formula, 64, 196, 1) for formula in ("manhattan", "path", "gaussian")],
     Shape(90, "manhattan", 64, 196, 1, has_key_mask=True),
-    Shape(90, "manhattan", 64, 196, has_flags=True),
+    *[Shape(90, formula, 64, 196, has_flags=True) for formula in ("manhattan", "path")],
     Shape(90, "manhattan", 72),
     Shape(90, "manhattan", 128, 196, 1),
     Shape(80, "manhattan", 64),

@@ -12,6 +12,9 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import nn
 
+from spatial_decay import kinds
+
+STRONG = kinds.Full(gate_bias_init=0.0)  # no quiet start
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 HF = {
     "hidden_size": 48,

@@ -7,16 +7,18 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchDropout
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import spatial_decay as sd
 from tests import references
 from tests.cases import relative_error
-from tests.swap.hosts import HOSTS
+from tests.swap.hosts import HOSTS, STRONG
 
 EVERY_HOST = pytest.mark.parametrize("host", HOSTS, ids=str)
 SOME = ["timm vit_tiny_patch16_224", "timm eva02_tiny_patch14_224", "transformers DINOv3", "diffusers DiT"]
+BY_NAME = {host.name: host for host in HOSTS}
 SOME_HOSTS = pytest.mark.parametrize("host", [host for host in HOSTS if host.name in SOME], ids=str)
 
 
@@ -49,10 +51,30 @@ def first(output):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
+def traces(model: nn.Module) -> dict:
+    """What a swap could leave on a model: classes, hooks, attributes and weights, by the names of its modules."""
+    return {
+        name: (
+            type(module),
+            len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._forward_hooks_with_kwargs),
+            set(vars(module)),
+            [own for own, _ in module.named_parameters(recurse=False)],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
 @EVERY_HOST
 def test_no_decay_changes_nothing_and_restoring_leaves_nothing(host):
     model = host.make()
-    names, class_of = set(model.state_dict()), {name: type(module) for name, module in model.named_modules()}
+    names, found = set(model.state_dict()), traces(model)
     with torch.no_grad():
         before = [host.run(model, host.images(size)) for size in host.sizes]
         report = sd.swap_attention(model, "none")
@@ -65,22 +87,63 @@ def test_no_decay_changes_nothing_and_restoring_leaves_nothing(host):
     for a, b, c in zip(before, swapped, restored, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
-    assert {name: type(module) for name, module in model.named_modules()} == class_of
-    assert not any(module._forward_hooks for module in model.modules())
+    assert traces(model) == found
+
+
+@pytest.mark.parametrize("patch_drop_rate", [0.0, 0.5])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, lambda model: pickled(copy.deepcopy(model))])
+def test_copies_and_pickles_restore_themselves_alone(copied, patch_drop_rate):
+    """Among hooks of the host's own, which stay; attention before the patch embedding is met first by pickle."""
+    model = nn.ModuleDict({"vit": BY_NAME["timm vit_tiny_patch16_224"].make()})
+    model["vit"].patch_drop = PatchDropout(patch_drop_rate) if patch_drop_rate else nn.Identity()
+    model["vit"].patch_embed = model["vit"]._modules.pop("patch_embed")  # last
+    model["vit"].norm_pre.register_forward_hook(own_hook)
+    found = traces(model)
+    sd.swap_attention(model, STRONG)
+    swapped = traces(model)
+    assert swapped != found
+    other = copied(model)
+    assert traces(other) == swapped
+    handle = other["vit"].norm_pre.register_forward_hook(own_hook)  # an id of its own, after those in the pickle
+    assert len(other["vit"].norm_pre._forward_hooks) == 2
+    handle.remove()
+    sd.restore_attention(other)
+    assert traces(other) == found
+    assert traces(model) == swapped
+    model["vit"].train()(torch.randn(1, 3, 64, 96))
+    sd.restore_attention(model)
+    assert traces(model) == found
+
+
+def own_hook(*_):
+    """Does nothing."""
+
+
+@EVERY_HOST
+def test_what_was_restored_can_be_swapped_again(host):
+    model = host.make()
+    found = traces(model)
+    sd.swap_attention(model, STRONG)
+    other = pickled(model)
+    sd.restore_attention(other)
+    assert traces(other) == found
+    sd.swap_attention(other, "fixed")
+    sd.restore_attention(other)
+    assert traces(other) == found
 
 
 @EVERY_HOST
 def test_decay_is_the_equation_at_each_size(host):
     model = host.make()
     original = copy.deepcopy(model)
-    report = sd.swap_attention(model, "full", gate_bias_init=0.0)
+    report = sd.swap_attention(model, STRONG)
     name = report.replaced[-1]
     for size in host.sizes:
         with torch.no_grad():
             args, kwargs = inputs_of(model.get_submodule(name), lambda size=size: host.run(model, host.images(size)))
             got = first(model.get_submodule(name)(*args, **kwargs))
         x = args[0] if args else kwargs["hidden_states"]
-        gate = model.get_submodule(name).spatial_decay.mask.gate
+        gate = model.get_submodule(name).spatial_decay.decay.gate
         height, width = host.grid(size)
         masks = []
         for image in x[:, host.num_prefix_tokens :]:
@@ -138,7 +201,7 @@ def set_checkpointing(model):
 @EVERY_HOST
 def test_gates_get_gradients_also_with_checkpointing(host):
     model = host.make().train()
-    report = sd.swap_attention(model, "full", gate_bias_init=0.0, lpe_kernel_size=3, gate_rank=4)
+    report = sd.swap_attention(model, STRONG, lpe_kernel_size=3, gate_rank=4)
     plain = gradients(host, model, host.sizes[-1])
     new = [name for name in plain if ".spatial_decay." in name]
     assert len(new) == len(report.replaced) * 6  # gate and its bias, LPE and its bias, output gate's two
@@ -156,7 +219,7 @@ def test_gates_get_gradients_also_with_checkpointing(host):
 @EVERY_HOST
 def test_autocast(host):
     model = host.make()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     full = host.run(model, host.images(host.sizes[0]))
     with torch.autocast("cpu", torch.bfloat16):
         half = host.run(model, host.images(host.sizes[0]))
@@ -173,13 +236,10 @@ def test_autocast(host):
 @SOME_HOSTS
 def test_copies_and_pickles_are_models_of_their_own(host):
     model = host.make()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
+    sd.swap_attention(model, STRONG)
     with torch.no_grad():
         expected = host.run(model, host.images(host.sizes[-1]))
-        for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        for other in (copy.deepcopy(model), pickled(model)):
             host.run(model, host.images(host.sizes[0]))  # another size through the original
             assert torch.equal(host.run(other, host.images(host.sizes[-1])), expected)
             sd.restore_attention(other)
@@ -191,7 +251,7 @@ def test_copies_and_pickles_are_models_of_their_own(host):
 def test_compiles_whole_at_each_size_and_with_checkpointing(host):
     torch._dynamo.reset()
     model = host.make()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for size in host.sizes:
         with torch.no_grad():
@@ -209,7 +269,7 @@ def test_compiles_whole_at_each_size_and_with_checkpointing(host):
 @SOME_HOSTS
 def test_exports_and_runs_in_onnxruntime(host, tmp_path):
     model = host.make()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
 
     class Run(nn.Module):
         def __init__(self):

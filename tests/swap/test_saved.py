@@ -17,7 +17,7 @@ CLASSES = {"transformers ViT": transformers.ViTModel, "diffusers DiT": diffusers
 
 def swapped(host, **options):
     model = host.make()
-    sd.swap_attention(model, "full", **{"gate_bias_init": 0.5, "lpe_kernel_size": 3, "layers": [-1]} | options)
+    sd.swap_attention(model, sd.kinds.Full(gate_bias_init=0.5), **{"lpe_kernel_size": 3, "layers": [-1]} | options)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if ".spatial_decay." in name:
@@ -68,7 +68,30 @@ def test_what_does_not_fit_is_said(tmp_path):
     (tmp_path / "spatial_decay.json").write_text(json.dumps(options | {"lpe_kernel_size": 5}))
     with pytest.raises(ValueError, match=r"the model has \(48, 1, 5, 5\), the checkpoint \(48, 1, 3, 3\)"):
         sd.load_swapped(transformers.ViTModel, tmp_path)
+    (tmp_path / "spatial_decay.json").write_text(json.dumps(options))
     weights = (tmp_path / "spatial_decay.safetensors").read_bytes()
     (tmp_path / "spatial_decay.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ValueError, match="not a checkpoint that can be read safely"):
+        sd.load_swapped(transformers.ViTModel, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate_bias_init": 6.0, "alpha": 0.1}, "it needs backend, decay, gate_rank, .* and has alpha, backend"),
+        ({"decay": {"kind": "full", "reach": 3}}, "kind 'full' has the options .*alpha.*: got reach"),
+        ({"decay": 1}, "decay must be the name of a kind"),
+        (None, "it needs .*, and has 0, 1"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_options_of_another_version_are_refused_before_a_model_is_built(tmp_path, monkeypatch, change, message):
+    sd.save_swapped(swapped(BY_NAME["transformers ViT"]), tmp_path)
+    file = tmp_path / "spatial_decay.json"
+    saved = json.loads(file.read_text())
+    assert saved["decay"] == {"kind": "full", "gate_bias": True, "gate_bias_init": 0.5, "alpha": 0.1}
+    changed = saved | change if isinstance(change, dict) else ["0", "1"]
+    file.write_text(change if isinstance(change, str) else json.dumps(changed))
+    monkeypatch.setattr(transformers.ViTModel, "from_pretrained", lambda *_, **__: pytest.fail("too early"))
+    with pytest.raises(ValueError, match=rf"(?s)is not what this version's save_swapped writes.*{message}"):
         sd.load_swapped(transformers.ViTModel, tmp_path)

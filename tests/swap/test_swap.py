@@ -1,5 +1,6 @@
 """What swap_attention takes, leaves and refuses; patch dropout, packed images, threads, and passes that overlap."""
 
+import json
 import threading
 from functools import partial
 
@@ -11,9 +12,10 @@ import transformers
 from torch import nn
 
 import spatial_decay as sd
+from spatial_decay.layers.kinds import as_kind
 from spatial_decay.layout import Grid, Positions
 from tests.cases import relative_error
-from tests.swap.hosts import HF, HOSTS, SMALL
+from tests.swap.hosts import HF, HOSTS, SMALL, STRONG
 
 BY_NAME = {host.name: host for host in HOSTS}
 VIT = BY_NAME["timm vit_tiny_patch16_224"]
@@ -41,21 +43,22 @@ def test_the_report_names_all_and_why():
 
 def test_options_reach_the_layers():
     model = vit().double()
-    sd.swap_attention(model, "full", alpha=0.3, gate_bias_init=1.5, lpe_kernel_size=5, gate_rank=2, backend="math")
+    decay = sd.kinds.Full(alpha=0.3, gate_bias_init=1.5)
+    sd.swap_attention(model, decay, lpe_kernel_size=5, gate_rank=2, backend="math")
     added = model.blocks[0].attn.spatial_decay
-    assert (added.mask.alpha, added.mask.gate.bias[0].item(), added.backend) == (0.3, 1.5, "math")
+    assert (added.decay.kind.alpha, added.decay.gate.bias[0].item(), added.attention.backend) == (0.3, 1.5, "math")
     assert added.lpe.conv.kernel_size == (5, 5)
-    assert added.mask.gate.weight.dtype == added.output_gate.down.dtype == torch.float64
+    assert added.decay.gate.weight.dtype == added.output_gate.down.dtype == torch.float64
     sd.restore_attention(model)
-    sd.swap_attention(model, "gaussian", initial_grid_size=(4, 4))
-    assert model.blocks[0].attn.spatial_decay.mask.gaussian.initial_grid_size == (4, 4)
+    sd.swap_attention(model, sd.kinds.Gaussian(initial_grid_size=(4, 4)))
+    assert model.blocks[0].attn.spatial_decay.decay.gaussian.initial_grid_size == (4, 4)
 
 
-@pytest.mark.parametrize("kind", ["decomposed", "fixed_decomposed"])
-def test_decomposed_kinds_run_where_there_are_no_prefix_tokens(kind):
+@pytest.mark.parametrize("decay", [sd.kinds.Decomposed(gate_bias_init=0.0), sd.kinds.FixedDecomposed()])
+def test_decomposed_kinds_run_where_there_are_no_prefix_tokens(decay):
     host = BY_NAME["a DiT of timm's layers"]
     model = host.make()
-    sd.swap_attention(model, kind, gate_bias_init=0.0)
+    sd.swap_attention(model, decay)
     with torch.no_grad():
         out = host.run(model, host.images((8, 12)))
         attn = model.blocks[0].attn
@@ -63,7 +66,7 @@ def test_decomposed_kinds_run_where_there_are_no_prefix_tokens(kind):
         with pytest.raises(RuntimeError, match="4 x 6 patches behind 0 prefix tokens, and attention got L = 16"):
             attn(x[:, :16])
         q, k, v = attn.qkv(x).unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4)
-        expected = sd.decay_attention(q, k, v, attn.spatial_decay.mask.bias(x, (4, 6)))
+        expected = sd.decay_attention(q, k, v, attn.spatial_decay.decay.describe(x, (4, 6)))
         assert relative_error(attn(x), attn.proj(expected.transpose(1, 2).flatten(2))) < 1e-6
     assert out.isfinite().all()
 
@@ -87,9 +90,9 @@ def test_patch_dropout_carries_positions(name, num_prefix):
     sd.restore_attention(model)
     assert torch.equal(run(), before)
 
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     attn, seen = model.blocks[0].attn, []
-    hook = attn.register_forward_pre_hook(lambda _, args: seen.append(attn.spatial_decay.layout.of(args[0])))
+    hook = attn.register_forward_pre_hook(lambda _, args: seen.append(attn.spatial_decay.calls.layout_of(args[0])))
     run()
     hook.remove()
     (positions,) = seen
@@ -110,6 +113,36 @@ def test_patch_dropout_carries_positions(name, num_prefix):
     assert type(model.patch_drop).__name__ in ("PatchDropout", "PatchDropoutWithIndices")
 
 
+@pytest.mark.parametrize("decay", ["full", "1d", "bidirectional", "fixed", "gaussian", "none"])
+def test_a_name_a_value_and_a_mapping_are_the_same(decay):
+    images, outputs, options = torch.randn(1, 3, 64, 96), [], []
+    for given in (decay, type(as_kind(decay))(), {"kind": decay}):
+        model = vit().eval()
+        report = sd.swap_attention(model, given)
+        added = model.blocks[0].attn.spatial_decay
+        assert added.decay.kind == report.decay
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if ".spatial_decay." in name and weight.ndim > 1:
+                    weight.copy_(torch.linspace(-0.1, 0.1, weight.numel()).view_as(weight))
+            outputs.append(model(images))
+        options.append(added.options)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert options[0] == options[1] == options[2]
+    assert json.loads(json.dumps(options[0])) == options[0]
+    assert None not in options[0]["decay"].values()
+
+
+def test_what_is_said_of_a_kind_comes_before_its_quiet_start():
+    model = vit()
+    assert sd.swap_attention(model, "full").decay == sd.kinds.Full(alpha=0.1, gate_bias=True, gate_bias_init=6.0)
+    sd.restore_attention(model)
+    report = sd.swap_attention(model, {"kind": "1d", "gate_bias": False})
+    assert report.decay == sd.kinds.OneDimensional(causal=False, gate_bias=False, gate_bias_init=0.0)
+    assert [name for name, _ in model.blocks[0].attn.spatial_decay.named_parameters()] == ["decay.gate.weight"]
+
+
 def gradients_of(model, run):
     model.zero_grad(set_to_none=True)
     run().square().sum().backward()
@@ -120,7 +153,7 @@ def gradients_of(model, run):
 def test_packed_images_are_each_alone(dtype):
     host = BY_NAME["timm naflexvit_base_patch16_gap"]
     model = host.make().to(dtype)
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     images = [torch.randn(3, *size, dtype=dtype) for size in ((64, 96), (96, 48), (32, 32))]
     with torch.no_grad():
         together = model(packed(images, 30))
@@ -146,7 +179,7 @@ def packed(images, num_tokens):
 
 def test_threads_do_not_see_each_others_images():
     model = vit().eval()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     sizes = [(64, 96), (96, 64), (48, 128), (128, 48)]  # 24 patches each
     images = {size: torch.randn(1, 3, *size) for size in sizes}
     with torch.no_grad():
@@ -168,7 +201,7 @@ def test_threads_do_not_see_each_others_images():
 
 def test_checkpointing_between_other_images():
     model = vit().train()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     wide, high = torch.randn(1, 3, 64, 96), torch.randn(1, 3, 96, 64)
     plain = {name: weight.grad.clone() for name, weight in gradients_of(model, lambda: model(wide)).items()}
     model.set_grad_checkpointing()
@@ -192,7 +225,7 @@ def test_checkpointing_between_other_images():
 
 def test_whole_models_inside_a_checkpoint():
     model = vit(patch_drop_rate=0.5).train()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     wide, high = torch.randn(1, 3, 64, 96), torch.randn(1, 3, 96, 64)
 
     def run(checkpointed):
@@ -208,7 +241,7 @@ def test_whole_models_inside_a_checkpoint():
 def test_reentrant_checkpoints_behind_a_frozen_patch_embedding():
     """Then no graph holds on to a forward pass: it is either right or an error, and the next step starts afresh."""
     model = vit().train()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     for frozen in (*model.patch_embed.parameters(), model.pos_embed, model.cls_token):
         frozen.requires_grad = False
     wide, high = torch.randn(1, 3, 64, 96), torch.randn(1, 3, 96, 64)
@@ -236,8 +269,8 @@ def test_compiled_in_parts(dynamic):
     torch._dynamo.reset()
     model, broken = vit().eval(), vit().eval()
     broken.norm_pre = Break()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
-    sd.swap_attention(broken, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
+    sd.swap_attention(broken, STRONG)
     broken.load_state_dict(model.state_dict())
     wide, high = torch.randn(2, 3, 64, 96), torch.randn(2, 3, 96, 64)
     with torch.no_grad():
@@ -260,7 +293,7 @@ def test_packed_images_compiled():
     """timm's own torch.compiler.disable breaks the graph between NaFlex's embedding and its blocks."""
     torch._dynamo.reset()
     model = BY_NAME["timm naflexvit_base_patch16_gap"].make()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     first, second = (packed([torch.randn(3, *size)], 24) for size in ((64, 96), (48, 128)))
     with torch.no_grad():
         expected = model(first)
@@ -281,11 +314,11 @@ def test_two_towers_have_a_grid_each():
     naflex = timm.create_model("naflexvit_base_patch16_gap", num_classes=10, **SMALL)
     model = Two(naflex, vit(patch_drop_rate=0.5)).eval()
     wide, high = torch.randn(3, 3, 64, 96), torch.randn(3, 3, 96, 64)
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     with torch.no_grad():
         assert torch.equal(model(wide, high), torch.cat([model.a(wide), model.b(high)]))
         sd.restore_attention(model)
-        sd.swap_attention(model, "full", gate_bias_init=0.0, layers=[0, 1])
+        sd.swap_attention(model, STRONG, layers=[0, 1])
         assert torch.equal(model(wide, high)[:3], model.a(wide))
     assert model.train()(wide, high).isfinite().all()
 
@@ -328,7 +361,7 @@ def test_class_tokens_that_the_model_does_not_tell_of():
     sd.restore_attention(model)
     sd.swap_attention(model, num_prefix_tokens=1, patch_embed="patches")
     model(images)
-    assert isinstance(model.attn.spatial_decay.layout.of(torch.zeros(1, 25, 48)), Grid)
+    assert isinstance(model.attn.spatial_decay.calls.layout_of(torch.zeros(1, 25, 48)), Grid)
 
 
 def eager_hf():
@@ -371,6 +404,9 @@ class TwoStems(nn.Module):
         (wrapped, {}, "before the model is wrapped .* got a DistributedDataParallel at 'the root'"),
         (lambda: vit().blocks, {}, "no patch embedding was found: name as patch_embed the module"),
         (vit, {"decay": "round"}, "kind of decay must be one of"),
+        (vit, {"decay": {"kind": "1d", "alpha": 7}}, "kind '1d' has the options .*gate_bias.*: got alpha"),
+        (vit, {"decay": {"alpha": 7}}, 'a decay as a mapping must say its "kind"'),
+        (vit, {"decay": sd.kinds.Fixed(initial_value=-1.0)}, "needs initial_value"),
         (vit, {"decay": "decomposed"}, "belong to no row or column"),
         (vit, {"layers": [2]}, "2 attention modules, 0 to 1 or negative: got"),
         (vit, {"layers": []}, "it is not in layers"),
@@ -410,7 +446,7 @@ def test_attention_that_turns_causal_or_unfused_later():
 
 def test_masks_of_the_host_still_count():
     model = vit().eval()
-    sd.swap_attention(model, "full", gate_bias_init=0.0)
+    sd.swap_attention(model, STRONG)
     images = torch.randn(2, 3, 64, 64)
     mask = torch.ones(2, 1, 17, 17, dtype=torch.bool)
     with torch.no_grad():

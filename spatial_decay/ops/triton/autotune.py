@@ -1,13 +1,16 @@
-"""Backend `triton_autotune`: that of `triton`, with tiles timed at the first call for each shape. By name only."""
+"""Backend `triton_autotune`: that of `triton`, with tiles timed at the first call for each shape. By name only.
+
+O = softmax(scale * Q K^T + M) V (SDT Eq. 10), as there.
+"""
 
 from torch import Tensor
 
-from spatial_decay.ops import triton_op
+from spatial_decay.ops import triton
 from spatial_decay.ops.inputs import Inputs
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
-unsupported_reasons = triton_op.unsupported_reasons
+unsupported_reasons = triton.unsupported_reasons
 
 
 def avoid_reasons(inputs: Inputs) -> list[str]:
@@ -18,4 +21,4 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
 
 def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in the dtype and shape of q."""
-    return triton_op.attention(inputs, tunes=True)
+    return triton.attention(inputs, tunes=True)

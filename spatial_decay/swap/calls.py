@@ -1,4 +1,4 @@
-"""Where the tokens of a call lie: what a model's patch embedding gave for these images, told to its attention.
+"""The calls that pass through a model: what its patch embedding gave for their images, told to its attention.
 
 Attention modules of other libraries are called with tokens alone, and L does not tell H x W. So hooks on the patch
 embedding (and on patch dropout) note the layout of each call as it passes, and the attention of the same call asks.
@@ -6,15 +6,15 @@ embedding (and on patch dropout) note the layout of each call as it passes, and 
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spatial_decay.layout import Grid, Layout, Positions
+from spatial_decay.layout import Layout
 
-__all__ = ["TokenLayout", "named"]
+__all__ = ["Calls"]
 
 _KEY = "spatial_decay.call"
 
@@ -50,8 +50,8 @@ class _Thread(threading.local):
         self.slot = _Slot()
 
 
-class TokenLayout:
-    """The layout of the tokens in the call that is in progress, one of these for each patch embedding.
+class Calls:
+    """The calls through one patch embedding, and the layout of each.
 
     A forward pass reads what its own thread noted last. Gradient checkpointing computes parts of a pass again, within
     the backward pass, when another image may have come through since: then it is the layout of a pass whose graph is
@@ -77,41 +77,22 @@ class TokenLayout:
         """Forward pre-hook of the part of the model that has both the patch embedding and its attention."""
         self._thread.slot.call = None
 
-    def note_map(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of a convolution that makes patches, (B, D, H, W)."""
-        self._begin(Grid(output.shape[-2], output.shape[-1], self.num_prefix_tokens), output)
-
-    def note_naflex(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Any]
+    def note(
+        self,
+        read: Callable[..., tuple[Layout, Tensor]],
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
-        """Forward hook of timm's NaFlexEmbeds: coordinates came in, or a grid size comes out."""
-        given = named(("patches", "patch_coord", "patch_valid"), args, kwargs)
-        tokens, grid_size = output
-        if given.get("patch_coord") is None:
-            height, width = grid_size
-            layout: Layout = Grid(height, width, self.num_prefix_tokens)
-        else:
-            layout = Positions.of_coordinates(
-                given["patch_coord"], given.get("patch_valid"), num_prefix_tokens=self.num_prefix_tokens
-            )
-        self._begin(layout, tokens)
+        """Forward hook of the patch embedding; read says what it gave, see ReadLayout."""
+        self._begin(*read(args, kwargs, output, self.num_prefix_tokens))
 
-    def note_kept(self, _module: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        """Forward hook of timm's PatchDropoutWithIndices."""
-        tokens, indices = output
-        whole = self._current().layout
-        if indices is None:
-            return
-        self._begin(whole.subset(indices, self.num_prefix_tokens), tokens)
+    def keep_only(self, indices: Tensor, tokens: Tensor) -> None:
+        """Of this call's patches only these are left, by number, (B, K), in this order; tokens are what is left."""
+        self._begin(self._current().layout.subset(indices, self.num_prefix_tokens), tokens)
 
-    def note_kept_and_leave_tokens(
-        self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
-    ) -> Tensor:
-        """The same where the model expects the tokens alone."""
-        self.note_kept(module, args, output)
-        return output[0]
-
-    def of(self, x: Tensor) -> Layout:
+    def layout_of(self, x: Tensor) -> Layout:
         """The layout of tokens (B, L, D) that an attention of this call is given.
 
         Raises:
@@ -173,11 +154,6 @@ class TokenLayout:
                 + ". Run backward before the next forward pass, and checkpoint with use_reentrant=False."
             )
         return found[0]
-
-
-def named(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, written so that the compiler of torch 2.6 can follow."""
-    return {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
 
 
 def _backward() -> int:

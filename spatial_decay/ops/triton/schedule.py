@@ -14,8 +14,8 @@ import torch
 
 __all__ = ["Schedule", "Step", "Work", "candidates", "fastest", "from_table", "num_warps_of_short", "power_of_two"]
 
-Step: TypeAlias = Literal["forward", "rows", "columns", "short forward", "short backward"]
-"""The kernels of triton_kernels.py and triton_short.py."""
+Step: TypeAlias = Literal["forward", "backward rows", "backward columns", "short forward", "short backward"]
+"""What a kernel does: the functions of kernels/long.py and kernels/short.py."""
 
 
 class Schedule(NamedTuple):
@@ -30,7 +30,8 @@ class Schedule(NamedTuple):
 class Work(NamedTuple):
     """What the best schedule depends on."""
 
-    kind: str  # of the decay
+    formula: str
+    num_numbers: int  # of each query that the formula reads
     dtype: torch.dtype
     head_dim: int
     num_patches: int
@@ -52,14 +53,14 @@ def from_table(step: Step, work: Work) -> Schedule:
         # 128 keys at a time take the fewest instructions; a last step of 128 that is half empty, or a mask, takes more.
         fits = not is_wide and not (work.has_key_mask or work.has_flags) and work.num_patches % 128 <= 64
         return Schedule(128, 128 if fits else 64, 8, 2)
-    if step == "rows":  # three sums a query instead of one
-        return Schedule(128, 32 if is_wide and work.kind == "gaussian" else 64, 8, 2)
+    if step == "backward rows":  # three sums a query instead of one
+        return Schedule(128, 32 if is_wide and work.num_numbers > 1 else 64, 8, 2)
     # dK and dV stay in registers: the wider they are, the fewer queries fit beside them.
     if work.head_dim > 96:
         return Schedule(32 if work.has_warp_groups else 16, 128, 8, 2)
     if is_wide:
         return Schedule(32, 64, 4, 2) if work.has_warp_groups else Schedule(32, 128, 8, 2)
-    return Schedule(64, 64, 4, 2) if work.kind == "gaussian" else Schedule(64, 128, 8, 2)
+    return Schedule(64, 64, 4, 2) if work.num_numbers > 1 else Schedule(64, 128, 8, 2)
 
 
 def num_warps_of_short(work: Work) -> int:
@@ -86,7 +87,7 @@ def candidates(step: Step, first: Schedule) -> list[Schedule]:
     if step in ("short forward", "short backward"):
         others = [first._replace(num_warps=num_warps) for num_warps in (1, 2, 4, 8)]
     else:
-        sizes = {"forward": _FORWARD, "rows": _ROWS, "columns": _COLUMNS}[step]
+        sizes = {"forward": _FORWARD, "backward rows": _ROWS, "backward columns": _COLUMNS}[step]
         others = [
             Schedule(*size, num_warps, num_stages) for size in sizes for num_warps in (4, 8) for num_stages in (2, 3)
         ]

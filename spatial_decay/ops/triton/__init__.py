@@ -1,0 +1,124 @@
+"""Backend `triton`: fused kernels for CUDA, forward and backward, and what they can run (SDT Eq. 10).
+
+    O = softmax(scale * Q K^T + M) V
+
+operators.py has the operators of torch.library, launch.py and schedule.py say how their kernels are launched,
+formulas.py which decays they know, and kernels/ has the mathematics. Memory beyond inputs, outputs and their gradients
+is two numbers a token and head. Nothing is added atomically: results repeat bit for bit. No second derivatives, no
+torch.func transforms. Triton itself, which is large, is imported at the first call.
+"""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from spatial_decay.layout import Grid, Layout
+from spatial_decay.ops.inputs import Inputs
+from spatial_decay.ops.triton import operators
+from spatial_decay.ops.triton.formulas import FORMULAS, formula_of
+from spatial_decay.ops.triton.launch import is_short, positions_of
+
+__all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_HEAD_DIM = 128
+_OLDEST_TRITON = (3, 3)  # the kernels take tuples, and make some with names
+
+
+def _installed_triton() -> tuple[int, int] | None:
+    """Its version, without importing it: it is large."""
+    try:
+        major, minor, *_ = version("triton").split(".")
+    except PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
+_TRITON = _installed_triton()
+
+
+def unsupported_reasons(inputs: Inputs) -> list[str]:
+    """It needs Triton, a GPU that it knows, float32 or half precision, and at most a mask over keys."""
+    return _reasons_of_the_machine(inputs.q.device) + _reasons_of_the_inputs(inputs)
+
+
+def _reasons_of_the_machine(device: torch.device) -> list[str]:
+    # Triton's interpreter, which TRITON_INTERPRET=1 turns on before the kernels are imported, runs on the CPU.
+    is_interpreting = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not is_interpreting:
+        return [f"q is on {device.type} (needs cuda)"]
+    if _TRITON is None:
+        return ["Triton is not installed (pip install triton)"]
+    if _TRITON < _OLDEST_TRITON:
+        return [f"Triton {_TRITON[0]}.{_TRITON[1]} (needs {_OLDEST_TRITON[0]}.{_OLDEST_TRITON[1]} or newer)"]
+    if is_interpreting:
+        return []
+    if torch.version.hip is not None:
+        return ["q is on a ROCm device (needs cuda)"]
+    gpu = torch.cuda.get_device_properties(device)
+    return [] if gpu.major >= 8 else [f"compute capability {gpu.major}.{gpu.minor} (needs 8.0 or newer)"]
+
+
+def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
+    decay, mask, reasons = inputs.decay, inputs.attn_mask, []
+    if inputs.q.dtype not in _DTYPES:
+        reasons.append(f"{inputs.q.dtype} (needs float32, float16 or bfloat16)")
+    if inputs.head_dim > _MAX_HEAD_DIM:
+        reasons.append(f"head_dim={inputs.head_dim} (needs at most {_MAX_HEAD_DIM})")
+    if inputs.dropout_p:
+        reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
+    if inputs.scale <= 0:
+        reasons.append(f"scale={inputs.scale} (needs one above 0)")
+    if (formula := formula_of(decay)) is None:
+        known = ", ".join(row.decay.__name__ for row in FORMULAS.values() if row.decay is not None)
+        reasons.append(f"{type(decay).__name__} (needs None or a {known})")
+    else:
+        reasons += FORMULAS[formula].reasons(decay)
+    if mask is not None and mask.requires_grad:
+        reasons.append("attn_mask requires grad (needs one without)")
+    if inputs.is_exporting_to_onnx:
+        reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
+    if _reaches_too_far(inputs):
+        reasons.append("the tokens of one sequence lie 2**31 or more elements apart (needs fewer, for 32-bit offsets)")
+    if mask is not None and mask.shape[2] > 1:
+        reasons.append("attn_mask differs from query to query (needs one over keys, (B, 1, 1, L))")
+    if inputs.is_inside_torch_func:
+        reasons.append("inside a torch.func transform (needs none)")
+    return reasons
+
+
+def _reaches_too_far(inputs: Inputs) -> bool:
+    """Within a sequence; not asked of sizes that vary, on which a compiler would make it a condition."""
+    if torch.compiler.is_compiling():
+        return False
+    return max(x.stride(-2) for x in (inputs.q, inputs.k, inputs.v)) * inputs.length >= 2**31
+
+
+def avoid_reasons(inputs: Inputs) -> list[str]:
+    """Where others are faster, and where the program is to leave Python."""
+    if inputs.q.device.type == "cpu":
+        return ["on cpu it runs in Triton's interpreter, which is for tests"]
+    if inputs.is_exporting:
+        return ["torch.export: the program would need this package"]
+    return ["without a decay PyTorch's own kernels are faster"] if inputs.decay is None else []
+
+
+def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
+    """softmax(scale * Q K^T + M) V (SDT Eq. 10), in the dtype and shape of q; tunes: see autotune.py."""
+    q, k, v = (x if x.ndim == 5 else x[:, None] for x in (inputs.q, inputs.k, inputs.v))  # (B, O, N, L, d)
+    formula = formula_of(inputs.decay)
+    assert formula is not None  # else there is a reason
+    if inputs.decay is None:
+        layout: Layout = Grid(1, inputs.length)
+        numbers = torch.zeros((), dtype=torch.float32, device=q.device).expand(1, 1, *q.shape[2:4])  # not read
+    else:
+        layout = inputs.decay.layout
+        numbers = FORMULAS[formula].lowered(tuple(x.to(torch.float32) for x in inputs.decay.numbers))
+    arguments = (
+        *(q, k, v, formula, numbers, inputs.attn_mask, positions_of(layout, formula, q)),
+        *(layout.num_prefix_tokens, inputs.scale, tunes),
+    )
+    out = operators.short_forward(*arguments) if is_short(q, formula, layout) else operators.forward(*arguments)[0]
+    return out if inputs.q.ndim == 5 else out[:, 0]

@@ -1,0 +1,261 @@
+"""One launch of the Triton kernel: what it takes besides the tensors, and by which schedule it runs."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spatial_decay.layout import Layout
+from spatial_decay.ops.triton import schedule as schedules
+from spatial_decay.ops.triton.formulas import FORMULAS
+from spatial_decay.ops.triton.schedule import Schedule, Step, Work, power_of_two
+
+__all__ = ["Launch", "dense", "is_short", "positions_of"]
+
+_Strided: TypeAlias = tuple[torch.Size, tuple[int, ...]]  # shape and strides
+
+
+class Launch:
+    """One step on its tensors.
+
+    Args:
+        step: Which.
+        features: The tensors (B, O, N, L, d) in its order, q first.
+        rows: Those of one number or a few a token and head, contiguous, in its order.
+        formula: Of the decay, a name in formulas.py.
+        numbers: (num_numbers, B*O|1, N, L).
+        key_mask: (B*O|1, N|1, 1, L).
+        positions: Of positions_of.
+        num_prefix: P.
+        scale: Of the scores.
+        tunes: Whether the schedule is timed.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        features: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        formula: str,
+        numbers: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor,
+        num_prefix: int,
+        scale: float,
+        tunes: bool,
+    ) -> None:
+        q = features[0]
+        self._step, self._device, self._tunes = step, q.device, tunes
+        mask = numbers if key_mask is None else key_mask  # not read where there is none
+        self._plan = _plan(
+            step,
+            _work(q, formula, num_prefix, key_mask is not None, positions.shape[1] == 3),
+            q.shape,
+            tuple([x.stride() for x in features]),
+            (numbers.shape, numbers.stride()),
+            (mask.shape, mask.stride()),
+            0 if len(positions) == 1 else positions.stride(0),
+            scale,
+        )
+        # A tensor goes with its strides. A tuple of none would have no type: None.
+        plan = self._plan
+        self._arguments = (
+            tuple([(x, *strides) for x, strides in zip(features, plan.feature_strides, strict=True)]),
+            tuple(rows) or None,
+            (numbers, *plan.number_strides),
+            (mask, *plan.key_mask_strides),
+            (positions, plan.position_stride),
+            *plan.sizes,
+        )
+
+    def schedule(self) -> Schedule:
+        """How it is to run: from the table, or timed by running it."""
+        work = self._plan.work
+        first = schedules.from_table(self._step, work)
+        if not self._tunes:
+            return first
+        key = (self._step, work, self._plan.shape, self._plan.strides, self._device)
+        choices = schedules.candidates(self._step, first)
+        return schedules.fastest(key, choices, lambda schedule: _seconds(self, schedule, self._device))
+
+    def __call__(self, schedule: Schedule) -> None:
+        """Launch it."""
+        num_programs, options = self._plan.options(schedule)
+        _kernels().attention[num_programs](*self._arguments, **options)
+
+
+class _Plan:
+    """What is the same in all calls with the same shapes: gathering it takes longer than a launch."""
+
+    def __init__(
+        self,
+        step: Step,
+        work: Work,
+        shape: torch.Size,
+        feature_strides: tuple[tuple[int, ...], ...],
+        numbers: _Strided,
+        key_mask: _Strided,
+        position_stride: int,
+        scale: float,
+    ) -> None:
+        self.work, self.shape, self._step = work, shape, step
+        batch_size, num_outer, num_heads, self._length, head_dim = shape
+        self._num_sequences = batch_size * num_outer * num_heads
+        strides = [_strides(shape, stride)[:-1] for stride in feature_strides]
+        unit = 16 // work.dtype.itemsize
+        unit = unit if all(stride % unit == 0 for one in strides for stride in one) else 1
+        self.feature_strides = [tuple([stride // unit for stride in one]) for one in strides]
+        self.number_strides = _strides(*numbers)
+        of_mask = _strides(*key_mask)
+        self.key_mask_strides = (*of_mask[:2], of_mask[3]) if work.has_key_mask else (0, 0, 0)
+        self.position_stride = position_stride
+        self.strides = (*self.feature_strides, self.number_strides, self.key_mask_strides, position_stride)
+        self.sizes = (num_outer, num_heads, self._length, scale)
+        first, rest = _parts(head_dim)
+        self._constants: dict[str, Any] = {
+            "STEP": step,
+            "FORMULA": work.formula,
+            "NUM_NUMBERS": work.num_numbers,
+            "READS_KEYS": FORMULAS[work.formula].reads_keys,
+            "HAS_KEY_MASK": work.has_key_mask,
+            "HAS_FLAGS": work.has_flags,
+            "NUM_PREFIX": work.num_prefix,
+            "D": head_dim,
+            "D1": first,
+            "D2": rest,
+            "PREFIX_BLOCK": min(64, max(16, power_of_two(work.num_prefix))),
+            "UNIT": unit,
+            "UPCAST": _kernels().are_interpreted and work.dtype == torch.bfloat16,
+            "enable_fp_fusion": True,  # a product and a sum in one instruction
+        }
+        self._options: dict[Schedule, tuple[tuple[int], dict[str, Any]]] = {}
+
+    def options(self, schedule: Schedule) -> tuple[tuple[int], dict[str, Any]]:
+        """The number of programs, and what they are compiled for."""
+        if schedule not in self._options:
+            self._options[schedule] = self._new_options(schedule)
+        return self._options[schedule]
+
+    def _new_options(self, schedule: Schedule) -> tuple[tuple[int], dict[str, Any]]:
+        owned, walked = schedule.queries, schedule.keys
+        if self._step == "backward columns":
+            owned, walked = walked, owned
+        rest = 0 if self._step.startswith("short") else self.work.num_patches % walked
+        return (self._num_sequences * -(-self._length // owned),), self._constants | {
+            "BLOCK_Q": schedule.queries,
+            "BLOCK_K": schedule.keys,
+            "TAIL_BLOCK": 0 if rest == 0 else max(16, power_of_two(rest)),  # as small as can be
+            "num_warps": schedule.num_warps,
+            "num_stages": schedule.num_stages,
+        }
+
+
+_plan = lru_cache(maxsize=1024)(_Plan)
+
+
+def is_short(q: Tensor, formula: str, layout: Layout) -> bool:
+    """Whether a program can hold a whole sequence of q, (B, O, N, L, d)."""
+    if not layout.is_grid or layout.num_prefix_tokens or FORMULAS[formula].num_numbers > 1:
+        return False
+    return schedules.num_warps_of_short(_work(q, formula, num_prefix=0, has_key_mask=False, has_flags=False)) > 0
+
+
+def _work(q: Tensor, formula: str, num_prefix: int, has_key_mask: bool, has_flags: bool) -> Work:
+    num_numbers, num_patches = FORMULAS[formula].num_numbers, q.shape[3] - num_prefix
+    groups = _has_warp_groups(q.device)
+    return Work(formula, num_numbers, q.dtype, q.shape[4], num_patches, num_prefix, has_key_mask, has_flags, groups)
+
+
+def _has_warp_groups(device: torch.device) -> bool:
+    """The interpreter does as compute capability 9 would."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).major in (9, 10)
+
+
+def _seconds(run: Callable[[Schedule], None], schedule: Schedule, device: torch.device) -> float | None:
+    """Of the kernel by this schedule; None where it does not fit into the GPU."""
+    import triton
+    from triton.compiler.errors import CompileTimeAssertionFailure
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "backend='triton_autotune' has not timed its kernels for these inputs yet, and cannot while a CUDA graph "
+            "is captured. Call it once before, forward and backward, with the same shapes."
+        )
+    start = time.perf_counter()
+    try:
+        run(schedule)
+    except (OutOfResources, PTXASError, CompileTimeAssertionFailure):  # as Triton's own tuner
+        return None
+    if device.type != "cuda":
+        return time.perf_counter() - start
+    return triton.testing.do_bench(lambda: run(schedule), warmup=5, rep=20, return_mode="median") / 1000
+
+
+@cache
+def _kernels() -> SimpleNamespace:
+    """The kernel, imported at the first use because Triton is large, and whether it runs in Triton's interpreter."""
+    import triton
+
+    from spatial_decay.ops.triton.kernels import attention
+
+    return SimpleNamespace(attention=attention, are_interpreted=not isinstance(attention, triton.runtime.JITFunction))
+
+
+def dense(x: Tensor) -> Tensor:
+    """x with neighbouring features beside each other in memory; a copy only where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def positions_of(layout: Layout, formula: str, q: Tensor) -> Tensor:
+    """Where each token lies, for the kernels: reading a table is cheaper than dividing by W for each score.
+
+    Returns:
+        (1, 2, L) float32: row and column; for a path 0 and the place along it. Of Positions (B|1, 3, L): also a flag,
+        1.0 for tokens that lie somewhere.
+    """
+    key = (layout, FORMULAS[formula].is_path, q.device)
+    # What is a part of a graph, or not real, or belongs to one batch, is not kept.
+    if not layout.is_grid or torch.compiler.is_compiling() or type(q) is not Tensor:
+        return _positions(*key)
+    if (kept := _KEPT.get(key)) is not None:
+        return kept
+    positions = _positions(*key)
+    if q.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return positions  # empty until the graph is replayed: its own
+        torch.cuda.current_stream(q.device).synchronize()  # other streams will read it too
+    _KEPT[key] = positions
+    return positions
+
+
+_KEPT: dict[tuple[Layout, bool, torch.device], Tensor] = {}  # for good: CUDA graphs may hold their addresses
+
+
+def _positions(layout: Layout, is_path: bool, device: torch.device) -> Tensor:
+    if is_path:
+        w = layout.raster_numbers(device=device, dtype=torch.float32)
+        h = torch.zeros_like(w)
+    else:
+        h, w = layout.positions(device=device, dtype=torch.float32)
+    if layout.is_grid:
+        return F.pad(torch.stack([h, w])[None], (layout.num_prefix_tokens, 0))
+    flags = torch.ones_like(h) if layout.known is None else layout.known[:, None].to(h).expand_as(h)
+    return torch.cat([h, w, flags], 1)
+
+
+def _parts(head_dim: int) -> tuple[int, int]:
+    """head_dim as a power of two and a rest of 16 or more, 72 = 64 + 16; or as one where that is no larger."""
+    whole = max(16, power_of_two(head_dim))
+    rest = max(16, power_of_two(head_dim - whole // 2))
+    return (whole, 0) if head_dim <= 16 or whole // 2 + rest >= whole else (whole // 2, rest)
+
+
+def _strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    """0 where there is only one: then all share it, and Triton compiles no kernel of its own for a stride of 1."""
+    return tuple([0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)])

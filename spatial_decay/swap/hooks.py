@@ -1,0 +1,38 @@
+"""The hooks that tell the Calls of a model what passes, and how they go away again."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+
+from spatial_decay.swap.calls import Calls
+from spatial_decay.swap.hosts.base import PatchEmbed, Removable
+from spatial_decay.swap.hosts.table import hook_dropouts
+
+__all__ = ["install_hooks", "remove_hooks"]
+
+_KEPT = "spatial_decay_hooks"
+"""Where a module keeps what undoes its hooks, so that its copies and pickles have their own."""
+
+
+def install_hooks(model: nn.Module, embed: PatchEmbed, behind: Sequence[str], calls: Calls) -> None:
+    """On a patch embedding, and on the smallest part of the model that has it and the named attention behind it."""
+    _keep(embed.module, embed.module.register_forward_hook(partial(calls.note, embed.read), with_kwargs=True))
+    root = embed.name
+    while root and not all(name.startswith(f"{root}.") for name in behind):
+        root = root.rpartition(".")[0]
+    part = model.get_submodule(root)
+    _keep(part, part.register_forward_pre_hook(calls.forget))
+    for module, removable in hook_dropouts(part, calls):
+        _keep(module, removable)
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Undo install_hooks in all of the model's modules."""
+    for module in model.modules():
+        for removable in vars(module).pop(_KEPT, ()):
+            removable.remove()
+
+
+def _keep(module: nn.Module, removable: Removable) -> None:
+    vars(module).setdefault(_KEPT, []).append(removable)

@@ -1,0 +1,66 @@
+"""The table of host libraries, none of which is imported; and what of them is in a model."""
+
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from spatial_decay.swap.calls import Calls
+from spatial_decay.swap.hosts import diffusers, timm, transformers
+from spatial_decay.swap.hosts.base import Host, PatchEmbed, Removable, class_names
+
+__all__ = ["LIBRARIES", "hook_dropouts", "host_of", "looks_like_attention", "patch_embeds_of"]
+
+LIBRARIES = (timm.LIBRARY, transformers.LIBRARY, diffusers.LIBRARY)
+"""A new library adds its file and its name here."""
+
+_ATTENTION = {name: host for library in LIBRARIES for name, host in library.attention.items()}
+_PATCH_EMBEDS = {name: read for library in LIBRARIES for name, read in library.patch_embeds.items()}
+_DROPOUTS = {name: hook for library in LIBRARIES for name, hook in library.dropouts.items()}
+
+_Row = TypeVar("_Row")
+
+
+def host_of(module: nn.Module) -> Host | None:
+    """The entry of the module's class or of one that it derives from."""
+    return _row_of(module, _ATTENTION)
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """Whether a report should mention it where it is left alone."""
+    return type(module).__name__.endswith(("Attention", "Attn", "AttentionPoolLatent", "AttentionPool2d"))
+
+
+def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
+    """All there are: modules known by name; without any, convolutions whose stride is their kernel."""
+    found, modules = [], dict(model.named_modules())
+    for name, module in modules.items():
+        above, _, leaf = name.rpartition(".")
+        parent = modules.get(above)
+        if read := _row_of(module, _PATCH_EMBEDS):
+            found.append(PatchEmbed(name, module, read))
+        is_named = ("Embed" in type(parent).__name__ and leaf in ("proj", "projection")) or leaf in _USUAL_NAMES
+        if isinstance(module, nn.Conv2d) and is_named and not _row_of(parent, _PATCH_EMBEDS):
+            found.append(PatchEmbed(name, module))
+    if found:
+        return found
+    return [
+        PatchEmbed(name, module)
+        for name, module in modules.items()
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.kernel_size == module.stride
+    ]
+
+
+def hook_dropouts(part: nn.Module, calls: Calls) -> Iterator[tuple[nn.Module, Removable]]:
+    """Make what leaves tokens out say so, each with what undoes it."""
+    for module in part.modules():
+        if hook := _DROPOUTS.get(class_names(module)[0]):
+            for removable in hook(module, calls):
+                yield module, removable
+
+
+_USUAL_NAMES = ("patch_embed", "patch_embedding", "patch_embeddings")
+
+
+def _row_of(module: nn.Module | None, table: Mapping[str, _Row]) -> _Row | None:
+    return next((table[name] for name in class_names(module) if name in table), None)
