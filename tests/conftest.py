@@ -1,4 +1,4 @@
-"""What all tests share: a fixed seed, Triton's interpreter, and GPU tests that say why they did not run."""
+"""What all tests share: a fixed seed, one thread a worker, Triton's interpreter, and why GPU tests did not run."""
 
 import importlib.util
 import os
@@ -13,6 +13,12 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     import triton.language  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+
+# Workers of pytest-xdist share the cores, and so do the processes that they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
