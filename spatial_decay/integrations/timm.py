@@ -6,7 +6,7 @@ Importing this module registers the backbones. It needs the extra: pip install s
 import copyreg
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -238,13 +238,16 @@ _PASSED = {
 """What timm's VisionTransformer passes to its blocks and attentions."""
 
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
 class _Bound(type):
     """A class with options, for libraries that take a class and no function. Models that hold it can be pickled."""
 
     options: dict[str, Any]
 
 
-def _bound(base: type[Any], options: dict[str, Any]) -> Any:
+def _bound(base: type[Layer], options: dict[str, Any]) -> type[Layer]:
     """Base with options, which timm cannot pass."""
     if passed := _PASSED & set(options):
         raise TypeError(
@@ -252,13 +255,19 @@ def _bound(base: type[Any], options: dict[str, Any]) -> Any:
             "(attn_drop is attn_drop_rate there), and leave it out here."
         )
 
-    def init(self: Any, *arguments: Any, **keywords: Any) -> None:
+    def init(self: Layer, *arguments: Any, **keywords: Any) -> None:
         base.__init__(self, *arguments, **options, **keywords)
 
-    return _Bound(base.__name__, (base,), {"__init__": init, "__doc__": base.__doc__, "options": options})
+    bound = _Bound(base.__name__, (base,), {"__init__": init, "__doc__": base.__doc__, "options": options})
+    return cast(type[Layer], bound)
 
 
-copyreg.pickle(_Bound, lambda bound: (_bound, (bound.__base__, bound.options)))  # by what it was made of
+def _taken_apart(bound: _Bound) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """For pickle: what a class is made of again."""
+    return _bound, (bound.__base__, bound.options)
+
+
+copyreg.pickle(_Bound, _taken_apart)
 
 
 def _refuse(name: str, reasons: dict[str, bool]) -> None:

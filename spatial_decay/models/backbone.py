@@ -1,13 +1,30 @@
 """What the image backbones share: a classifier and its pooling, as timm's models have them, and features by number."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias, TypedDict
 
 from torch import nn
 
 from spatial_decay.models.common import Model, init_linear
 
-__all__ = ["Backbone", "block_numbers"]
+__all__ = ["Backbone", "FeatureInfo", "Groups", "block_numbers"]
+
+Groups: TypeAlias = dict[str, str | list[tuple[str, tuple[int] | None]]]
+"""Patterns of parameter names by depth, in timm's form."""
+
+
+class FeatureInfo(TypedDict):
+    """A map of forward_intermediates, in timm's words.
+
+    Attributes:
+        module: Name of the module that gives it.
+        num_chs: Its channels.
+        reduction: Its stride.
+    """
+
+    module: str
+    num_chs: int
+    reduction: int
 
 
 class Backbone(Model):
@@ -19,14 +36,13 @@ class Backbone(Model):
         num_features: D of what forward_features gives.
         head_hidden_size: Width of what the classifier reads.
         global_pool: What the classifier reads, one of pools; "": nothing is pooled.
-        feature_info: For each map of forward_intermediates the name of its module, its channels (num_chs) and its
-            stride (reduction).
+        feature_info: Of each map of forward_intermediates.
     """
 
     pools: ClassVar[tuple[str, ...]]
     num_features: int
     head_hidden_size: int
-    feature_info: list[dict[str, Any]]
+    feature_info: list[FeatureInfo]
 
     def __init__(self, in_chans: int, *, drop_rate: float) -> None:
         super().__init__()

@@ -2,17 +2,17 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, get_args, overload
+from typing import ClassVar, Literal, TypeAlias, get_args, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, SDTBlock
-from spatial_decay.layers.kinds import DecayLike, as_kind
+from spatial_decay.layers.kinds import DecayLike, Kind, as_kind
 from spatial_decay.layers.patch import check_images
 from spatial_decay.layout import Grid
-from spatial_decay.models.backbone import Backbone, block_numbers
+from spatial_decay.models.backbone import Backbone, FeatureInfo, Groups, block_numbers
 from spatial_decay.models.common import init_linear, run_block
 from spatial_decay.models.config import keeps_config
 from spatial_decay.models.per_stage import PerStage, num_stages, per_stage
@@ -113,7 +113,7 @@ class SDTH(Backbone):
         self.embed_dims = tuple(embed_dims)
         self.num_features, self.head_hidden_size = embed_dims[-1], projection_dim or embed_dims[-1]
         self.feature_info = [
-            {"module": f"stages.{i}", "num_chs": dim, "reduction": stem_stride * 2**i}
+            FeatureInfo(module=f"stages.{i}", num_chs=dim, reduction=stem_stride * 2**i)
             for i, dim in enumerate(embed_dims)
         ]
 
@@ -125,9 +125,9 @@ class SDTH(Backbone):
                 embed_dims[i - 1] if i else None,
                 embed_dims[i],
                 num_heads[i],
-                drop_paths=drop_paths[ends[i] - depths[i] : ends[i]],
                 mlp_ratio=mlp_ratios[i],
                 decay=kinds[i],
+                drop_paths=drop_paths[ends[i] - depths[i] : ends[i]],
                 init_values=init_values[i],
                 **options,
             )
@@ -266,7 +266,7 @@ class SDTH(Backbone):
             self.reset_classifier(0, "")
         return wanted
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Groups:
         """Patterns of parameter names by depth, as timm's layer-wise learning rates read them.
 
         Args:
@@ -297,11 +297,25 @@ class _Stage(nn.Module):
     """Downsampling, except before the first stage, and blocks; keeps maps (B, H, W, D)."""
 
     def __init__(
-        self, in_dim: int | None, dim: int, num_heads: int, *, drop_paths: Sequence[float], **block_options: Any
+        self,
+        in_dim: int | None,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        decay: Kind,
+        drop_paths: Sequence[float],
+        init_values: float | None,
+        **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__()
         self.downsample = nn.Identity() if in_dim is None else Downsample(in_dim, dim)
-        self.blocks = nn.ModuleList(SDTBlock(dim, num_heads, drop_path=rate, **block_options) for rate in drop_paths)
+        self.blocks = nn.ModuleList(
+            SDTBlock(
+                dim, num_heads, mlp_ratio=mlp_ratio, decay=decay, drop_path=rate, init_values=init_values, **options
+            )
+            for rate in drop_paths
+        )
 
     def forward(self, x: Tensor, *, checkpointing: bool) -> Tensor:
         x = self.downsample(x)

@@ -1,7 +1,7 @@
 """A plain ViT with any kind of decay, and LocAtViT (Hajimiri et al. 2026), which is one with Gaussians and PRR."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, get_args, overload
+from typing import ClassVar, Literal, TypeAlias, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from spatial_decay.layers import AttentionOptions, PatchRepresentationRefinement
 from spatial_decay.layers.kinds import DecayLike, as_kind
 from spatial_decay.layers.patch import PatchEmbed, size_in_patches
 from spatial_decay.layout import Grid, GridSize
-from spatial_decay.models.backbone import Backbone, block_numbers
+from spatial_decay.models.backbone import Backbone, FeatureInfo, Groups, block_numbers
 from spatial_decay.models.common import init_linear, run_block
 from spatial_decay.models.config import keeps_config
 from spatial_decay.models.registry import ImageSettings, register
@@ -114,7 +114,7 @@ class ViT(Backbone):
         self.config["decay"] = kind.config
         self.patch_size = patch_size
         self.num_features = self.head_hidden_size = self.embed_dim = dim
-        self.feature_info = [{"module": f"blocks.{i}", "num_chs": dim, "reduction": patch_size} for i in range(depth)]
+        self.feature_info = [FeatureInfo(module=f"blocks.{i}", num_chs=dim, reduction=patch_size) for i in range(depth)]
         self.num_prefix_tokens = int(class_token) + num_registers
 
         self.patch_embed = PatchEmbed(in_chans, dim, patch_size=patch_size)
@@ -302,7 +302,7 @@ class ViT(Backbone):
             self.reset_classifier(0, "")
         return wanted
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002  timm passes it
+    def group_matcher(self, coarse: bool = False) -> Groups:  # noqa: ARG002  timm passes it
         """Patterns of parameter names by depth, as timm's layer-wise learning rates read them.
 
         Args:

@@ -66,5 +66,6 @@ assert isinstance(again, Plain) and type(again) is hub.Plain and torch.equal(aga
 '''
 
 
+@pytest.mark.slow  # a process of its own: what is registered stays
 def test_a_new_backbone_is_its_own_code_alone():
     subprocess.run([sys.executable, "-c", NEW], check=True, timeout=120)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import spatial_decay as sd
 from spatial_decay.layers.kinds import KINDS
+from spatial_decay.layers.patch import PatchEmbed
 
 
 def make(decay="full", **options):
@@ -80,6 +81,17 @@ def test_pooling(class_token):
     torch.testing.assert_close(maps.flatten(2).mT, refined[:, int(class_token) :])
     assert maps.shape == (2, 16, 4, 4)
     assert make("none", global_pool="avg").forward_maps(torch.randn(1, 3, 16, 40)).shape == (1, 16, 2, 5)
+
+
+@torch.no_grad()
+def test_patches_alone():
+    patches = PatchEmbed(3, 8, patch_size=4)
+    x = torch.randn(2, 3, 8, 12)
+    assert torch.equal(patches(x), F.conv2d(x, patches.proj.weight, patches.proj.bias, stride=4).permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="patch_size must be >= 1: got 0"):
+        PatchEmbed(3, 8, patch_size=0)
+    with pytest.raises(TypeError, match="images must have the dtype of the weights: got torch.float64"):
+        patches(x.double())
 
 
 def test_refinement_refuses_maps():
