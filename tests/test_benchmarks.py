@@ -157,6 +157,7 @@ def test_attention(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "ratio.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_models(tmp_path, capsys):
     before = list(BACKENDS)
     rows = models.main(["--quick", "--threads", "1", "--profile", "--output", str(tmp_path)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import spatial_decay as sd
-from spatial_decay.layers import DECAY_KINDS
+from spatial_decay.layers.kinds import KINDS
 from tests.cases import relative_error
 
 needs_compiler = pytest.mark.skipif(
@@ -29,7 +29,7 @@ def backward(module, x):
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", DECAY_KINDS)
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_layer(kind):
     attn = sd.SpatialDecayAttention(32, 4, decay=kind)
     x = torch.randn(2, 5, 6, 32)
@@ -37,7 +37,7 @@ def test_layer(kind):
         assert relative_error(torch.compile(attn, fullgraph=True)(x), attn(x)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", DECAY_KINDS)
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_gradients_of_the_layer(kind):
     """The backward graph that the compiler derives, without generating code for it."""
     attn = sd.SpatialDecayAttention(16, 2, decay=kind)
@@ -48,6 +48,7 @@ def test_gradients_of_the_layer(kind):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_sdt_h_tiny():
     model = sd.sdt_h_tiny(num_classes=10).eval()
     x = torch.randn(1, 3, 64, 64)
@@ -58,7 +59,7 @@ def test_sdt_h_tiny():
 # Below, backend="eager": one graph without breaks, and no code is generated.
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DECAY_KINDS if "decomposed" not in kind])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "decomposed" not in kind])
 def test_layer_is_one_graph_with_prefix_tokens_and_a_mask(kind):
     attn = sd.SpatialDecayAttention(32, 4, decay=kind, num_prefix_tokens=1)
     x = torch.randn(2, 1 + 30, 32)
@@ -67,7 +68,7 @@ def test_layer_is_one_graph_with_prefix_tokens_and_a_mask(kind):
     torch.testing.assert_close(compiled(x, (5, 6), mask), attn(x, (5, 6), mask), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", DECAY_KINDS)
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_layer_is_one_graph_for_many_sizes(kind):
     attn = sd.SpatialDecayAttention(32, 4, decay=kind)
     compiled = torch.compile(attn, fullgraph=True, dynamic=True, backend="eager")

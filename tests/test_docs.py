@@ -2,7 +2,6 @@
 
 import doctest
 import importlib
-import pkgutil
 import re
 import textwrap
 from pathlib import Path
@@ -13,10 +12,14 @@ import torch
 import spatial_decay
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "spatial_decay"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SLOW = {"export.md": pytest.mark.slow}  # it exports three models
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=SLOW.get(page.name, ())) for page in PAGES], ids=lambda page: page.name
+)
 def test_blocks_of_a_page_run_one_after_the_other(page):
     blocks = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     namespace = {"__name__": "page"}
@@ -24,12 +27,15 @@ def test_blocks_of_a_page_run_one_after_the_other(page):
         exec(compile(textwrap.dedent(block), str(page), "exec"), namespace)
 
 
-MODULES = [module.name for module in pkgutil.walk_packages(spatial_decay.__path__, "spatial_decay.")]
-# Kernels have no examples, and are imported by ops/test_triton.py alone: see conftest.py.
-KERNELS = {f"spatial_decay.ops.triton_{name}" for name in ("kernels", "short", "tiles")}
+MODULES = [
+    f"spatial_decay.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}".removesuffix(".__init__")
+    for path in sorted(PACKAGE.rglob("*.py"))
+]
+# They have no examples, and are imported by ops/test_triton.py alone: see conftest.py.
+KERNELS = "spatial_decay.ops.triton.kernels"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in KERNELS])
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(KERNELS)])
 def test_docstring_examples(name):
     module = importlib.import_module(name)
     rooms = (spatial_decay, spatial_decay.decay, spatial_decay.layers, spatial_decay.models)

@@ -65,8 +65,21 @@ def test_dense_is_the_equation_over_the_tokens_that_are_there(case):
         assert all(gate.grad.isfinite().all() for gate in gates)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("triton")])  # test_triton.py
-@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+def case_and_backend(case, backend):
+    """FlexAttention takes 8 seconds to compile: one kind in every run."""
+    marks = [pytest.mark.slow] if backend == "flex" and case.name != "full" else []
+    return pytest.param(case, backend, marks=marks, id=f"{case}-{backend}")
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        case_and_backend(case, backend)
+        for case in PAIRWISE
+        for backend in BACKENDS
+        if not backend.startswith("triton")  # ops/test_triton.py
+    ],
+)
 def test_backends_agree_or_say_why_not(case, backend):
     positions = placed()
     dtype = torch.float32 if backend == "flex" else torch.float64

@@ -10,7 +10,7 @@ from spatial_decay.layers.gaussian import GaussianGate
 from spatial_decay.layers.mask import SpatialDecayMask
 from spatial_decay.layers.mlp import ConvMlp
 from spatial_decay.layers.output_gate import OutputGate
-from spatial_decay.layers.patch import ConvStem, Downsample
+from spatial_decay.layers.patch import ConvStem, Downsample, PatchEmbed
 from spatial_decay.layers.refinement import PatchRepresentationRefinement
 from spatial_decay.layers.residual import DropPath, LayerScale
 from spatial_decay.layers.rotary import RotaryEmbedding
@@ -27,6 +27,7 @@ __all__ = [
     "GaussianGate",
     "LayerScale",
     "OutputGate",
+    "PatchEmbed",
     "PatchRepresentationRefinement",
     "RotaryEmbedding",
     "SDTBlock",

@@ -136,6 +136,7 @@ def record(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[LayerRecord]:
         ValueError: the model holds no attention with decay, or its tokens fill no grid.
 
     Example:
+        >>> import timm
         >>> model = timm.create_model("vit_tiny_patch16_224")
         >>> report = swap_attention(model, "full")
         >>> [layer.name for layer in record(model, torch.randn(1, 3, 224, 224))][:2]

@@ -102,6 +102,7 @@ def test_training_never_sees_a_mask(few):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.slow
 def test_main(few, tmp_path, capsys):
     output = tmp_path / "new" / "outputs"
     results = segmentation.main(["--epochs", "1", "--seeds", "1", "--threads", "1", "--output", str(output)])

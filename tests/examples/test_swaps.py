@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from examples import swap_diffusers_dit, swap_timm
 
 
@@ -11,6 +13,7 @@ def losses(text):
     }
 
 
+@pytest.mark.slow
 def test_gates_of_a_timm_vit(capsys):
     swap_timm.main(["--epochs", "1"])
     text = capsys.readouterr().out

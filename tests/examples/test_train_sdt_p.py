@@ -163,6 +163,7 @@ def test_sharded_training_is_replicated_training(parallel, unbroken):
     assert losses(unbroken[parallel]) == pytest.approx(losses(unbroken["ddp"]), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [FSDP])
 def test_a_killed_run_resumes_to_the_unbroken_one(parallel, unbroken, latents, tmp_path):
     out = tmp_path / "run"

@@ -54,6 +54,7 @@ def test_masks_of_every_shape(shape):
     assert out.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
 def test_the_compiled_kernel(dtype):
     torch.compiler.reset()
@@ -65,6 +66,7 @@ def test_the_compiled_kernel(dtype):
     assert relative_error(out, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 def test_the_compiled_kernel_over_views_of_one_tensor():
     torch.compiler.reset()
     grid = Grid(3, 5, 1)

@@ -389,6 +389,7 @@ def test_auto_does_not_take_the_interpreter():
     assert "triton could: on cpu it runs in Triton's interpreter" in explain_backend(q, k, v, decay)
 
 
+@pytest.mark.slow
 def test_the_machine_code_has_not_become_worse():
     """For GPUs that are not there: tensor cores, few registers spilled, no more instructions than in the table."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

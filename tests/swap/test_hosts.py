@@ -247,7 +247,15 @@ def test_copies_and_pickles_are_models_of_their_own(host):
         assert torch.equal(host.run(model, host.images(host.sizes[-1])), expected)
 
 
-@SOME_HOSTS
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param(host, marks=() if str(host).startswith("timm") else pytest.mark.slow)
+        for host in HOSTS
+        if host.name in SOME
+    ],
+    ids=str,
+)
 def test_compiles_whole_at_each_size_and_with_checkpointing(host):
     torch._dynamo.reset()
     model = host.make()
