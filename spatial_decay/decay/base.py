@@ -99,7 +99,8 @@ def dense(decay: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multipl
     """
     layout = decay.layout
     num_prefix, num_tokens = layout.num_prefix_tokens, layout.num_tokens
-    numbers = tuple(at_least_float32(x)[..., num_prefix:] for x in decay.numbers)
+    # Contiguous, for the mask lies in memory as they do, and those of a gate, (B, L, N), have the heads innermost.
+    numbers = tuple(at_least_float32(x)[..., num_prefix:].contiguous() for x in decay.numbers)
     # Prefix tokens are padded in at the end, and the rows with them; without, keys past the end cost no copy.
     multiple = 1 if num_prefix else row_multiple
     mask = decay.pairwise(

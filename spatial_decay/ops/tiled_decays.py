@@ -67,7 +67,9 @@ class Factored(_OnGrid):
         if j.stop - j.start == self.length:
             f = factor(self.factor, *self.steps(i)).flatten(1)  # (i, H, W), queries one by one
         else:
-            f = factor(self.factor, *(-step.permute(1, 2, 0) for step in self.steps(j))).flatten(0, 1)  # (H, W, j)
+            # Contiguous, since F lies in memory as they do.
+            steps = [-step.permute(1, 2, 0).contiguous() for step in self.steps(j)]
+            f = factor(self.factor, *steps).flatten(0, 1)  # (H, W, j)
         first_i, first_j = self.num_first(i), self.num_first(j)
         return F.pad(f, (first_j, 0, first_i, 0)) if first_i or first_j else f
 
