@@ -276,6 +276,37 @@ def test_a_model_without_attention_with_decay():
         viz.record(nn.Linear(2, 2), torch.zeros(1, 2))
 
 
+def test_attention_that_is_not_called():
+    class Other(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.attn = SpatialDecayAttention(DIM, HEADS)
+
+    with pytest.raises(ValueError, match="must run the model's attention with decay.*Other with 1 of them, none of"):
+        viz.record(Other(), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["model", "part"])
+def test_what_was_compiled_before_is_recorded_all_the_same(part):
+    torch._dynamo.reset()
+    model, images = make("full")
+    expected = viz.record(model, images)
+    if part:
+        model.first.compile(backend="eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        out = compiled(images)
+    records = viz.record(compiled, images)
+    assert len(records) == len(expected) == 2
+    for record, plain in zip(records, expected, strict=True):
+        assert torch.equal(record.gates()["gate"], plain.gates()["gate"])
+        assert torch.equal(record.attention((1, 2)), plain.attention((1, 2)))
+    with torch.no_grad():
+        assert torch.equal(compiled(images), out)  # still compiled, and the same
+
+
 @pytest.mark.parametrize(
     ("kind", "num_prefix", "heads"),
     [

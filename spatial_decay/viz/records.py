@@ -121,7 +121,8 @@ class LayerRecord:
 def record(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[LayerRecord]:
     """Run the model once and keep what each attention with decay saw.
 
-    The model stays in the mode that it is in: in training mode, batch norm and dropout do as in training.
+    The model stays in the mode that it is in: in training mode, batch norm and dropout do as in training. What
+    torch.compile has made of it, or of its parts, is not used: compiled code knows nothing of hooks that come later.
 
     Args:
         model: Any model that holds SpatialDecayAttention modules, timm's attn_layer= among them, or that
@@ -133,7 +134,7 @@ def record(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[LayerRecord]:
         One record for each call of such a layer, in the order of the calls.
 
     Raises:
-        ValueError: the model holds no attention with decay, or its tokens fill no grid.
+        ValueError: the model holds no attention with decay, or calls none; its tokens fill no grid.
 
     Example:
         >>> import timm
@@ -157,7 +158,14 @@ def record(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[LayerRecord]:
                 if isinstance(gate, ContextAwareGate):
                     hooks.enter_context(gate.register_forward_hook(partial(watched.keep_gate, gate_name)))
             hooks.enter_context(core.attention.register_forward_pre_hook(watched.keep, with_kwargs=True))
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))
         model(*inputs, **kwargs)
+    if not records:
+        raise ValueError(
+            f"the call must run the model's attention with decay, as Python code: got {type(model).__name__} with "
+            f"{len(cores)} of them, none of which was called. Pass inputs that reach them, to a model that is neither "
+            "scripted nor exported."
+        )
     return records
 
 
