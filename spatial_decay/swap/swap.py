@@ -23,17 +23,17 @@ class SwapReport:
     """What swap_attention did.
 
     Args:
-        decay: Kind of decay, with every option.
+        kind: How features become a decay, with every option.
         replaced: Names of the attention modules that have it now, in the order of the model.
         left: Names of the other attention modules, and why each was left as it was.
     """
 
-    decay: Kind
+    kind: Kind
     replaced: tuple[str, ...]
     left: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"decay {self.decay.name!r} in {len(self.replaced)} attention modules: {', '.join(self.replaced)}"]
+        lines = [f"decay {self.kind.name!r} in {len(self.replaced)} attention modules: {', '.join(self.replaced)}"]
         return "\n".join(lines + [f"left as it was: {name}, because {reason}" for name, reason in self.left.items()])
 
 

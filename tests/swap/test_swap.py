@@ -120,7 +120,7 @@ def test_a_name_a_value_and_a_mapping_are_the_same(decay):
         model = vit().eval()
         report = sd.swap_attention(model, given)
         added = model.blocks[0].attn.spatial_decay
-        assert added.decay.kind == report.decay
+        assert added.decay.kind == report.kind
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if ".spatial_decay." in name and weight.ndim > 1:
@@ -136,10 +136,10 @@ def test_a_name_a_value_and_a_mapping_are_the_same(decay):
 
 def test_what_is_said_of_a_kind_comes_before_its_quiet_start():
     model = vit()
-    assert sd.swap_attention(model, "full").decay == sd.kinds.Full(alpha=0.1, gate_bias=True, gate_bias_init=6.0)
+    assert sd.swap_attention(model, "full").kind == sd.kinds.Full(alpha=0.1, gate_bias=True, gate_bias_init=6.0)
     sd.restore_attention(model)
     report = sd.swap_attention(model, {"kind": "1d", "gate_bias": False})
-    assert report.decay == sd.kinds.OneDimensional(causal=False, gate_bias=False, gate_bias_init=0.0)
+    assert report.kind == sd.kinds.OneDimensional(causal=False, gate_bias=False, gate_bias_init=0.0)
     assert [name for name, _ in model.blocks[0].attn.spatial_decay.named_parameters()] == ["decay.gate.weight"]
 
 
