@@ -71,7 +71,7 @@ def swap_attention(
             from the end. None: all.
         num_prefix_tokens: P, class and register tokens, first in the sequence. None: what the model says, or none.
         patch_embed: Name of the module whose output (B, D, H, W) has the grid, where it is not found by itself.
-        backend: As in decay_attention.
+        backend: As in decay_attention; for kind `none` only "auto", it keeps the model's own softmax.
 
     Returns:
         What was replaced, and what was left and why; print it.
@@ -90,6 +90,10 @@ def swap_attention(
     check_backend(backend)
     kind = as_kind(decay)
     kind = kind.resolved(**kind.quiet)
+    if kind.name == "none" and backend != "auto":
+        raise ValueError(
+            f"kind 'none' keeps the model's own softmax, so that backend must be 'auto': got {backend!r}. Leave it out."
+        )
     _check_not_wrapped(model)
     if added_decays(model):
         raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")

@@ -412,6 +412,7 @@ class TwoStems(nn.Module):
         (vit, {"layers": []}, "it is not in layers"),
         (vit, {"patch_embed": "stem"}, "must be the name of a module of the model: got 'stem'"),
         (vit, {"backend": "fast"}, "backend must be 'auto' or one of"),
+        (vit, {"decay": "none", "backend": "triton"}, "'none' keeps the model's own softmax.*'auto': got 'triton'"),
         (vit, {"lpe_kernel_size": 4}, "must be odd"),
     ],
 )
