@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from spatial_decay.checkpoint import load_checkpoint
-from spatial_decay.layers.kinds import as_kind
+from spatial_decay.layers.kinds import KINDS, Kind, as_kind
 from spatial_decay.swap.decayed import AddedDecay, added_decays, put_back, take_out
 from spatial_decay.swap.swap import swap_attention
 
@@ -33,7 +33,8 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder: Made where there is none.
 
     Raises:
-        ValueError: the model is not swapped, or has no save_pretrained.
+        ValueError: the model is not swapped, or has no save_pretrained; its kind of decay is none of the library's, so
+            that load_swapped could not make it again. Nothing is written then.
         ImportError: without the safetensors package.
     """
     added = added_decays(model)
@@ -42,6 +43,8 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "the model must have been changed by swap_attention and have a save_pretrained: got "
             f"{type(model).__name__} with {len(added)} decays. Save the state_dict of other models."
         )
+    for core in added.values():
+        _check_goes_through_json(core.decay.kind)
     safetensors = _safetensors()
     taken = take_out(model)
     try:
@@ -69,10 +72,12 @@ def load_swapped(model_class: type[_Model], folder: str | os.PathLike[str], **op
         ImportError: without the safetensors package.
     """
     swap = _options_of_swap(Path(folder, _OPTIONS))
-    _safetensors()
+    safetensors = _safetensors()
     model: _Model = cast(Any, model_class).from_pretrained(folder, **options)
     swap_attention(model, **swap)
-    load_checkpoint(_container(added_decays(model)), Path(folder, _WEIGHTS))
+    container, weights = _container(added_decays(model)), Path(folder, _WEIGHTS)
+    if container.state_dict() or safetensors.load_file(weights):  # kinds without gates have none
+        load_checkpoint(container, weights)
     return model
 
 
@@ -92,6 +97,19 @@ def _options_of_swap(file: Path) -> dict[str, Any]:
             f"that has saved it, or swap the model of its folder anew: {error}"
         ) from error
     return found
+
+
+def _check_goes_through_json(kind: Kind) -> None:
+    try:
+        found: Kind | None = as_kind(kind.config)
+    except (TypeError, ValueError):
+        found = None
+    if found != kind:
+        raise ValueError(
+            f"the kind of decay must be one of {', '.join(KINDS)}, which load_swapped can make again: got "
+            f"{type(kind).__module__}.{type(kind).__qualname__}, {kind.name!r}. Save the state_dict, and swap with the "
+            "same value before loading it."
+        )
 
 
 def _container(added: dict[str, AddedDecay]) -> nn.Module:

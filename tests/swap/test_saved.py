@@ -2,6 +2,8 @@
 
 import json
 import logging
+from dataclasses import dataclass
+from typing import ClassVar
 
 import diffusers
 import pytest
@@ -9,6 +11,7 @@ import torch
 import transformers
 
 import spatial_decay as sd
+from spatial_decay.layers.kinds import KINDS
 from tests.swap.hosts import HOSTS
 
 BY_NAME = {host.name: host for host in HOSTS}
@@ -42,6 +45,48 @@ def test_a_folder_gives_the_same_model_back(name, tmp_path, caplog):
         assert torch.equal(host.run(plain, images), host.run(model, images))
     assert not any("spatial_decay" in record.getMessage() for record in caplog.records)  # no names left over
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "decomposed" not in kind])  # they take no class token
+def test_every_kind_comes_back(kind, tmp_path):
+    host = BY_NAME["transformers ViT"]
+    model, images = host.make(), host.images((64, 64))
+    sd.swap_attention(model, kind)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".spatial_decay." in name:
+                weight.copy_(torch.randn_like(weight))
+        sd.save_swapped(model, tmp_path)
+        again = sd.load_swapped(transformers.ViTModel, tmp_path).eval()
+        assert torch.equal(host.run(again, images), host.run(model, images))
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_weights_of_gates_that_the_kind_has_not_are_refused(tmp_path):
+    sd.save_swapped(swapped(BY_NAME["transformers ViT"], lpe_kernel_size=0), tmp_path)
+    file = tmp_path / "spatial_decay.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"decay": {"kind": "none"}}))
+    with pytest.raises(ValueError, match="does not fit the model"):
+        sd.load_swapped(transformers.ViTModel, tmp_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steep(sd.kinds.Full):
+    name: ClassVar[str] = "steep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SameName(sd.kinds.Full):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Steep, SameName])
+def test_a_kind_of_ones_own_is_refused_before_anything_is_written(kind, tmp_path):
+    model = BY_NAME["transformers ViT"].make()
+    sd.swap_attention(model, kind())
+    with pytest.raises(ValueError, match=rf"one of full, fixed, .*test_saved\.{kind.__name__}, '{kind.name}'\. Save"):
+        sd.save_swapped(model, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_dict_fits_any_model_that_is_swapped_the_same(tmp_path):
