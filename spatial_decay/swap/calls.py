@@ -59,6 +59,9 @@ class Calls:
 
     Args:
         num_prefix_tokens: P, class and register tokens that the model puts first.
+
+    Attributes:
+        users: What asks for the layout, as long as it lives: each AddedDecay enters itself, and restoring takes it out.
     """
 
     def __init__(self, num_prefix_tokens: int) -> None:
@@ -69,6 +72,7 @@ class Calls:
 
     def __setstate__(self, num_prefix_tokens: int) -> None:
         self.num_prefix_tokens = num_prefix_tokens
+        self.users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._thread = _Thread()
         self._alive: weakref.WeakSet[_Call] = weakref.WeakSet()
         self._reentrant: list[_Call] = []  # no graph keeps these

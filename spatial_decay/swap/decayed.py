@@ -58,6 +58,7 @@ class AddedDecay(AttentionCore):
                 f"gate_rank needs attention as wide as its tokens: got {num_channels} and {dim} in "
                 f"{type(attn).__name__}. Leave the output gate out."
             )
+        calls.users.add(self)
         self.calls, self.options, self.mask_name, self.stand_in = calls, options, host.mask_name, host.stand_in
         self.parameters_of_forward = parameters_of_forward(attn)
         self.decay = SpatialDecayMask(
@@ -69,6 +70,10 @@ class AddedDecay(AttentionCore):
         self.attention = _OwnSoftmax(backend) if decay.name == "none" else DecayAttention(backend)
         self.lpe = DepthwiseConv(num_channels, lpe_kernel_size) if lpe_kernel_size else None
         self.output_gate = OutputGate(num_channels, gate_rank) if gate_rank else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.calls.users.add(self)  # of a copy, whose Calls are its own
 
     def attend_as_host(
         self,

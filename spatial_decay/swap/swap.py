@@ -140,6 +140,7 @@ def swap_attention(
         weights = list(modules[name].parameters())
         floating = [weight.dtype for weight in weights if weight.is_floating_point()]  # others are quantized
         new.to(device=weights[0].device, dtype=floating[0] if floating else None).train(modules[name].training)
+    remove_hooks(model)  # of decays that were restored part by part
     put_back(model, added)
     for embed in {able[name][1].name: able[name][1] for name in chosen}.values():
         behind = [name for name in chosen if able[name][1].name == embed.name]
@@ -150,16 +151,21 @@ def swap_attention(
 def restore_attention(model: nn.Module) -> tuple[str, ...]:
     """Undo swap_attention: the model as it was, without the gates.
 
+    Args:
+        model: The model, or a part of it, such as a block; then the decay of the other parts stays, and the hooks that
+            it needs. Once the last part is restored, this takes the hooks of the whole model away too.
+
     Returns:
-        Names of the attention modules that had a decay.
+        Names of the attention modules that had a decay; none where hooks alone were left.
 
     Raises:
-        ValueError: there was none.
+        ValueError: there was neither.
     """
     taken = take_out(model)
-    if not taken:
+    for added in taken.values():
+        added.calls.users.discard(added)
+    if not remove_hooks(model) and not taken:
         raise ValueError("the model must have been changed by swap_attention: it has no attention with decay.")
-    remove_hooks(model)
     return tuple(taken)
 
 

@@ -1,5 +1,6 @@
 """One table of other people's models. A new one adds a row here and inherits every check."""
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,26 @@ class HostModel:
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         return size[0] // self.patch_size, size[1] // self.patch_size
+
+
+def traces(model: nn.Module) -> dict:
+    """What a swap could leave on a model: classes, hooks, attributes and weights, by the names of its modules."""
+    return {
+        name: (
+            type(module),
+            len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._forward_hooks_with_kwargs),
+            set(vars(module)),
+            [own for own, _ in module.named_parameters(recurse=False)],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 class OwnDiT(nn.Module):

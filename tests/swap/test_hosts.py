@@ -1,7 +1,6 @@
 """swap_attention in other people's models: nothing without decay, the equation's mask with it, training, copies."""
 
 import copy
-import io
 
 import onnxruntime
 import pytest
@@ -14,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import spatial_decay as sd
 from tests import references
 from tests.cases import relative_error
-from tests.swap.hosts import HOSTS, STRONG
+from tests.swap.hosts import HOSTS, STRONG, pickled, traces
 
 EVERY_HOST = pytest.mark.parametrize("host", HOSTS, ids=str)
 SOME = ["timm vit_tiny_patch16_224", "timm eva02_tiny_patch14_224", "transformers DINOv3", "diffusers DiT"]
@@ -49,26 +48,6 @@ def inputs_of(module: nn.Module, run) -> tuple[tuple, dict]:
 
 def first(output):
     return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def traces(model: nn.Module) -> dict:
-    """What a swap could leave on a model: classes, hooks, attributes and weights, by the names of its modules."""
-    return {
-        name: (
-            type(module),
-            len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._forward_hooks_with_kwargs),
-            set(vars(module)),
-            [own for own, _ in module.named_parameters(recurse=False)],
-        )
-        for name, module in model.named_modules()
-    }
-
-
-def pickled(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 @EVERY_HOST

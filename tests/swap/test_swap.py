@@ -1,5 +1,6 @@
 """What swap_attention takes, leaves and refuses; patch dropout, packed images, threads, and passes that overlap."""
 
+import copy
 import json
 import threading
 from functools import partial
@@ -15,7 +16,7 @@ import spatial_decay as sd
 from spatial_decay.layers.kinds import as_kind
 from spatial_decay.layout import Grid, Positions
 from tests.cases import relative_error
-from tests.swap.hosts import HF, HOSTS, SMALL, STRONG
+from tests.swap.hosts import HF, HOSTS, SMALL, STRONG, pickled, traces
 
 BY_NAME = {host.name: host for host in HOSTS}
 VIT = BY_NAME["timm vit_tiny_patch16_224"]
@@ -423,6 +424,47 @@ def test_what_cannot_be_is_said_and_nothing_changes(build, options, message):
         sd.swap_attention(model, **options)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("ending", ["swapped again", "restored as a whole"])
+def test_restored_block_by_block(ending):
+    model = vit(patch_drop_rate=0.5).train()
+    found = traces(model)
+    images = torch.randn(2, 3, 64, 96)
+    sd.swap_attention(model, STRONG)
+    assert sd.restore_attention(model.blocks[0]) == ("attn",)
+    assert model(images).isfinite().all()  # the other block works on
+    with pytest.raises(ValueError, match="it has no attention with decay"):
+        sd.restore_attention(model.patch_embed)  # whose hook the other block needs
+    assert model(images).isfinite().all()
+    sd.restore_attention(model.blocks[1])
+    assert model(images).isfinite().all()
+    if ending == "swapped again":
+        sd.swap_attention(model, STRONG)
+        assert sum(len(module._forward_hooks) for module in model.modules()) == 2  # patch embedding, patch dropout
+        assert model(images).isfinite().all()
+        assert sd.restore_attention(model) == ("blocks.0.attn", "blocks.1.attn")
+    else:
+        assert sd.restore_attention(model) == ()
+    assert traces(model) == found
+    with pytest.raises(ValueError, match="it has no attention with decay"):
+        sd.restore_attention(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_parts_of_copies_keep_what_they_need(copied):
+    model = vit(patch_drop_rate=0.5).train()
+    found = traces(model)
+    sd.swap_attention(model, STRONG)
+    other = copied(model)
+    sd.restore_attention(model)
+    part = nn.Sequential(other.patch_embed, other.patch_drop, other.blocks[0])
+    sd.restore_attention(part)
+    assert other(torch.randn(2, 3, 64, 96)).isfinite().all()
+    other.blocks = other.blocks[:1]  # the rest is gone with its decay
+    assert sd.restore_attention(other) == ()
+    other.blocks = copy.deepcopy(model.blocks)
+    assert traces(other) == traces(model) == found
 
 
 def test_twice_and_never():
