@@ -184,6 +184,18 @@ class SDTH(Backbone):
         intermediates_only: Literal[True],
     ) -> list[Tensor]: ...
 
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]: ...
+
     def forward_intermediates(
         self,
         x: Tensor,

@@ -221,6 +221,19 @@ class ViT(Backbone):
         intermediates_only: Literal[True],
     ) -> list[tuple[Tensor, Tensor]]: ...
 
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> _Features | tuple[Tensor, _Features]: ...
+
     def forward_intermediates(
         self,
         x: Tensor,

@@ -72,7 +72,7 @@ class AddedDecay(AttentionCore):
         self.output_gate = OutputGate(num_channels, gate_rank) if gate_rank else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        nn.Module.__setstate__(self, state)
         self.calls.users.add(self)  # of a copy, whose Calls are its own
 
     def attend_as_host(

@@ -1,6 +1,8 @@
 """What SDTH and ViT have in common with timm's models: pooling, features by number, pruning, groups of parameters."""
 
 import re
+import sys
+import typing
 
 import pytest
 import torch
@@ -105,6 +107,15 @@ def test_features_by_number(name):
             model.forward_intermediates(x, wrong)
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or .*: got 'HWC'"):
         model.forward_intermediates(x, output_fmt="HWC")
+
+
+@both
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python keeps overloads since 3.11")
+def test_flags_that_are_known_at_run_time_alone_have_a_type(name):
+    method = getattr(sd, name).forward_intermediates
+    last = typing.get_type_hints(typing.get_overloads(method)[-1])
+    assert last == typing.get_type_hints(method)
+    assert last["intermediates_only"] is bool
 
 
 @torch.no_grad()
