@@ -5,7 +5,7 @@ from typing import ClassVar, TypeAlias, TypedDict
 
 from torch import nn
 
-from spatial_decay.models.common import Model, init_linear
+from spatial_decay.models.common import Model, check_whole, init_linear
 
 __all__ = ["Backbone", "FeatureInfo", "Groups", "block_numbers"]
 
@@ -46,6 +46,7 @@ class Backbone(Model):
 
     def __init__(self, in_chans: int, *, drop_rate: float) -> None:
         super().__init__()
+        check_whole(1, in_chans=in_chans)
         if not 0.0 <= drop_rate < 1.0:
             raise ValueError(f"drop_rate must satisfy 0 <= drop_rate < 1: got {drop_rate}.")
         self.in_chans = in_chans
@@ -63,7 +64,7 @@ class Backbone(Model):
             global_pool: Another pooling, "" for none (then num_classes must be 0); None keeps the present one.
 
         Raises:
-            ValueError: a pooling that cannot be.
+            ValueError: a number of classes or a pooling that cannot be; the model is as it was.
         """
         self._set_classifier(num_classes, self.global_pool if global_pool is None else global_pool)
         self.config |= {"num_classes": self.num_classes, "global_pool": self.global_pool}
@@ -75,6 +76,7 @@ class Backbone(Model):
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
     def _set_classifier(self, num_classes: int, global_pool: str) -> None:
+        check_whole(0, num_classes=num_classes)
         self._check_pool(num_classes, global_pool)
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head: nn.Module = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Model", "init_linear", "run_block"]
+__all__ = ["Model", "check_whole", "init_linear", "run_block"]
 
 
 class Model(nn.Module):
@@ -28,6 +28,16 @@ class Model(nn.Module):
     @property
     def _is_checkpointing(self) -> bool:
         return self.grad_checkpointing and self.training
+
+
+def check_whole(least: int, **values: object) -> None:
+    """Raise ValueError where an option, or one of a list's, is no whole number or less than the least."""
+    for name, value in values.items():
+        is_list = isinstance(value, (list, tuple))
+        for number in value if is_list else [value]:
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                what = "hold whole numbers" if is_list else "be a whole number"
+                raise ValueError(f"{name} must {what} >= {least}: got {value!r}.")
 
 
 def run_block(block: nn.Module, x: Tensor, *arguments: object, checkpointing: bool) -> Tensor:

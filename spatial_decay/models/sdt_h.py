@@ -13,7 +13,7 @@ from spatial_decay.layers.kinds import DecayLike, Kind, as_kind
 from spatial_decay.layers.patch import check_images
 from spatial_decay.layout import Grid
 from spatial_decay.models.backbone import Backbone, FeatureInfo, Groups, block_numbers
-from spatial_decay.models.common import init_linear, run_block
+from spatial_decay.models.common import check_whole, init_linear, run_block
 from spatial_decay.models.config import keeps_config
 from spatial_decay.models.per_stage import PerStage, num_stages, per_stage
 from spatial_decay.models.registry import IMAGENET, ImageSettings, register
@@ -104,6 +104,8 @@ class SDTH(Backbone):
             decay=decay,
             init_values=init_values,
         )
+        check_whole(0, num_classes=num_classes, projection_dim=projection_dim)
+        check_whole(1, embed_dims=embed_dims, depths=depths, num_heads=num_heads, stem_stride=stem_stride)
         embed_dims, depths, num_heads = (per_stage(value, count) for value in (embed_dims, depths, num_heads))
         mlp_ratios, init_values = per_stage(mlp_ratios, count), per_stage(init_values, count)
         decays: list[DecayLike] = per_stage(decay, count)

@@ -16,7 +16,7 @@ from spatial_decay.layers import AttentionOptions, ConvMlp, SpatialDecayAttentio
 from spatial_decay.layers.kinds import DecayLike, as_kind
 from spatial_decay.layers.patch import PatchEmbed, size_in_patches
 from spatial_decay.layout import Grid, GridSize, LayoutLike
-from spatial_decay.models.common import Model, run_block
+from spatial_decay.models.common import Model, check_whole, run_block
 from spatial_decay.models.config import keeps_config
 from spatial_decay.models.registry import register
 
@@ -136,6 +136,8 @@ class SDTP(Model):
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__()
+        check_whole(0, num_classes=num_classes)
+        check_whole(1, patch_size=patch_size, in_channels=in_channels, dim=dim, depth=depth, num_heads=num_heads)
         if dim % 4:
             raise ValueError(f"dim must be a multiple of 4, for sines and cosines of h and w: got {dim}.")
         if not 0 <= class_dropout_prob < 1:

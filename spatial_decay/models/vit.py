@@ -14,7 +14,7 @@ from spatial_decay.layers.kinds import DecayLike, as_kind
 from spatial_decay.layers.patch import PatchEmbed, size_in_patches
 from spatial_decay.layout import Grid, GridSize
 from spatial_decay.models.backbone import Backbone, FeatureInfo, Groups, block_numbers
-from spatial_decay.models.common import init_linear, run_block
+from spatial_decay.models.common import check_whole, init_linear, run_block
 from spatial_decay.models.config import keeps_config
 from spatial_decay.models.registry import ImageSettings, register
 
@@ -109,6 +109,8 @@ class ViT(Backbone):
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(in_chans, drop_rate=drop_rate)
+        check_whole(0, num_classes=num_classes, num_registers=num_registers)
+        check_whole(1, patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
         self.grid_size = size_in_patches("img_size", img_size, patch_size)
         kind = as_kind(decay).resolved(initial_grid_size=self.grid_size)
         self.config["decay"] = kind.config

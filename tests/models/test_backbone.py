@@ -59,6 +59,22 @@ def test_a_pooling_that_cannot_be_changes_nothing(name):
         make(name, drop_rate=1.0)
 
 
+@both
+@pytest.mark.parametrize("wrong", [-4, 2.5, "7", True, None])
+def test_a_number_of_classes_that_cannot_be_changes_nothing(name, wrong):
+    model = make(name)
+    head, config = model.head, dict(model.config)
+    says = re.escape(f"num_classes must be a whole number >= 0: got {wrong!r}.")
+    with pytest.raises(ValueError, match=says):
+        model.reset_classifier(wrong, "avg")
+    assert (model.num_classes, model.head, model.config) == (5, head, config)
+    assert model.global_pool == config["global_pool"]
+    with pytest.raises(ValueError, match=says):
+        type(model)(wrong)
+    with pytest.raises(ValueError, match="in_chans must be a whole number >= 1: got 0"):
+        make(name, in_chans=0)
+
+
 @torch.no_grad()
 def test_pooling_changes_and_a_token_that_is_not_there_is_refused():
     model, x = make("ViT").eval(), torch.randn(X)

@@ -184,6 +184,10 @@ def test_impossible_images_are_refused(x, error, says):
     ("overrides", "error", "says"),
     [
         ({"depths": [1, 1]}, ValueError, "one value a stage: got 4 embed_dims, 2 depths, 4 num_heads"),
+        ({"depths": [1, 1, 0, 1]}, ValueError, r"depths must hold whole numbers >= 1: got \[1, 1, 0, 1\]"),
+        ({"depths": -1}, ValueError, "depths must be a whole number >= 1: got -1"),
+        ({"num_heads": [2, 2, 3.0, 4]}, ValueError, r"num_heads must hold whole numbers >= 1: got \[2, 2, 3.0, 4\]"),
+        ({"projection_dim": -2}, ValueError, "projection_dim must be a whole number >= 0: got -2"),
         ({"stem_stride": 3}, ValueError, "stem_stride must be one of 1, 2, 4: got 3"),
         ({"embed_dims": [15, 32, 48, 64]}, ValueError, "must be even"),
         ({"decay": ["full", "full", "full", "gauss"]}, ValueError, "got 'gauss'"),

@@ -109,7 +109,7 @@ def test_latents_of_other_sizes():
 @torch.no_grad()
 def test_patches_come_back_where_they_were():
     """A head that copies: each patch to its own place, channels first."""
-    model = sd.SDTP(8, 2, 1, 0, dim=4, depth=0, num_heads=1, learn_sigma=False)
+    model = sd.SDTP(8, 2, 1, 0, dim=4, depth=1, num_heads=1, learn_sigma=False)
     model.head.weight.copy_(torch.eye(4))
     x = torch.arange(64.0).view(1, 1, 8, 8)
     patches = torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)  # (1, 16, 4)
@@ -207,6 +207,10 @@ def test_bad_inputs(change, error, says):
         ({"dim": 42, "num_heads": 3}, ValueError, "multiple of 4"),
         ({"class_dropout_prob": 1.0}, ValueError, "class_dropout_prob must satisfy"),
         ({"num_register": 1}, TypeError, "SDTP has no keyword num_register"),
+        ({"depth": 0}, ValueError, "depth must be a whole number >= 1: got 0"),
+        ({"num_heads": 3.0}, ValueError, "num_heads must be a whole number >= 1: got 3.0"),
+        ({"num_classes": -1}, ValueError, "num_classes must be a whole number >= 0: got -1"),
+        ({"num_classes": "10"}, ValueError, "num_classes must be a whole number >= 0: got '10'"),
         ({"patch_size": 3}, ValueError, "input_size must be a multiple of patch_size"),
         ({"input_size": (8, 7)}, ValueError, r"a multiple of patch_size: got input_size=\(8, 7\), patch_size=2"),
         ({"input_size": (8,)}, ValueError, r"input_size must be one whole number or \(H, W\): got \(8,\)"),

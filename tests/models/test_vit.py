@@ -29,7 +29,8 @@ def test_every_kind_trains_at_any_size(kind):
 
 @torch.no_grad()
 def test_tokens_are_prefix_then_patches_with_positions():
-    model = make("none", depth=0, num_registers=3).eval()
+    model = make("none", depth=1, num_registers=3).eval()
+    model.blocks = torch.nn.ModuleList()
     torch.nn.init.normal_(model.cls_token)
     torch.nn.init.normal_(model.reg_token)
     x = torch.randn(2, 3, 32, 32)
@@ -137,7 +138,12 @@ def test_a_new_classifier():
         ({"img_size": (32, 30)}, ValueError, r"img_size must be a multiple of patch_size: got img_size=\(32, 30\)"),
         ({"img_size": (8, 8, 8)}, ValueError, r"img_size must be one whole number or \(H, W\): got \(8, 8, 8\)"),
         ({"img_size": 32.0}, ValueError, r"img_size must be one whole number or \(H, W\): got 32.0"),
-        ({"patch_size": 0}, ValueError, "img_size must be a multiple of patch_size: got img_size=32, patch_size=0"),
+        ({"patch_size": 0}, ValueError, "patch_size must be a whole number >= 1: got 0"),
+        ({"patch_size": 8.0}, ValueError, "patch_size must be a whole number >= 1: got 8.0"),
+        ({"depth": 0}, ValueError, "depth must be a whole number >= 1: got 0"),
+        ({"depth": True}, ValueError, "depth must be a whole number >= 1: got True"),
+        ({"num_registers": -1}, ValueError, "num_registers must be a whole number >= 0: got -1"),
+        ({"dim": 16.0}, ValueError, "dim must be a whole number >= 1: got 16.0"),
         ({"decays": ["full"]}, TypeError, "ViT has no keyword decays"),
     ],
 )
