@@ -67,7 +67,7 @@ class Backbone(Model):
             ValueError: a number of classes or a pooling that cannot be; the model is as it was.
         """
         self._set_classifier(num_classes, self.global_pool if global_pool is None else global_pool)
-        self.config |= {"num_classes": self.num_classes, "global_pool": self.global_pool}
+        self._note_in_config(num_classes=self.num_classes, global_pool=self.global_pool)
         like = next(self.parameters())
         self.head.to(device=like.device, dtype=like.dtype).apply(init_linear)
 

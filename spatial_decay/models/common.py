@@ -25,6 +25,10 @@ class Model(nn.Module):
         """In training, keep only the blocks' inputs and compute their insides again in the backward pass."""
         self.grad_checkpointing = enable
 
+    def _note_in_config(self, **values: Any) -> None:
+        """Change what config has of these; a subclass with arguments of its own has others."""
+        self.config |= {name: value for name, value in values.items() if name in self.config}
+
     @property
     def _is_checkpointing(self) -> bool:
         return self.grad_checkpointing and self.training

@@ -14,6 +14,9 @@ __all__ = ["as_json", "keeps_config"]
 
 P = ParamSpec("P")
 
+_RUNNING = "_config_is_being_made"
+"""Attribute of a model while the __init__ that makes its config runs."""
+
 
 def keeps_config(**defaults: Unpack[AttentionOptions]) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Decorator for the __init__ of a model that takes the keywords of AttentionOptions as **options.
@@ -46,12 +49,17 @@ def keeps_config(**defaults: Unpack[AttentionOptions]) -> Callable[[Callable[P, 
             bound.apply_defaults()
             bound.arguments["options"] = options = all_defaults | bound.arguments["options"]
             values = {name: as_json(bound.arguments[name]) for name in own} | options
-            is_outermost = "config" not in vars(model)
-            if is_outermost:
-                model.config = dict(values)
-            init(*bound.args, **bound.kwargs)
-            if is_outermost:  # without what a base class worked out of arguments that are not ours
-                model.config = {name: model.config[name] for name in values}
+            if _RUNNING in vars(model):  # this is a base class's __init__
+                init(*bound.args, **bound.kwargs)
+                return
+            model.config = dict(values)
+            vars(model)[_RUNNING] = True
+            try:
+                init(*bound.args, **bound.kwargs)
+            finally:
+                del vars(model)[_RUNNING]
+            # Without what a base class worked out of arguments that are not ours.
+            model.config = {name: model.config[name] for name in values}
 
         return init_with_config
 

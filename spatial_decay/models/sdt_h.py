@@ -272,11 +272,12 @@ class SDTH(Backbone):
             )
         self.stages = self.stages[:count]
         self.embed_dims, self.feature_info = self.embed_dims[:count], self.feature_info[:count]
-        self.config |= {name: self.config[name][:count] for name in _PER_STAGE}
+        self._note_in_config(**{name: self.config[name][:count] for name in _PER_STAGE if name in self.config})
         self.num_features = self.embed_dims[-1]
         if prune_head:
             self.head_proj = self.head_norm = None
-            self.head_hidden_size, self.config["projection_dim"] = self.num_features, 0
+            self.head_hidden_size = self.num_features
+            self._note_in_config(projection_dim=0)
             self.reset_classifier(0, "")
         return wanted
 

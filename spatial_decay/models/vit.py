@@ -310,7 +310,8 @@ class ViT(Backbone):
         """
         wanted = block_numbers(indices, len(self.blocks), "blocks")
         count = max(wanted) + 1
-        self.blocks, self.feature_info, self.config["depth"] = self.blocks[:count], self.feature_info[:count], count
+        self.blocks, self.feature_info = self.blocks[:count], self.feature_info[:count]
+        self._note_in_config(depth=count)
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:

@@ -104,6 +104,34 @@ def test_subclasses():
         Decorated(depth=3)
 
 
+class DecoratedSDTH(SDTH):
+    @keeps_config()
+    def __init__(self, width: int = 8, **options) -> None:
+        super().__init__(5, embed_dims=[width, width], depths=1, num_heads=2, decay="full", **options)
+
+
+@pytest.mark.parametrize("build", [Decorated, DecoratedSDTH])
+def test_what_changes_later_is_noted_where_the_config_has_it(build):
+    model = build()
+    config = dict(model.config)
+    model.reset_classifier(3, "avg")
+    assert model.num_classes == 3
+    model.prune_intermediate_layers([0])
+    assert model.config == config
+
+
+def test_a_second_init_has_a_config_of_its_own():
+    model = ViT(5, **SMALL_VIT)
+    names = set(vars(model))
+    model.__init__(7, **(SMALL_VIT | {"depth": 1}))
+    assert model.config == ViT(7, **(SMALL_VIT | {"depth": 1})).config
+    with pytest.raises(ValueError, match="drop_rate"):
+        model.__init__(5, **SMALL_VIT, drop_rate=2.0)
+    model.__init__(9, **SMALL_VIT)
+    assert model.config == ViT(9, **SMALL_VIT).config
+    assert set(vars(model)) == names
+
+
 def test_keywords_that_are_not_there_are_said_beside_those_that_are():
     says = (
         "ViT has no keyword dims, heads: its own are num_classes, in_chans, img_size, .*and those for all blocks qkv_"
