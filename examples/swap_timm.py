@@ -3,7 +3,7 @@
     python examples/swap_timm.py                  # decay `full`, a minute on two CPU cores
     python examples/swap_timm.py --decay 1d       # another kind
 
-No weights can be downloaded here, so that the ViT is first trained for a few epochs itself; with yours, that is
+No weights are downloaded, so that the ViT is first trained for a few epochs itself; with yours, that is
 timm.create_model(name, pretrained=True). 1,797 images of 8 x 8 pixels come with scikit-learn.
 Needs the extras [demo,timm].
 """

@@ -87,7 +87,7 @@ def load_checkpoint(
         ValueError: unknown origin; a file that is none of these; no weights in it; with strict, any difference.
         ImportError: .safetensors without the safetensors package.
 
-    Example:
+    Examples:
         >>> from spatial_decay.models import locatvit_tiny
         >>> model = locatvit_tiny()
         >>> report = load_checkpoint(model, {"state_dict": locatvit_tiny().state_dict()})

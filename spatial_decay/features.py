@@ -106,7 +106,7 @@ def _grid_of_tokens(num_tokens: int, size: Any, num_prefix_tokens: int) -> Grid:
 
 def _checked_size(size: Any) -> tuple[int, int]:
     is_pair = isinstance(size, (tuple, list)) and len(size) == 2
-    if not is_pair or not all(isinstance(n, (int, torch.SymInt)) and n >= 1 for n in size):
+    if not is_pair or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= 1 for n in size):
         got = type(size).__name__ if isinstance(size, Tensor) else repr(size)
         raise ValueError(
             "layout must be two positive integers (H, W), a Grid or Positions, or None: got "
@@ -129,11 +129,12 @@ def _check_prefix(layout: Layout, num_prefix_tokens: int) -> None:
 
 
 def _num_first_without_position(layout: Positions, wanted: int) -> int:
-    """How many of the first tokens lie nowhere, counted up to wanted; not asked of a GPU, which it would wait for."""
+    """How many of the first tokens lie nowhere, counted up to wanted; not asked where that would wait for a GPU."""
     known = layout.has_position
     if known is None:
         return 0
-    if wanted == 0 or known.device.type != "cpu" or torch.compiler.is_compiling():
+    is_readable = known.device.type == "cpu" and type(known) is Tensor and not torch.compiler.is_compiling()
+    if wanted == 0 or not is_readable or torch._C._functorch.is_functorch_wrapped_tensor(known):
         return wanted
     return int((~known[:, :wanted]).all(0).cumprod(0).sum())
 

@@ -153,14 +153,15 @@ class Grid(Layout):
         return h[:, None].expand(self.size).flatten(), w.expand(self.size).flatten()
 
     def steps(self, *, device: torch.device, dtype: torch.dtype, row_multiple: int = 1) -> Steps:
-        """To each row and to each column of the grid: (H*W, H, 1) and (H*W, 1, W), H padded as that of `keys`.
+        """To each row and to each column of the grid: (H*W, H, 1) and (H*W, 1, W), padded as `keys`.
 
         A formula of steps therefore does along each axis, H + W times a query, what it does before the axes meet.
         """
         h, w = self.positions(device=device, dtype=dtype)
         rows, columns = self._lines(device, dtype)
-        if extra := self._num_extra_rows(row_multiple):
-            rows = F.pad(rows, (0, extra))
+        extra_rows, extra_columns = self._extra(row_multiple)
+        if extra_rows or extra_columns:
+            rows, columns = F.pad(rows, (0, extra_rows)), F.pad(columns, (0, extra_columns))
         return rows[:, None] - h[:, None, None], columns - w[:, None, None]
 
     def queries(self, x: Tensor) -> Tensor:
@@ -168,10 +169,10 @@ class Grid(Layout):
         return x[..., None, None]
 
     def keys(self, x: Tensor, *, row_multiple: int = 1) -> Tensor:
-        """(B, N, H*W) -> (B, N, 1, H, W), with rows of zeros below where H * W is no multiple."""
-        extra = self._num_extra_rows(row_multiple)
+        """(B, N, H*W) -> (B, N, 1, H, W), with lines of zeros added as `_extra` says."""
+        extra_rows, extra_columns = self._extra(row_multiple)
         x = x.unflatten(-1, self.size)[..., None, :, :]
-        return F.pad(x, (0, 0, 0, extra)) if extra else x
+        return F.pad(x, (0, extra_columns, 0, extra_rows)) if extra_rows or extra_columns else x
 
     def running_sum(self, cost: Tensor, *, inclusive: bool) -> Tensor:
         """As in Layout; zero at prefix tokens."""
@@ -190,14 +191,19 @@ class Grid(Layout):
         h, w = (torch.arange(size, device=device, dtype=dtype) for size in self.size)
         return h, w
 
-    def _num_extra_rows(self, row_multiple: int) -> int:
-        """Below the grid, so that its number of places is a multiple."""
-        extra = 0
+    def _extra(self, row_multiple: int) -> tuple[int, int]:
+        """Rows below the grid, or columns beside a single row, so that its number of places is a multiple.
+
+        None where they would be more than a quarter of it: then the caller pads what it makes of the keys.
+        """
         if row_multiple == 1:  # a compiler need not hear of sizes
-            return extra
+            return 0, 0
+        if self.height == 1:
+            return 0, -self.width % row_multiple
+        extra = 0
         while (self.height + extra) * self.width % row_multiple:
             extra += 1
-        return extra
+        return (extra if 4 * extra <= self.height else 0), 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +223,7 @@ class Positions(Layout):
     Raises:
         ValueError: shapes or devices disagree; has_position is not bool.
 
-    Example:
+    Examples:
         >>> kept = Positions.of_subset(torch.tensor([[0, 5, 11]]), Grid(3, 4, num_prefix_tokens=1))
         >>> kept.h.tolist(), kept.w.tolist(), kept.has_position.tolist()
         ([[0, 0, 1, 2]], [[0, 0, 1, 3]], [[False, True, True, True]])
@@ -333,12 +339,13 @@ class Positions(Layout):
 
     def raster_order(self) -> Tensor:
         """The tokens as a raster scan meets them, (B, L) of token numbers; those that lie nowhere first."""
-        h, w = self.h, self.w
-        if self.has_position is not None:
-            h, w = (axis.masked_fill(~self.has_position, -1) for axis in (h, w))
-        by_column = torch.argsort(w, dim=1, stable=True)
-        by_row = torch.argsort(h.gather(1, by_column), dim=1, stable=True)
-        return by_column.gather(1, by_row)
+        h, w = (axis[:, 0] for axis in self.positions(device=self.h.device, dtype=torch.float64))
+        order = torch.argsort(w, dim=1, stable=True)
+        order = order.gather(1, torch.argsort(h.gather(1, order), dim=1, stable=True))
+        if self.has_position is None:
+            return order
+        known = self.has_position.expand_as(order).gather(1, order)
+        return order.gather(1, torch.argsort(known.long(), dim=1, stable=True))
 
     def raster_numbers(self, *, device: torch.device, dtype: torch.dtype) -> Tensor:
         order = self.raster_order()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay, fixed_rates
+from spatial_decay.layers.kinds import KINDS
 from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS
 from tests import references
@@ -35,6 +36,7 @@ class Case:
     kind: str = ""  # its name
     options: dict[str, Any] = field(default_factory=dict)
     is_axial: bool = False
+    along_path: bool = False  # what lies between two tokens counts
 
     @property
     def config(self) -> dict[str, Any]:
@@ -80,6 +82,7 @@ CASES = [
         lambda gates, n, grid: PathDecay.from_gate(gates[0], grid),
         lambda gates, n, num_heads, h, w: references.path(gates[0]),
         kind="1d",
+        along_path=True,
     ),
     Case(
         "1d_causal",
@@ -87,6 +90,7 @@ CASES = [
         lambda gates, n, grid: PathDecay.from_gate(gates[0], grid, causal=True),
         lambda gates, n, num_heads, h, w: references.path(gates[0], causal=True),
         kind="1d",
+        along_path=True,
         options={"causal": True},
     ),
     Case(
@@ -95,6 +99,7 @@ CASES = [
         lambda gates, n, grid: PathDecay.bidirectional(gates[0], gates[1], grid),
         lambda gates, n, num_heads, h, w: references.bidirectional(gates[0], gates[1]),
         kind="bidirectional",
+        along_path=True,
     ),
     Case(
         "gaussian",
@@ -128,14 +133,7 @@ PAIRWISE = [case for case in CASES if not case.is_axial]
 AXIAL = [case for case in CASES if case.is_axial]
 TRAINED = [case for case in CASES if case.num_gates]
 
-GATES_OF_KIND = {
-    "full": ["gate"],
-    "fixed": [],
-    "1d": ["gate"],
-    "bidirectional": ["gate_forward", "gate_backward"],
-    "decomposed": ["gate_h", "gate_w"],
-    "fixed_decomposed": [],
-}
+GATES_OF_KIND = {name: list(getattr(kind, "gates", ())) for name, kind in KINDS.items()}
 
 
 def case_id(value: object) -> str | None:

@@ -36,7 +36,7 @@ def expected_mask(case, gates, positions):
         tokens = positions.has_position[b].nonzero()[:, 0].tolist()
         tokens.sort(key=lambda i, b=b: (positions.h[b, i].item(), positions.w[b, i].item()))
         for n in range(num_heads):
-            if case.kind in ("full", "fixed", "gaussian"):  # a pair's number does not depend on who else is there
+            if not case.along_path:  # a pair's number does not depend on who else is there
                 whole = [torch.zeros(2, num_heads, SIZE[0] * SIZE[1], dtype=torch.float64) for _ in gates]
                 raster = [int(positions.h[b, i] * SIZE[1] + positions.w[b, i]) for i in tokens]
                 for gate, of_whole in zip(gates, whole, strict=True):

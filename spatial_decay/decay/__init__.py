@@ -3,7 +3,7 @@
 from typing import TypeAlias
 
 from spatial_decay.decay.axial import AxialDecay
-from spatial_decay.decay.base import FactoredDecay, PairwiseDecay, dense, factor, score_mod
+from spatial_decay.decay.base import FactoredDecay, PairwiseDecay, dense, factor, register_factor, score_mod
 from spatial_decay.decay.gaussian import GaussianDecay
 from spatial_decay.decay.manhattan import ManhattanDecay, fixed_rates
 from spatial_decay.decay.path import PathDecay
@@ -22,5 +22,6 @@ __all__ = [
     "dense",
     "factor",
     "fixed_rates",
+    "register_factor",
     "score_mod",
 ]

@@ -34,7 +34,7 @@ class PairwiseDecay(ABC):
     @property
     def numbers(self) -> Numbers:
         """The tensors (B, N, L), in the order of the fields."""
-        fields: tuple[str, ...] = self.__match_args__  # type: ignore[attr-defined]  # a dataclass has it
+        fields: dict[str, object] = self.__dataclass_fields__  # type: ignore[attr-defined]  # what decorators add
         values = [getattr(self, name) for name in fields]
         return tuple([value for value in values if isinstance(value, Tensor)])
 
@@ -58,6 +58,11 @@ class FactoredDecay(PairwiseDecay):
     sign: ClassVar[int]
     factor: ClassVar[str]
 
+    @classmethod
+    def has_form(cls) -> bool:
+        """Whether the form is all there is to it: a subclass may say more in its `pairwise`."""
+        return cls.pairwise is FactoredDecay.pairwise
+
     @property
     def hides_later(self) -> bool:
         """Whether a query may not attend to tokens with F > 0."""
@@ -74,13 +79,32 @@ _FACTORS: dict[str, Callable[..., Tensor]] = {}
 
 
 def register_factor(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make F known under its own name, as which operators pass it on; F takes the steps."""
+    """Make F known under its own name, by which operators pass it on; F takes the steps. A decorator.
+
+    Raises:
+        ValueError: another function has that name.
+    """
+    known = _FACTORS.get(function.__name__)
+    if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+        raise ValueError(
+            f"a factor must have a name of its own: got {function.__name__}, which {known.__module__} has registered. "
+            "Rename the function."
+        )
     _FACTORS[function.__name__] = function
     return function
 
 
 def factor(name: str, *steps: Tensor) -> Tensor:
-    """F(steps) of the registered name."""
+    """F(steps) of the registered name.
+
+    Raises:
+        ValueError: no function has that name.
+    """
+    if name not in _FACTORS:
+        raise ValueError(
+            f"factor must be the name of a registered function, one of {', '.join(_FACTORS)}: got {name!r}. "
+            "Decorate the function with register_factor."
+        )
     return _FACTORS[name](*steps)
 
 
@@ -101,18 +125,20 @@ def dense(decay: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multipl
     num_prefix, num_tokens = layout.num_prefix_tokens, layout.num_tokens
     # Contiguous, for the mask lies in memory as they do, and those of a gate, (B, L, N), have the heads innermost.
     numbers = tuple(at_least_float32(x)[..., num_prefix:].contiguous() for x in decay.numbers)
-    # Prefix tokens are padded in at the end, and the rows with them; without, keys past the end cost no copy.
+    # Prefix tokens are padded in at the end, and the rows with them; without, keys past the end need no copy.
     multiple = 1 if num_prefix else row_multiple
+    steps = layout.steps(device=numbers[0].device, dtype=numbers[0].dtype, row_multiple=multiple)
     mask = decay.pairwise(
         tuple(layout.queries(x) for x in numbers),
         tuple(layout.keys(x, row_multiple=multiple) for x in numbers),
-        *layout.steps(device=numbers[0].device, dtype=numbers[0].dtype, row_multiple=multiple),
-    ).flatten(3)  # (B, N, L - P, L - P and more)
+        *steps,
+    )
+    mask = torch.broadcast_tensors(mask, *steps)[0].flatten(3)  # (B, N, L - P, L - P and more)
     if (known := layout.known) is not None:
         pairs = layout.queries(known[:, None]) & layout.keys(known[:, None], row_multiple=multiple)
         mask = mask.masked_fill(~pairs, 0.0)
     mask = mask if dtype is None else mask.to(dtype)
-    if num_prefix:
+    if num_prefix or mask.shape[-1] % row_multiple:
         mask = F.pad(mask, (num_prefix, -num_tokens % row_multiple, num_prefix, 0))
     return mask if mask.shape[-1] == num_tokens else mask[..., :num_tokens]
 

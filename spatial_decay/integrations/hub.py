@@ -164,7 +164,7 @@ def save_pretrained(model: Model, save_directory: str | os.PathLike[str], **opti
         TypeError: another class of model.
         ValueError: the weights are not those of the model's config.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from spatial_decay.integrations import hub
         >>> folder = tempfile.mkdtemp()

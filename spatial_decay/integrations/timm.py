@@ -196,7 +196,7 @@ def attention_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **
     Raises:
         TypeError: an option that timm passes itself.
 
-    Example:
+    Examples:
         >>> import timm
         >>> attention = attention_layer("full", gate_rank=8)
         >>> model = timm.create_model("vit_tiny_patch16_224", attn_layer=attention, depth=2, num_classes=10)
@@ -220,7 +220,7 @@ def block_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **opti
     Raises:
         TypeError: an option that timm passes itself.
 
-    Example:
+    Examples:
         >>> import timm
         >>> block = block_layer("full", pos_kernel_size=0)
         >>> model = timm.create_model("vit_tiny_patch16_224", block_fn=block, depth=2, num_classes=10)

@@ -58,7 +58,7 @@ class SpatialDecayAttention(AttentionCore):
     Raises:
         TypeError, ValueError: an option that cannot be; the message says what must hold.
 
-    Example:
+    Examples:
         >>> attn = SpatialDecayAttention(192, num_heads=3, num_prefix_tokens=1)
         >>> attn(torch.randn(2, 1 + 14 * 14, 192)).shape
         torch.Size([2, 197, 192])
@@ -136,7 +136,7 @@ class SpatialDecayAttention(AttentionCore):
 
     def _heads(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Decay | None]:
         """Tokens (B, L, D) -> queries and keys with rotary embedding, values, (B, N, L, d) each, and the decay."""
-        # Unbound before the transposition: so the three gradients are put together in the layout of qkv, in one copy.
+        # Unbound before the transposition: so the three gradients are put together as qkv lies in memory, in one copy.
         qkv = rearrange(self.qkv(tokens), "b l (three n d) -> b l three n d", three=3, n=self.num_heads)
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         q, k = self.q_norm(q), self.k_norm(k)

@@ -32,7 +32,7 @@ class SDTBlock(nn.Module):
     Raises:
         ValueError, TypeError: an option that cannot be; the message says what must hold.
 
-    Example:
+    Examples:
         >>> block = SDTBlock(192, num_heads=3, num_prefix_tokens=1, pos_kernel_size=0, mlp_kernel_size=0)
         >>> block(torch.randn(2, 1 + 14 * 14, 192)).shape
         torch.Size([2, 197, 192])

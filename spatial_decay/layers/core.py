@@ -68,6 +68,11 @@ class AttentionCore(nn.Module):
     output_gate: OutputGate | None
     attention: DecayAttention
 
+    @property
+    def backend(self) -> Backend:
+        """That of the softmax."""
+        return self.attention.backend
+
     def describe(self, tokens: Tensor, q: Tensor, layout: Layout) -> Decay | None:
         """The decay of tokens (B, L, D) or, where the kind reads them, of their queries (B, N, L, d)."""
         return self.decay.describe(merge_heads(q) if self.decay.kind.reads_queries else tokens, layout)

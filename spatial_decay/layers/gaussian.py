@@ -13,6 +13,9 @@ from spatial_decay.precision import autocast_disabled
 
 __all__ = ["GaussianGate"]
 
+# min() would ask a compiler which one is less, for good. That of torch 2.6 cannot trace sym_min.
+_shorter: Any = torch.sym_min if torch.__version__ >= "2.7" else min
+
 
 class GaussianGate(nn.Module):
     """Amplitude and variances of a Gaussian for each query, from the query itself (Hajimiri et al. 2026, LocAtViT).
@@ -45,8 +48,7 @@ class GaussianGate(nn.Module):
         longest = max(self.initial_grid_size)
         coefficient = longest**2
         shift = math.log(coefficient - 1) if coefficient > 2 else 0.0
-        # Not min(): it would ask which one is less.
-        ratio: Any = torch.sym_min(*grid.size) / min(self.initial_grid_size)
+        ratio: Any = _shorter(*grid.size) / min(self.initial_grid_size)
         with autocast_disabled(q.device):
             amplitude = F.softplus(_linear(self.log_alpha, q))[..., 0]  # (B, N, L)
             variance = torch.sigmoid(_linear(self.log_var, q) - shift) * (coefficient * ratio) + self._eps()

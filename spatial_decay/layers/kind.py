@@ -42,7 +42,8 @@ class Kind(ABC):
     def resolved(self, **place: Any) -> Self:
         """The same with a value for every option: what was said, else the place's value, else the layer's default."""
         left_out = [option for option in self.options() if getattr(self, option) is None]
-        return replace(self, **{option: place.get(option, self.defaults[option]) for option in left_out})
+        found = {option: place.get(option) for option in left_out}
+        return replace(self, **{name: self.defaults[name] if value is None else value for name, value in found.items()})
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
@@ -68,11 +69,14 @@ class Kind(ABC):
 
 
 def check_finite(kind: Kind, **values: float | None) -> None:
-    """Raise ValueError where an option that was said is no finite number."""
+    """Raise ValueError where an option that was said is no finite number; kept as float, which JSON and torch load."""
     for name, value in values.items():
+        if value is None:
+            continue
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and math.isfinite(value)):
+        if not (is_number and math.isfinite(value)):
             raise ValueError(f"{name} of kind {kind.name!r} must be a finite number: got {value!r}.")
+        object.__setattr__(kind, name, float(value))
 
 
 def check_flag(kind: Kind, **values: bool | None) -> None:

@@ -158,8 +158,8 @@ class Gaussian(Kind):
     """a_i * exp(-(dh^2 / s_h,i + dw^2 / s_w,i) / 2), a and s from the query: LocAtViT.
 
     Args:
-        initial_grid_size: (H, W) that the model is trained on, see GaussianGate; left out, the model's own, in a layer
-            (14, 14).
+        initial_grid_size: (H, W) that the model is trained on, see GaussianGate; left out, that of a ViT's img_size or
+            of an SDT-P's input_size, elsewhere (14, 14).
     """
 
     name: ClassVar[str] = "gaussian"
@@ -174,7 +174,7 @@ class Gaussian(Kind):
         if size is None:
             return
         is_pair = isinstance(size, (tuple, list)) and len(size) == 2
-        if not is_pair or not all(isinstance(n, int) and n >= 1 for n in size):
+        if not is_pair or not all(type(n) is int and n >= 1 for n in size):
             raise ValueError(f"initial_grid_size must be (H, W), two whole numbers >= 1: got {size!r}.")
         object.__setattr__(self, "initial_grid_size", tuple(size))
 

@@ -42,7 +42,7 @@ class SpatialDecayMask(nn.Module):
         TypeError, ValueError: an unknown kind, or options that it has not or that cannot be; prefix tokens with a
             decomposed kind; num_heads < 1.
 
-    Example:
+    Examples:
         >>> mask = SpatialDecayMask(dim=192, num_heads=3, num_prefix_tokens=1)
         >>> x = torch.randn(2, 1 + 14 * 14, 192)
         >>> mask(x).shape

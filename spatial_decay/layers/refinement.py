@@ -20,7 +20,7 @@ class PatchRepresentationRefinement(nn.Module):
     Raises:
         ValueError: num_heads < 1.
 
-    Example:
+    Examples:
         >>> PatchRepresentationRefinement(3)(torch.randn(2, 197, 192)).shape
         torch.Size([2, 197, 192])
     """

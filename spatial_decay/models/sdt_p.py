@@ -111,7 +111,7 @@ class SDTP(Model):
     Raises:
         ValueError, TypeError: an option that cannot be; the message says what must hold.
 
-    Example:
+    Examples:
         >>> model = SDTP(input_size=8, num_classes=10, dim=48, depth=2, num_heads=3)
         >>> latents, steps, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 7])
         >>> model(latents, steps, labels).shape

@@ -79,7 +79,7 @@ class ViT(Backbone):
     Raises:
         ValueError, TypeError: an option that cannot be; the message says what must hold.
 
-    Example:
+    Examples:
         >>> model = ViT(10, img_size=64, dim=48, depth=2, num_heads=3, decay="full")
         >>> model(torch.randn(2, 3, 64, 96)).shape
         torch.Size([2, 10])

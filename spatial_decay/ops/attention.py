@@ -55,7 +55,7 @@ def decay_attention(
         ValueError: shapes, dtypes, devices or layout disagree; the backend is unknown; dropout_p is out of range.
         NotImplementedError: the named backend cannot run these inputs.
 
-    Example:
+    Examples:
         >>> strength = torch.full((2, 4, 49), -0.05)
         >>> q, k, v = torch.randn(3, 2, 4, 49, 16)
         >>> decay_attention(q, k, v, ManhattanDecay(strength, Grid(7, 7))).shape
@@ -130,7 +130,7 @@ def explain_backend(
     Raises:
         TypeError, ValueError: as in decay_attention.
 
-    Example:
+    Examples:
         >>> q, k, v = torch.randn(3, 2, 4, 49, 16)
         >>> print(explain_backend(q, k, v, ManhattanDecay(torch.full((2, 4, 49), -0.05), Grid(7, 7))))
         math

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatial_decay.decay import FactoredDecay, GaussianDecay
+from spatial_decay.decay import FactoredDecay, GaussianDecay, PairwiseDecay
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.math import avoid_reasons_on_small_inputs
 from spatial_decay.ops.tiled_decays import Factored, Gaussian, gaussian_numbers
@@ -44,10 +44,10 @@ _KEYS = 256
 def unsupported_reasons(inputs: Inputs) -> list[str]:
     """It needs a decay that it knows on a grid, and neither dropout nor a gradient of attn_mask."""
     reasons = []
-    if not isinstance(inputs.decay, (FactoredDecay, GaussianDecay)):
+    if not _knows(inputs.decay):
         what = "no decay" if inputs.decay is None else type(inputs.decay).__name__
         reasons.append(f"{what} (needs a FactoredDecay, as ManhattanDecay and PathDecay are, or a GaussianDecay)")
-    elif not inputs.decay.layout.is_grid:
+    elif inputs.decay is not None and not inputs.decay.layout.is_grid:
         reasons.append("tokens with Positions of their own (needs those of a Grid)")
     if inputs.dropout_p:
         reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
@@ -58,6 +58,11 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
     if inputs.is_inside_torch_func:
         reasons.append("inside a torch.func transform (needs none)")
     return reasons
+
+
+def _knows(decay: PairwiseDecay | None) -> bool:
+    """Not subclasses that say more: what they say would not be heard."""
+    return type(decay) is GaussianDecay or (isinstance(decay, FactoredDecay) and decay.has_form())
 
 
 def avoid_reasons(inputs: Inputs) -> list[str]:

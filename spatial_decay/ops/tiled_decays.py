@@ -55,7 +55,7 @@ class Factored(_OnGrid):
         t: As in _OnGrid.
         factor: Name of F.
         sign: s.
-        grid: H, W and P.
+        *grid: H, W and P.
     """
 
     def __init__(self, t: Tensor, factor: str, sign: int, *grid: int) -> None:
@@ -64,12 +64,12 @@ class Factored(_OnGrid):
 
     def of_grid(self, i: slice, j: slice) -> Tensor:
         """F, (i, j), the same for all sequences: on a grid one operation a pair, where its two axes meet."""
-        if j.stop - j.start == self.length:
-            f = factor(self.factor, *self.steps(i)).flatten(1)  # (i, H, W), queries one by one
-        else:
-            # Contiguous, since F lies in memory as they do.
-            steps = [-step.permute(1, 2, 0).contiguous() for step in self.steps(j)]
-            f = factor(self.factor, *steps).flatten(0, 1)  # (H, W, j)
+        by_queries = j.stop - j.start == self.length
+        steps = self.steps(i) if by_queries else self.steps(j)
+        if not by_queries:  # contiguous, since F lies in memory as they do
+            steps = tuple(-step.permute(1, 2, 0).contiguous() for step in steps)
+        f = torch.broadcast_tensors(factor(self.factor, *steps), *steps)[0]  # (i, H, W) or (H, W, j)
+        f = f.flatten(1) if by_queries else f.flatten(0, 1)
         first_i, first_j = self.num_first(i), self.num_first(j)
         return F.pad(f, (first_j, 0, first_i, 0)) if first_i or first_j else f
 

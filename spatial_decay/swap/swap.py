@@ -80,7 +80,7 @@ def swap_attention(
         TypeError, ValueError: nothing could be replaced; an option that cannot be, or that the kind has not; the model
             has been swapped already. The model is as it was.
 
-    Example:
+    Examples:
         >>> import timm
         >>> model = timm.create_model("vit_small_patch16_224", num_classes=10)
         >>> report = swap_attention(model, "full")

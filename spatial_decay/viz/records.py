@@ -136,7 +136,7 @@ def record(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[LayerRecord]:
     Raises:
         ValueError: the model holds no attention with decay, or calls none; its tokens fill no grid.
 
-    Example:
+    Examples:
         >>> import timm
         >>> model = timm.create_model("vit_tiny_patch16_224")
         >>> report = swap_attention(model, "full")

@@ -24,7 +24,7 @@ BLOCKS = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 0)]  # stage and block
 
 
 def make(name, **keywords):
-    return timm.create_model(name, **((SMALL_PLAIN if name in PLAIN else SMALL) | keywords))
+    return timm.create_model(name, **((SMALL_PLAIN if ENTRIES[name].model is sd.ViT else SMALL) | keywords))
 
 
 def test_names():

@@ -1,4 +1,4 @@
-"""SpatialDecayAttention: all of Eq. 13 by loops, token and map layouts, precision, training of the gate, errors."""
+"""SpatialDecayAttention: all of Eq. 13 by loops, tokens and maps, precision, training of the gate, errors."""
 
 import inspect
 
@@ -7,7 +7,9 @@ import torch
 
 from spatial_decay import SpatialDecayAttention, kinds
 from spatial_decay.layers import AttentionOptions
+from spatial_decay.layers.core import DecayAttention
 from spatial_decay.layout import Grid
+from spatial_decay.ops import sdpa
 from tests import references
 from tests.cases import (
     EXACT_BACKENDS,
@@ -79,8 +81,18 @@ def test_equals_equation_13(case, rope, num_prefix):
     x = torch.randn(2, grid.num_tokens, DIM, dtype=torch.float64)
     expected = equation_13(attn, case, x, grid, rope)
     for backend in EXACT_BACKENDS:
-        attn.backend = backend
+        attn.attention = DecayAttention(backend)
         torch.testing.assert_close(attn(x, grid.size), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_backend_is_given_at_construction(monkeypatch):
+    attn = make(backend="sdpa")
+    assert attn.backend == "sdpa"
+    with pytest.raises(AttributeError):
+        attn.backend = "math"
+    monkeypatch.setattr(sdpa, "attention", lambda inputs: pytest.fail("sdpa"))
+    with pytest.raises(pytest.fail.Exception, match="sdpa"):
+        attn(torch.randn(1, 2, 2, DIM))
 
 
 @pytest.mark.parametrize("kind", list(kinds.KINDS))
@@ -90,7 +102,7 @@ def test_tokens_and_maps_are_the_same(kind):
     out = attn(x)
     assert out.shape == x.shape
     assert torch.equal(out.flatten(1, 2), attn(x.flatten(1, 2), (3, 5)))
-    channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # another memory layout
+    channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # another order in memory
     torch.testing.assert_close(attn(channels_first), out)
 
 
@@ -104,8 +116,8 @@ def test_a_square_is_inferred_behind_prefix_tokens(kind):
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (14, 14)], ids=case_id)
 @pytest.mark.parametrize("kind", list(kinds.KINDS))
 def test_every_parameter_gets_a_gradient(kind, size):
-    bias = {"gate_bias": True, "gate_bias_init": 1.0} if "gate_bias" in kinds.KINDS[kind].options() else {}
-    attn = make({"kind": kind, **bias}, qk_norm=True).train()
+    options = {"gate_bias": True, "gate_bias_init": 1.0} if "gate_bias" in kinds.KINDS[kind].options() else {}
+    attn = make({"kind": kind, **options}, qk_norm=True).train()
     attn(torch.randn(2, *size, DIM)).square().sum().backward()
     for name, parameter in attn.named_parameters():
         assert parameter.grad is not None, name
@@ -136,10 +148,11 @@ def test_under_autocast_sdpa_equals_math(kind):
     attn = make(kind, dim=64, heads=2)
     x = torch.randn(2, 7, 7, 64)
     results = {}
-    for attn.backend in ("sdpa", "math"):
+    for backend in ("sdpa", "math"):
+        attn.attention = DecayAttention(backend)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            results[attn.backend] = attn(x)
-        assert results[attn.backend].dtype == torch.bfloat16
+            results[backend] = attn(x)
+        assert results[backend].dtype == torch.bfloat16
     assert relative_error(results["sdpa"], results["math"]) < TOLERANCE[torch.bfloat16]
 
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import typing
 
+import numpy
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ OPTIONS = {
 
 def said(kind: type[Kind]) -> Kind:
     """The kind with every option said, none as it is by default."""
-    return kind(**{option: OPTIONS[option] for option in kind.options()})
+    return kind(**{option: OPTIONS.get(option, kind.defaults[option]) for option in kind.options()})
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
@@ -45,6 +46,7 @@ def test_what_is_left_out_takes_the_value_of_the_place(kind):
     quiet = kind().resolved(**kind.quiet).config
     assert quiet == kind().resolved().config | dict(kind.quiet)
     assert kind().resolved().resolved(**kind.quiet) == kind().resolved()
+    assert kind().resolved(**dict.fromkeys(kind.options())) == kind().resolved()
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
@@ -61,8 +63,20 @@ def test_kinds_are_frozen_and_documented(kind):
     assert all(f"{option}:" in inspect.getdoc(kind) for option in kind.options())
 
 
+def test_numbers_of_other_libraries_become_plain():
+    alpha = kinds.Full(alpha=numpy.float64(0.25)).alpha
+    assert type(alpha) is float
+    assert type(kinds.Full(alpha=1).alpha) is float
+
+
 def test_the_literal_lists_all_kinds():
     assert typing.get_args(KindName) == tuple(KINDS)
+
+
+def test_the_names_of_gates_are_those_of_saved_weights():
+    assert kinds.Full.gates == kinds.OneDimensional.gates == ("gate",)
+    assert kinds.Bidirectional.gates == ("gate_forward", "gate_backward")
+    assert kinds.Decomposed.gates == ("gate_h", "gate_w")
 
 
 def test_a_bias_is_there_where_its_first_value_is_said():
@@ -105,6 +119,7 @@ def test_a_bias_is_there_where_its_first_value_is_said():
             r"two whole numbers >= 1: got \(0, 4\)",
         ),
         ({"kind": "gaussian", "initial_grid_size": (4,)}, ValueError, r"two whole numbers >= 1: got \(4,\)"),
+        ({"kind": "gaussian", "initial_grid_size": (True, 4)}, ValueError, r"two whole numbers >= 1: got \(True, 4\)"),
         ({"kind": "gaussian", "initial_grid_size": 14}, ValueError, "two whole numbers >= 1: got 14"),
     ],
 )

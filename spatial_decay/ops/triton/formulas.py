@@ -68,8 +68,6 @@ FORMULAS = {
 
 
 def formula_of(decay: PairwiseDecay | None) -> str | None:
-    """The name of a decay's formula; None where the kernels know none."""
-    for name, formula in FORMULAS.items():
-        if decay is None if formula.decay is None else isinstance(decay, formula.decay):
-            return name
-    return None
+    """The name of a decay's formula; None where the kernels know none, as of subclasses, which may say more."""
+    cls = None if decay is None else type(decay)
+    return next((name for name, formula in FORMULAS.items() if formula.decay is cls), None)

@@ -1,12 +1,24 @@
 """Every kind's mask against the equations as loops, against hand-worked numbers, and against its own score function."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spatial_decay.decay import AxialDecay, ManhattanDecay, PathDecay, dense, factor, score_mod
-from spatial_decay.layout import Grid, Positions
+from spatial_decay.decay import (
+    AxialDecay,
+    FactoredDecay,
+    ManhattanDecay,
+    PathDecay,
+    dense,
+    factor,
+    register_factor,
+    score_mod,
+)
+from spatial_decay.layout import Grid, Layout, Positions
 from spatial_decay.ops import decay_attention
 from tests.cases import AXIAL, GRIDS, PAIRWISE, case_id, make_gates, reference_mask, reference_of_head
 
@@ -136,7 +148,7 @@ class _Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
 @pytest.mark.parametrize("num_prefix", [0, 1])
-@pytest.mark.parametrize("size", [(14, 14), (7, 9)], ids=case_id)
+@pytest.mark.parametrize("size", [(14, 14), (7, 9), (1, 28)], ids=case_id)
 @pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
 def test_rows_of_the_mask_can_be_aligned_without_a_copy(case, size, num_prefix, dtype):
     grid = Grid(*size, num_prefix)
@@ -147,6 +159,7 @@ def test_rows_of_the_mask_can_be_aligned_without_a_copy(case, size, num_prefix, 
             masks.append(dense(decay, dtype=dtype, row_multiple=multiple))
         counts.append(allocations.count)
     assert counts[1] == counts[0] > 0
+    assert masks[1].untyped_storage().nbytes() <= 1.3 * masks[0].untyped_storage().nbytes()
     assert masks[1].stride(-1) == 1
     assert all(stride % 8 == 0 for stride in masks[1].stride()[:-1])
     assert torch.equal(*masks)
@@ -205,6 +218,71 @@ def test_tokens_at_one_place_add_nothing_to_each_other(causal):
     assert mask.tolist() == expected
     mask[1:3, 1:3].sum().backward()
     assert not cumulative.grad.any()
+
+
+@pytest.mark.parametrize("size", [(5, 9), (2, 13), (3, 3)], ids=case_id)
+def test_odd_rows_are_aligned_in_little_memory(size):
+    decay = ManhattanDecay(-torch.rand(1, 1, size[0] * size[1]), Grid(*size))
+    aligned = dense(decay, row_multiple=8)
+    assert aligned.stride(-2) == -(-size[0] * size[1] // 8) * 8
+    assert torch.equal(aligned, dense(decay))
+
+
+@register_factor
+def rows_apart(*steps):
+    """Of one axis alone."""
+    return steps[0].abs()
+
+
+@dataclass(frozen=True)
+class RowsDecay(FactoredDecay):
+    strength: torch.Tensor
+    layout: Layout
+
+    sign: ClassVar[int] = 1
+    factor: ClassVar[str] = "rows_apart"
+
+
+@pytest.mark.parametrize("num_prefix", [0, 2])
+@pytest.mark.parametrize("size", [(3, 4), (19, 20), (38, 37)], ids=case_id)
+def test_a_formula_may_leave_out_an_axis(size, num_prefix):
+    grid = Grid(*size, num_prefix)
+    strength = -torch.rand(1, 1, grid.num_tokens)
+    decay = RowsDecay(strength, grid)
+    q, k, v = torch.randn(3, 1, 1, grid.num_tokens, 8)
+    h = torch.nn.functional.pad(torch.arange(size[0]).repeat_interleave(size[1]), (num_prefix, 0))
+    expected = (strength[..., :, None] + strength[..., None, :]) * (h[:, None] - h).abs()
+    expected[..., :num_prefix] = expected[..., :num_prefix, :] = 0
+    torch.testing.assert_close(dense(decay), expected)
+    out = decay_attention(q, k, v, decay, backend="math")
+    torch.testing.assert_close(decay_attention(q, k, v, decay, backend="tiled"), out, rtol=1e-5, atol=1e-5)
+
+
+class Doubled(ManhattanDecay):
+    def pairwise(self, query, key, *steps):
+        return 2 * super().pairwise(query, key, *steps)
+
+
+def test_what_a_subclass_says_is_heard():
+    """By the backends that run pair formulas; those that run forms refuse it."""
+    grid, strength = Grid(14, 14), -torch.rand(1, 4, 196)
+    q, k, v = torch.randn(3, 1, 4, 196, 32)
+    expected = decay_attention(q, k, v, ManhattanDecay(2 * strength, grid), backend="math")
+    torch.testing.assert_close(decay_attention(q, k, v, Doubled(strength, grid)), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="Doubled .needs a FactoredDecay"):
+        decay_attention(q, k, v, Doubled(strength, grid), backend="tiled")
+    with pytest.raises(NotImplementedError, match="Doubled .needs None or a ManhattanDecay"):
+        decay_attention(q, k, v, Doubled(strength, grid), backend="triton")
+
+
+def test_a_factor_has_a_name_of_its_own():
+    def order(*steps):
+        return steps[0]
+
+    with pytest.raises(ValueError, match="name of its own: got order, which spatial_decay.decay.path has registered"):
+        register_factor(order)
+    with pytest.raises(ValueError, match="registered function, one of manhattan_distance, order.*: got 'nowhere'"):
+        factor("nowhere", torch.zeros(1))
 
 
 def test_three_axes_are_one_more_step():
