@@ -37,11 +37,10 @@ class Model(nn.Module):
 def check_whole(least: int, **values: object) -> None:
     """Raise ValueError where an option, or one of a list's, is no whole number or less than the least."""
     for name, value in values.items():
-        is_list = isinstance(value, (list, tuple))
-        for number in value if is_list else [value]:
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                what = "hold whole numbers" if is_list else "be a whole number"
-                raise ValueError(f"{name} must {what} >= {least}: got {value!r}.")
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if any(not isinstance(number, int) or isinstance(number, bool) or number < least for number in numbers):
+            what = "be a whole number" if numbers is not value else "hold whole numbers"
+            raise ValueError(f"{name} must {what} >= {least}: got {value!r}.")
 
 
 def run_block(block: nn.Module, x: Tensor, *arguments: object, checkpointing: bool) -> Tensor:
