@@ -58,6 +58,11 @@ class FactoredDecay(PairwiseDecay):
     sign: ClassVar[int]
     factor: ClassVar[str]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if getattr(cls, "sign", 1) not in (1, -1):
+            raise ValueError(f"sign of {cls.__name__} must be 1 or -1: got {cls.sign!r}. Scale its numbers instead.")
+
     @classmethod
     def has_form(cls) -> bool:
         """Whether the form is all there is to it: a subclass may say more in its `pairwise`."""

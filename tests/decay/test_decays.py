@@ -275,6 +275,11 @@ def test_what_a_subclass_says_is_heard():
         decay_attention(q, k, v, Doubled(strength, grid), backend="triton")
 
 
+def test_a_sign_is_one_of_two():
+    with pytest.raises(ValueError, match="sign of Twice must be 1 or -1: got 2"):
+        type("Twice", (RowsDecay,), {"sign": 2})
+
+
 def test_a_factor_has_a_name_of_its_own():
     def order(*steps):
         return steps[0]
