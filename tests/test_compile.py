@@ -28,8 +28,13 @@ def backward(module, x):
     return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
 
 
+EVERY_RUN = ("full", "decomposed", "gaussian")  # the others: slow
+
+
 @needs_compiler
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in EVERY_RUN else pytest.mark.slow) for kind in KINDS]
+)
 def test_layer(kind):
     attn = sd.SpatialDecayAttention(32, 4, decay=kind)
     x = torch.randn(2, 5, 6, 32)

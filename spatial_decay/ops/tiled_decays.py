@@ -61,6 +61,7 @@ class Factored(_OnGrid):
     def __init__(self, t: Tensor, factor: str, sign: int, *grid: int) -> None:
         super().__init__(t, *grid)
         self.factor, self.sign = factor, sign
+        self.all_steps = Grid(self.height, self.width).steps(device=t.device, dtype=t.dtype)
 
     def of_grid(self, i: slice, j: slice) -> Tensor:
         """F, (i, j), the same for all sequences: on a grid one operation a pair, where its two axes meet."""
@@ -75,10 +76,8 @@ class Factored(_OnGrid):
 
     def steps(self, x: slice) -> Steps:
         """From these tokens to all rows and to all columns, (x, H, 1) and (x, 1, W)."""
-        patches = self.patches(x)
-        rows, columns = (torch.arange(n, device=self.t.device) for n in (self.height, self.width))
-        dh, dw = rows - (patches // self.width)[:, None], columns - (patches % self.width)[:, None]
-        return dh.to(self.t.dtype)[:, :, None], dw.to(self.t.dtype)[:, None, :]
+        first = x.start + self.num_first(x) - self.num_prefix
+        return tuple(steps[first : x.stop - self.num_prefix] for steps in self.all_steps)
 
     def write(self, s: slice, i: slice, j: slice, f: Tensor | None, out: Tensor) -> None:
         """M of a block into out, (s, i, j)."""
