@@ -185,7 +185,7 @@ def test_images_that_share_their_decay():
 
 
 @pytest.mark.parametrize("num_images", [1, 2], ids=["shared", "each its own"])
-@pytest.mark.parametrize("knows_all", [True, False])
+@pytest.mark.parametrize("knows_all", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("case", KINDS, ids=case_id)
 def test_positions(case, knows_all, num_images):
     """In no order, some twice; and tokens that lie nowhere, whose coordinates are nonsense."""
