@@ -194,7 +194,7 @@ class NoDecay(Kind):
 
     name: ClassVar[str] = "none"
 
-    def describe(self, mask: Any, x: Tensor, layout: Layout) -> None:  # noqa: ARG002
+    def describe(self, mask: Any, x: Tensor, layout: Layout) -> None:  # noqa: ARG002  nothing to read
         return None
 
 

@@ -43,10 +43,6 @@ class _OnGrid:
         """How many of these tokens are prefix tokens."""
         return min(max(0, self.num_prefix - x.start), x.stop - x.start)
 
-    def patches(self, x: slice) -> Tensor:
-        """Numbers of these tokens on the grid, without prefix tokens."""
-        return torch.arange(x.start + self.num_first(x), x.stop, device=self.t.device) - self.num_prefix
-
 
 class Factored(_OnGrid):
     """(t_i + s * t_j) * F(steps); t is (S, L).
@@ -95,7 +91,10 @@ class Factored(_OnGrid):
 
 
 class Gaussian(_OnGrid):
-    """a_i * exp(u_i[h_j]) * exp(v_i[w_j]); t is a, u and v side by side, (S, L, 1 + H + W)."""
+    """a_i * exp(u_i[h_j]) * exp(v_i[w_j]); t is a, u and v side by side, (S, L, 1 + H + W).
+
+    Its methods take what those of Factored take; f is None.
+    """
 
     def __init__(self, t: Tensor, height: int, width: int, num_prefix: int) -> None:
         super().__init__(t, height, width, num_prefix)
@@ -115,7 +114,8 @@ class Gaussian(_OnGrid):
         if j.stop - j.start == self.length:
             self.outer(rows, columns, out)
             return
-        patches, first = self.patches(j), self.num_first(j)
+        first = self.num_first(j)
+        patches = torch.arange(j.start + first, j.stop, device=self.t.device) - self.num_prefix
         torch.mul(rows[..., patches // self.width], columns[..., patches % self.width], out=out[..., first:])
         out[..., :first] = 0
 
