@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from spatial_decay.layout import Grid, Layout, LayoutLike, Positions
+from spatial_decay.values import are_readable
 
 __all__ = [
     "as_tokens",
@@ -133,8 +134,7 @@ def _num_first_without_position(layout: Positions, wanted: int) -> int:
     known = layout.has_position
     if known is None:
         return 0
-    is_readable = known.device.type == "cpu" and type(known) is Tensor and not torch.compiler.is_compiling()
-    if wanted == 0 or not is_readable or torch._C._functorch.is_functorch_wrapped_tensor(known):
+    if wanted == 0 or not are_readable(known):
         return wanted
     return int((~known[:, :wanted]).all(0).cumprod(0).sum())
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay, fixed_rates
 from spatial_decay.layers.kinds import KINDS
-from spatial_decay.layout import Grid
+from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import BACKENDS
 from tests import references
 
@@ -166,6 +166,36 @@ def reference_mask(case: Case, gates: Sequence[Tensor], num_heads: int, grid: Gr
         for b in range(batch_size)
     ]
     return torch.tensor(masks, dtype=torch.float64)
+
+
+def reference_mask_of_positions(
+    case: Case, gates: Sequence[Tensor], num_heads: int, positions: Positions, size
+) -> Tensor:
+    """The equations on the tokens that lie somewhere, in raster order, put back where each came from, (B, N, L, L).
+
+    size: H and W of a grid that holds all of them.
+    """
+    batch_size, num_tokens = len(positions.h), positions.num_tokens
+    expected = torch.zeros(batch_size, num_heads, num_tokens, num_tokens, dtype=torch.float64)
+    for b in range(batch_size):
+        tokens = positions.has_position[b].nonzero()[:, 0].tolist()
+        tokens.sort(key=lambda i, b=b: (positions.h[b, i].item(), positions.w[b, i].item()))
+        for n in range(num_heads):
+            if not case.along_path:  # a pair's number does not depend on who else is there
+                whole = [torch.zeros(batch_size, num_heads, size[0] * size[1], dtype=torch.float64) for _ in gates]
+                raster = [int(positions.h[b, i] * size[1] + positions.w[b, i]) for i in tokens]
+                for gate, of_whole in zip(gates, whole, strict=True):
+                    of_whole[b, n, raster] = gate[b, n, tokens].double()
+                mask = torch.tensor(reference_of_head(case, whole, b, n, num_heads, Grid(*size)), dtype=torch.float64)
+                mask = mask[raster][:, raster]
+            else:
+                line = [gate[:, :, tokens] for gate in gates]
+                of_head = reference_of_head(case, line, b, n, num_heads, Grid(1, len(tokens)))
+                mask = torch.tensor(of_head, dtype=torch.float64)
+            for a, i in enumerate(tokens):
+                for c, j in enumerate(tokens):
+                    expected[b, n, i, j] = mask[a, c]
+    return expected
 
 
 def reference_of_head(case: Case, gates: Sequence[Tensor], b: int, n: int, num_heads: int, grid: Grid) -> Any:

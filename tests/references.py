@@ -113,6 +113,11 @@ def with_prefix(mask, num_prefix):
     ]
 
 
+def added_value(value, limit, lowest):
+    """What one value of an attn_mask adds: -inf, "may not attend", where it is at most limit or half of lowest."""
+    return -math.inf if value <= limit or value <= lowest / 2 else value
+
+
 def softmax(scores):
     """A row of scores -> weights; a row that may attend to nothing -> zeros."""
     highest = max(scores)

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "spatial_decay"
 # From the ground up.
 FLOORS = [
     "precision",
+    "values",
     "layout",
     "features",
     "decay",

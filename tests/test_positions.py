@@ -10,7 +10,7 @@ from spatial_decay.decay import AxialDecay, dense
 from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import BACKENDS, decay_attention
 from tests import references
-from tests.cases import PAIRWISE, case_id, make_gates, reference_of_head, relative_error
+from tests.cases import PAIRWISE, case_id, make_gates, reference_mask_of_positions, relative_error
 
 SIZE = (4, 5)
 SUBSETS = [[17, 3, 8, 0, 12, 19, 4], [2, 11, 10, 1, 16, 9, 18]]  # of 20 patches, in no order
@@ -28,28 +28,7 @@ def placed(num_prefix=2, num_suffix=1):
     return Positions(*(axis.masked_fill(~known, float("nan")) for axis in (positions.h, positions.w)), known)
 
 
-def expected_mask(case, gates, positions):
-    """The equations on the tokens that lie somewhere, in raster order, put back where each came from."""
-    batch_size, num_heads = len(positions.h), 2
-    expected = torch.zeros(batch_size, num_heads, positions.num_tokens, positions.num_tokens, dtype=torch.float64)
-    for b in range(batch_size):
-        tokens = positions.has_position[b].nonzero()[:, 0].tolist()
-        tokens.sort(key=lambda i, b=b: (positions.h[b, i].item(), positions.w[b, i].item()))
-        for n in range(num_heads):
-            if not case.along_path:  # a pair's number does not depend on who else is there
-                whole = [torch.zeros(2, num_heads, SIZE[0] * SIZE[1], dtype=torch.float64) for _ in gates]
-                raster = [int(positions.h[b, i] * SIZE[1] + positions.w[b, i]) for i in tokens]
-                for gate, of_whole in zip(gates, whole, strict=True):
-                    of_whole[b, n, raster] = gate[b, n, tokens]
-                mask = tensor(reference_of_head(case, whole, b, n, num_heads, Grid(*SIZE)))
-                mask = mask[raster][:, raster]
-            else:
-                line = [gate[:, :, tokens] for gate in gates]
-                mask = tensor(reference_of_head(case, line, b, n, num_heads, Grid(1, len(tokens))))
-            for a, i in enumerate(tokens):
-                for c, j in enumerate(tokens):
-                    expected[b, n, i, j] = mask[a, c]
-    return expected
+expected_mask = partial(reference_mask_of_positions, num_heads=2, size=SIZE)
 
 
 @pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
@@ -58,7 +37,7 @@ def test_dense_is_the_equation_over_the_tokens_that_are_there(case):
     gates = [gate.requires_grad_() for gate in make_gates(case, 2, 2, positions.num_tokens)]
     mask = dense(case.build(gates, 2, positions))
     torch.testing.assert_close(
-        mask.expand(2, -1, -1, -1), expected_mask(case, gates, positions), rtol=1e-12, atol=1e-12
+        mask.expand(2, -1, -1, -1), expected_mask(case, gates, positions=positions), rtol=1e-12, atol=1e-12
     )
     if gates:
         mask[mask.isfinite()].sum().backward()
@@ -90,7 +69,7 @@ def test_backends_agree_or_say_why_not(case, backend):
         with pytest.raises(NotImplementedError, match=r"Positions of their own \(needs those of a Grid\)"):
             decay_attention(q, k, v, decay, backend=backend)
         return
-    mask = expected_mask(case, [gate.double() for gate in gates], positions)
+    mask = expected_mask(case, [gate.double() for gate in gates], positions=positions)
     with torch.no_grad():
         out = decay_attention(q, k, v, decay, backend=backend)
     for b in range(2):

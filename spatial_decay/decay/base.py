@@ -10,8 +10,20 @@ from torch import Tensor
 
 from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
+from spatial_decay.values import are_readable
 
-__all__ = ["FactoredDecay", "Numbers", "PairwiseDecay", "ScoreMod", "dense", "factor", "register_factor", "score_mod"]
+__all__ = [
+    "STRONGEST",
+    "FactoredDecay",
+    "Numbers",
+    "PairwiseDecay",
+    "ScoreMod",
+    "check_range",
+    "dense",
+    "factor",
+    "register_factor",
+    "score_mod",
+]
 
 Numbers: TypeAlias = tuple[Tensor, ...]
 """What a decay knows of each token: one or more tensors, (B, N, L) whole, or broadcast against the other side."""
@@ -111,6 +123,29 @@ def factor(name: str, *steps: Tensor) -> Tensor:
             "Decorate the function with register_factor."
         )
     return _FACTORS[name](*steps)
+
+
+STRONGEST = 256.0
+"""What one step costs at most, in nats, where a gate says it. More changes nothing that float32 can show, unless scores
+differ by some 240; and the sums along a path would lose the digits of all other gates."""
+
+
+def check_range(name: str, x: Tensor, layout: Layout, lowest: float, highest: float) -> None:
+    """Raise ValueError where numbers (B, N, L) of tokens that lie somewhere are outside, if they can be read."""
+    known = layout.known
+    if x.ndim != 3 or x.shape[-1] != layout.num_tokens or not are_readable(x):
+        return  # a wrong shape is told where q is known
+    if known is not None:
+        x = x.masked_fill(~known[:, None], min(max(0.0, lowest), highest)) if are_readable(known) else x[..., :0]
+    x = x.detach()[..., layout.num_prefix_tokens :]
+    if not x.numel():
+        return
+    least, most = (value.item() for value in x.aminmax())
+    if least < lowest or most > highest:
+        raise ValueError(
+            f"{name} must lie in {lowest:g} .. {highest:g}: got {least:g} .. {most:g}. A gate is the logarithm of a "
+            "number between 0 and 1, for instance F.logsigmoid(x)."
+        )
 
 
 def dense(decay: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multiple: int = 1) -> Tensor:

@@ -1,5 +1,6 @@
 """Decay with the Manhattan distance: SDT Eq. 7-9 (`full`, content-aware) and RMT's constant rates (`fixed`)."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from spatial_decay.decay.base import FactoredDecay, register_factor
+from spatial_decay.decay.base import STRONGEST, FactoredDecay, check_range, register_factor
 from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
 
@@ -33,6 +34,9 @@ class ManhattanDecay(FactoredDecay):
     Args:
         strength: a, (B, N, L), <= 0, nats per grid step; B may be 1. Its values at prefix tokens are not used.
         layout: Where the L tokens lie.
+
+    Raises:
+        ValueError: strength > 0 or below -1e30. Looked at where that does not wait for a GPU: on the CPU, uncompiled.
     """
 
     strength: Tensor
@@ -41,10 +45,20 @@ class ManhattanDecay(FactoredDecay):
     sign: ClassVar[int] = 1
     factor: ClassVar[str] = "manhattan_distance"
 
+    def __post_init__(self) -> None:
+        check_range("strength", self.strength, self.layout, -1e30, 0.0)
+
     @classmethod
     def from_gate(cls, gate: Tensor, layout: Layout, *, alpha: float = 0.1) -> Self:
-        """SDT Eq. 8-9 from a gate G (B, N, L) <= 0 and the scale alpha > 0."""
-        return cls(at_least_float32(gate) * (alpha / 2), layout)
+        """SDT Eq. 8-9 from a gate G (B, N, L) <= 0 and the scale alpha > 0; alpha * G / 2 counts as -256 at least.
+
+        Raises:
+            ValueError: alpha <= 0; gate > 0, looked at as in the class.
+        """
+        if isinstance(alpha, (int, float)) and not alpha > 0:
+            raise ValueError(f"alpha must be > 0: got {alpha}. For no decay at all use kind 'none'.")
+        check_range("gate", gate, layout, -math.inf, 0.0)
+        return cls((at_least_float32(gate) * (alpha / 2)).clamp(min=-STRONGEST), layout)
 
     @classmethod
     def constant(cls, rates: Tensor, layout: Layout) -> Self:

@@ -1,5 +1,6 @@
 """Decay that adds up along the raster sequence: SDT Eq. 6 (`1d`), Table 4's `bidirectional`, each axis of Eq. 11."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from spatial_decay.decay.base import FactoredDecay, register_factor
+from spatial_decay.decay.base import STRONGEST, FactoredDecay, check_range, register_factor
 from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
 
@@ -53,9 +54,13 @@ class PathDecay(FactoredDecay):
         """SDT Eq. 6 from a gate g (B, N, L) <= 0: minus the sum of |g_k| for k = min(i, j) .. max(i, j) - 1.
 
         Differs from Eq. 6, which is written for i > j only: vision is not causal, so this is its symmetric
-        extension. causal=True gives Eq. 6 itself, with -inf above the diagonal.
+        extension. causal=True gives Eq. 6 itself, with -inf above the diagonal. A step costs
+        256 at most, see STRONGEST.
+
+        Raises:
+            ValueError: gate > 0. Looked at where that does not wait for a GPU: on the CPU, uncompiled.
         """
-        return cls(layout.running_sum(_cost(gate), inclusive=False), layout, causal)
+        return cls(layout.running_sum(_cost("gate", gate, layout), inclusive=False), layout, causal)
 
     @classmethod
     def bidirectional(cls, forward_gate: Tensor, backward_gate: Tensor, layout: Layout) -> Self:
@@ -63,12 +68,16 @@ class PathDecay(FactoredDecay):
 
         The forward scan sums k = min .. max - 1, the backward scan k = min + 1 .. max. Both sums grow along the raster
         sequence, so their mean is again one c.
+
+        Raises:
+            ValueError: a gate > 0, as in from_gate.
         """
-        forward = layout.running_sum(_cost(forward_gate), inclusive=False)
-        backward = layout.running_sum(_cost(backward_gate), inclusive=True)
+        forward = layout.running_sum(_cost("forward_gate", forward_gate, layout), inclusive=False)
+        backward = layout.running_sum(_cost("backward_gate", backward_gate, layout), inclusive=True)
         return cls((forward + backward) / 2, layout)
 
 
-def _cost(gate: Tensor) -> Tensor:
+def _cost(name: str, gate: Tensor, layout: Layout) -> Tensor:
     """|g| as -g, which has a gradient where g is 0, as a gate near "no decay" rounds to."""
-    return -at_least_float32(gate)
+    check_range(name, gate, layout, -math.inf, 0.0)
+    return (-at_least_float32(gate)).clamp(max=STRONGEST)

@@ -19,6 +19,7 @@ from spatial_decay.layout import Grid, GridSize, LayoutLike
 from spatial_decay.models.common import Model, check_whole, run_block
 from spatial_decay.models.config import keeps_config
 from spatial_decay.models.registry import register
+from spatial_decay.values import are_readable
 
 __all__ = [
     "SDTP",
@@ -243,8 +244,7 @@ class SDTP(Model):
         if y.is_floating_point() or y.dtype == torch.bool:
             raise TypeError(f"labels must be whole numbers: got {y.dtype}. Convert them with y.long().")
         # On CUDA the embedding itself asserts this; reading it here would wait for the GPU.
-        is_readable = y.device.type == "cpu" and not torch.compiler.is_compiling()
-        if is_readable and len(y) and not 0 <= y.min() <= y.max() < self.y_embed.num_embeddings:
+        if are_readable(y) and len(y) and not 0 <= y.min() <= y.max() < self.y_embed.num_embeddings:
             last = f"{self.num_classes - 1}, or {self.num_classes} for no class" * (self.class_dropout_prob > 0)
             raise ValueError(
                 f"labels must be 0 .. {last or self.num_classes - 1}: got {int(y.min())} .. {int(y.max())}."

@@ -1,4 +1,4 @@
-"""The caller's attn_mask: checked, and cut to rows and to columns of the grid."""
+"""The caller's attn_mask: what its values mean, once for all backends; and its part in rows and columns of the grid."""
 
 import torch
 from torch import Tensor
@@ -6,17 +6,21 @@ from torch import Tensor
 from spatial_decay.features import to_columns, to_rows
 from spatial_decay.layout import Grid
 
-__all__ = ["as_float_mask", "columns_of_mask", "rows_of_mask"]
+__all__ = ["added_by", "checked_mask", "columns_of_mask", "rows_of_mask", "says_the_same_as_it_is", "without"]
+
+_MAY_NOT_ATTEND = {torch.float64: -1e5, torch.float32: -1e5, torch.bfloat16: -99840.0, torch.float16: -32752.0}
+"""By dtype, the largest value that means "may not attend": -1e5 as it is written there; of float16, which ends at
+-65504, half of its lowest number."""
 
 
-def as_float_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
-    """Check attn_mask against q (B, N, L, d); bool (True = may attend) or float -> (B|1, N|1, L|1, L), dtype of q."""
+def checked_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
+    """Check attn_mask against q (B, N, L, d); bool (True = may attend) or float -> a view, (B|1, N|1, L|1, L)."""
     batch_size, num_heads, num_tokens, _ = q.shape
     full_shape = (batch_size, num_heads, num_tokens, num_tokens)
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in _MAY_NOT_ATTEND:
         raise TypeError(
-            f"attn_mask must be bool (True = may attend) or floating point (added to the scores): got "
-            f"{attn_mask.dtype}. Convert a 0/1 mask with attn_mask.bool()."
+            "attn_mask must be bool (True = may attend) or floating point, of 16 bits or more (added to the scores): "
+            f"got {attn_mask.dtype}. Convert a 0/1 mask with attn_mask.bool()."
         )
     if attn_mask.device != q.device:
         raise ValueError(f"attn_mask must be on the device of q: got {attn_mask.device} and {q.device}. Move one.")
@@ -26,11 +30,42 @@ def as_float_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
             f"attn_mask must broadcast to (B, N, L, L) = {full_shape}: got shape {tuple(attn_mask.shape)}. "
             "Pass a key mask (B, L) as attn_mask[:, None, None, :]."
         )
-    attn_mask = attn_mask.reshape(sizes).expand(-1, -1, -1, num_tokens)
-    if attn_mask.dtype != torch.bool:
-        return attn_mask.to(q.dtype)
-    may_attend = torch.zeros((), dtype=q.dtype, device=q.device)
-    return torch.where(attn_mask, may_attend, float("-inf"))
+    return attn_mask.reshape(sizes).expand(-1, -1, -1, num_tokens)
+
+
+def added_by(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the scores, in dtype; whole rows (..., L) of it, bool or float.
+
+    -inf where a query may not attend: by False, or by a value of at most -1e5 or half of its own dtype's lowest number.
+    Whatever else is finite is added, less the largest value of its row: the softmax is the same, and rows that are
+    wholly at -10000 keep the digits of the scores.
+    """
+    if attn_mask.dtype == torch.bool:
+        may_attend = torch.zeros((), dtype=dtype, device=attn_mask.device)
+        return torch.where(attn_mask, may_attend, float("-inf"))
+    forbidden = attn_mask <= _MAY_NOT_ATTEND[attn_mask.dtype]
+    added = attn_mask.to(torch.promote_types(attn_mask.dtype, dtype)).masked_fill(forbidden, float("-inf"))
+    largest = added.detach().amax(-1, keepdim=True)
+    return (added - largest.masked_fill(largest == float("-inf"), 0.0)).to(dtype)
+
+
+def without(attn_mask: Tensor, hidden: Tensor) -> Tensor:
+    """The mask, and no query may attend to what is hidden from it, bool, broadcastable to (B, N, L, L)."""
+    return attn_mask & ~hidden if attn_mask.dtype == torch.bool else attn_mask.masked_fill(hidden, float("-inf"))
+
+
+def says_the_same_as_it_is(attn_mask: Tensor, dtype: torch.dtype) -> bool:
+    """Whether F.scaled_dot_product_attention makes the same of a mask as of added_by(attn_mask, dtype), at the price
+    of reading it once: each row has something to attend to, and its largest value is small.
+
+    A forbidden value is then so far below that its exponential is 0, whatever PyTorch takes it for.
+    """
+    if attn_mask.dtype == torch.bool:
+        return bool(attn_mask.any(-1).all())
+    if attn_mask.dtype != dtype:
+        return False
+    lowest, highest = attn_mask.amax(-1).aminmax()
+    return bool((lowest >= -1) & (highest <= 1))
 
 
 def rows_of_mask(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:

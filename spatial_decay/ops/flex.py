@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spatial_decay.decay import score_mod
 from spatial_decay.decay.base import ScoreMod
+from spatial_decay.ops.attn_mask import added_by
 from spatial_decay.ops.inputs import Inputs
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
@@ -70,9 +71,9 @@ def _compiled() -> Callable[..., Tensor]:
 def _score_mod(inputs: Inputs) -> ScoreMod | None:
     """Decay and attn_mask as one score function."""
     add_decay = None if inputs.decay is None else score_mod(inputs.decay)
-    mask = inputs.attn_mask
-    if mask is None:
+    if inputs.attn_mask is None:
         return add_decay
+    mask = added_by(inputs.attn_mask, torch.promote_types(inputs.q.dtype, torch.float32))
     by_image, by_head, by_query = (size > 1 for size in mask.shape[:3])
 
     def add_decay_and_mask(score: Tensor, batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:

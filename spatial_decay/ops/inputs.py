@@ -1,15 +1,16 @@
 """What a backend is given: the checked tensors of one attention, over all tokens or along an axis of the grid."""
 
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_decay.decay import AxialDecay, Decay, PairwiseDecay, dense
+from spatial_decay.decay import AxialDecay, Decay, FactoredDecay, PairwiseDecay, dense
 from spatial_decay.features import columns_of_rows, to_columns, to_rows
-from spatial_decay.ops.attn_mask import as_float_mask, columns_of_mask, rows_of_mask
+from spatial_decay.ops.attn_mask import added_by, checked_mask, columns_of_mask, rows_of_mask, without
 from spatial_decay.precision import autocast_dtype
 
 __all__ = ["Inputs", "along_columns", "along_rows", "checked_inputs", "total_mask"]
@@ -25,7 +26,7 @@ class Inputs:
         k: Keys, the same.
         v: Values, the same.
         decay: What is added to the scores, or None.
-        attn_mask: In the dtype of q, (B|1, N|1, L|1, L), -inf where a query may not attend, or None.
+        attn_mask: The caller's own, (B|1, N|1, L|1, L), or None; what it adds to the scores says added_by.
         dropout_p: 0 <= dropout_p < 1.
         scale: Multiplies Q K^T.
     """
@@ -111,12 +112,17 @@ def checked_inputs(
     _check_decay(q, decay)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must satisfy 0 <= dropout_p < 1: got {dropout_p}.")
+    _check_scale(scale)
+    if attn_mask is not None:
+        attn_mask = checked_mask(attn_mask, q)
+        if isinstance(decay, FactoredDecay) and decay.hides_later:
+            attn_mask = without(attn_mask, _later(decay))
     return Inputs(
         q,
         k,
         v,
         decay=None if isinstance(decay, AxialDecay) else decay,
-        attn_mask=None if attn_mask is None else as_float_mask(attn_mask, q),
+        attn_mask=attn_mask,
         dropout_p=dropout_p,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
@@ -164,13 +170,18 @@ def total_mask(inputs: Inputs, *, dtype: torch.dtype, row_multiple: int = 1) -> 
         Which rows these were, bool, broadcastable to (B, N, L, 1); None where there can be none. The caller
         gives them an output of zero.
     """
-    mask = None if inputs.decay is None else dense(inputs.decay, dtype=dtype, row_multiple=row_multiple)
-    if inputs.attn_mask is None:
-        return mask, None  # a decay alone leaves each query itself
-    attn_mask = inputs.attn_mask.to(dtype)
-    total = attn_mask if mask is None else mask + attn_mask
-    is_empty = total.detach().amax(-1, keepdim=True) == float("-inf")
-    total = total.masked_fill(is_empty, 0.0)
+    decay = inputs.decay
+    if inputs.attn_mask is None:  # a decay alone leaves each query itself
+        return None if decay is None else dense(decay, dtype=dtype, row_multiple=row_multiple), None
+    wide = torch.promote_types(dtype, torch.float32)
+    total = added_by(inputs.attn_mask, wide)
+    if decay is not None:
+        total = dense(decay, dtype=wide, row_multiple=row_multiple) + total
+    largest = total.detach().amax(-1, keepdim=True)
+    is_empty = largest == float("-inf")
+    total = total.masked_fill(is_empty, 0.0)  # their softmax is 0 / 0
+    if dtype != wide:  # what is left of a row may be far away: half precision keeps its digits near 0 only
+        total = (total - largest.masked_fill(is_empty, 0.0)).to(dtype)
     padding = -total.shape[-1] % row_multiple  # the sum has lost the alignment of the decay
     return (F.pad(total, (0, padding))[..., :-padding] if padding else total), is_empty
 
@@ -190,6 +201,25 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
                     f"q, k and v must have the same {what}: got q {_readable(wanted)} and {name} {_readable(got)}. "
                     "Attention with decay is self-attention; convert or move the odd one."
                 )
+
+
+def _later(decay: FactoredDecay) -> Tensor:
+    """Which keys a causal decay hides from each query, (B|1, 1, L, L)."""
+    number = next(name for name, value in vars(decay).items() if isinstance(value, Tensor))
+    zeros = torch.zeros_like(decay.numbers[0][:1, :1])
+    return dense(replace(decay, **{number: zeros})) == float("-inf")
+
+
+def _check_scale(scale: float | None) -> None:
+    if scale is None or isinstance(scale, torch.SymFloat):
+        return
+    if not isinstance(scale, (int, float)):
+        raise TypeError(
+            f"scale must be a number: got {type(scale).__name__}. Pass float(scale); for a scale that is trained, "
+            "multiply q by it and pass scale=1.0."
+        )
+    if scale != scale or scale in (math.inf, -math.inf):
+        raise ValueError(f"scale must be finite: got {scale}.")
 
 
 def _check_decay(q: Tensor, decay: Decay | None) -> None:

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from spatial_decay.ops.attn_mask import says_the_same_as_it_is
 from spatial_decay.ops.inputs import Inputs, total_mask
 from spatial_decay.ops.math import avoid_reasons_on_small_inputs
+from spatial_decay.values import are_readable
 
 __all__ = ["attention", "avoid_reasons", "row_multiple", "unsupported_reasons"]
 
@@ -39,13 +41,24 @@ def attention(inputs: Inputs) -> Tensor:
     q, k, v = inputs.sequences()
     # An exported program is for all sizes; whether one needs padding would be a condition on it.
     multiple = 1 if inputs.is_exporting else row_multiple(q.device)
-    mask, is_empty = total_mask(inputs, dtype=q.dtype, row_multiple=multiple)
+    if _can_take_the_mask_as_it_is(inputs):
+        mask, is_empty = inputs.attn_mask, None
+    else:
+        mask, is_empty = total_mask(inputs, dtype=q.dtype, row_multiple=multiple)
     with _kernels_for_masks(q) if mask is not None else nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=inputs.dropout_p, scale=inputs.scale)
     if inputs.is_exporting:
         # Each kernel has its own strides: torch.onnx.export traces twice, and would not find those of the first time.
         out = out.clone(memory_format=torch.contiguous_format)
     return out if is_empty is None else out.masked_fill(is_empty, 0.0)
+
+
+def _can_take_the_mask_as_it_is(inputs: Inputs) -> bool:
+    """A mask over pairs, without a decay: to judge it in a copy would take as long as the attention."""
+    mask = inputs.attn_mask
+    if inputs.decay is not None or mask is None or mask.shape[2] == 1 or not mask.numel():
+        return False
+    return are_readable(mask) and says_the_same_as_it_is(mask, inputs.q.dtype)
 
 
 def row_multiple(device: torch.device) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spatial_decay.decay import FactoredDecay, GaussianDecay, PairwiseDecay
+from spatial_decay.ops.attn_mask import added_by
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.math import avoid_reasons_on_small_inputs
 from spatial_decay.ops.tiled_decays import Factored, Gaussian, gaussian_numbers
@@ -200,7 +201,7 @@ class _Blocks:
             return [(s, None) for s in _slices(0, self.num_sequences, count)]
         found: list[tuple[slice, Tensor | None]] = []
         for image in range(self.num_sequences // self.num_heads):
-            mask = self.attn_mask[image if len(self.attn_mask) > 1 else 0].to(self.dtype)
+            mask = self.attn_mask[image if len(self.attn_mask) > 1 else 0]
             first = image * self.num_heads
             found += [
                 (s, mask[s.start - first : s.stop - first] if len(mask) > 1 else mask)
@@ -231,16 +232,20 @@ class _Blocks:
     ) -> None:
         """P of a block into out, (s, i, L); scores is scratch of that shape, q is scaled."""
         self.decay.write(s, i, slice(0, self.length), f, scores)
-        if mask is not None:
-            scores.add_(mask[:, i] if mask.shape[1] > 1 else mask)
+        added = None if mask is None else added_by(mask[:, i] if mask.shape[1] > 1 else mask, self.dtype)
+        if added is not None:
+            scores.add_(added)
         if self.hides_later:
             assert f is not None
             scores.masked_fill_(f > 0, float("-inf"))
         scores.baddbmm_(q[s, i], self.k[s].transpose(1, 2))
-        if mask is None:
+        if added is None:
             _softmax(scores, out=out)
             return
-        is_empty = scores.amax(-1, keepdim=True) == float("-inf")
+        is_empty = added.amax(-1, keepdim=True) == float("-inf")
+        if not is_empty.any():
+            _softmax(scores, out=out)
+            return
         _softmax(scores.masked_fill_(is_empty, 0.0), out=out)
         out.masked_fill_(is_empty, 0.0)
 

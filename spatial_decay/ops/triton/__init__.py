@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spatial_decay.layout import Grid, Layout
+from spatial_decay.ops.attn_mask import added_by
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.triton import operators
 from spatial_decay.ops.triton.formulas import FORMULAS, formula_of
@@ -116,8 +117,9 @@ def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
     else:
         layout = inputs.decay.layout
         numbers = FORMULAS[formula].lowered(tuple(x.to(torch.float32) for x in inputs.decay.numbers))
+    key_mask = None if inputs.attn_mask is None else added_by(inputs.attn_mask, q.dtype)
     arguments = (
-        *(q, k, v, formula, numbers, inputs.attn_mask, positions_of(layout, formula, q)),
+        *(q, k, v, formula, numbers, key_mask, positions_of(layout, formula, q)),
         *(layout.num_prefix_tokens, inputs.scale, tunes),
     )
     out = operators.short_forward(*arguments) if is_short(q, formula, layout) else operators.forward(*arguments)[0]
