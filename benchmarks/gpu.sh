@@ -14,7 +14,8 @@ for part in "$@"; do
   case $part in
     tests)
       python -m pytest -n 0 -m gpu || failed=1
-      python -m pytest -n 0 tests/ops/test_triton.py -m "not gpu" || failed=1 ;;
+      python -m pytest -n 0 tests/ops/test_triton.py -m "not gpu" || failed=1
+      python -m tests.ops.random_calls --device cuda --calls 2000 --backends auto triton sdpa math || failed=1 ;;
     attention)
       python -m benchmarks.attention --device cuda --dtype bfloat16 --output "$results/attention"
       python -m benchmarks.attention --device cuda --dtype bfloat16 --cold-cache --no-memory --output "$results/cold" ;;

@@ -37,11 +37,12 @@ def decay_attention(
         v: Values, same shape, dtype and device as q.
         decay: What is added to the scores, in nats: a ManhattanDecay, PathDecay or AxialDecay. None: nothing.
         attn_mask: Added to the decay: bool (True = may attend) or floating point, broadcastable to (B, N, L, L).
-            A query that may attend to nothing gets zeros. An AxialDecay uses the pairs that share a row, then those
-            that share a column.
+            Values of at most -1e5, or of at most half of the lowest number of the mask's dtype, mean that a query may
+            not attend; whatever else is finite is added as it is. A query that may attend to nothing gets zeros. An
+            AxialDecay uses the pairs that share a row, then those that share a column.
         dropout_p: Probability of dropping an attention weight, 0 <= dropout_p < 1. It always applies: pass 0 when
             not training.
-        scale: Multiplies Q K^T. None means d ** -0.5.
+        scale: Multiplies Q K^T, a number. None means d ** -0.5.
         backend: "auto", the fastest that can run the inputs (explain_backend says which), or the name of one: "triton"
             (fused kernels, for CUDA), "tiled" (by blocks, without the mask in memory; for CPUs), "sdpa" (the mask in
             memory), "math" (written out), and, never chosen by "auto", "flex" (FlexAttention, compiled) or
@@ -51,8 +52,9 @@ def decay_attention(
         (B, N, L, d), dtype of q; under autocast, its dtype.
 
     Raises:
-        TypeError: q, k, v or attn_mask have a dtype that cannot be used.
-        ValueError: shapes, dtypes, devices or layout disagree; the backend is unknown; dropout_p is out of range.
+        TypeError: q, k, v or attn_mask have a dtype that cannot be used; scale is not a number.
+        ValueError: shapes, dtypes, devices or layout disagree; the backend is unknown; dropout_p is out of range; scale
+            is not finite.
         NotImplementedError: the named backend cannot run these inputs.
 
     Examples:

@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from spatial_decay.decay import AxialDecay, Decay, FactoredDecay, PairwiseDecay,
 from spatial_decay.features import columns_of_rows, to_columns, to_rows
 from spatial_decay.ops.attn_mask import added_by, checked_mask, columns_of_mask, rows_of_mask, without
 from spatial_decay.precision import autocast_dtype
+from spatial_decay.values import are_readable
 
 __all__ = ["Inputs", "along_columns", "along_rows", "checked_inputs", "total_mask"]
 
@@ -167,8 +169,8 @@ def total_mask(inputs: Inputs, *, dtype: torch.dtype, row_multiple: int = 1) -> 
     Returns:
         The mask, broadcastable to (B, N, L, L), None where there is neither. Rows of -inf alone are replaced by
         zeros, because their softmax is 0 / 0.
-        Which rows these were, bool, broadcastable to (B, N, L, 1); None where there can be none. The caller
-        gives them an output of zero.
+        Which rows these were, bool, broadcastable to (B, N, L, 1); None where there are none. The caller gives
+        them an output of zero.
     """
     decay = inputs.decay
     if inputs.attn_mask is None:  # a decay alone leaves each query itself
@@ -179,11 +181,13 @@ def total_mask(inputs: Inputs, *, dtype: torch.dtype, row_multiple: int = 1) -> 
         total = dense(decay, dtype=wide, row_multiple=row_multiple) + total
     largest = total.detach().amax(-1, keepdim=True)
     is_empty = largest == float("-inf")
-    total = total.masked_fill(is_empty, 0.0)  # their softmax is 0 / 0
+    has_none = are_readable(largest) and not is_empty.any()
+    if not has_none:  # else it is a copy less
+        total, largest = (x.masked_fill(is_empty, 0.0) for x in (total, largest))
     if dtype != wide:  # what is left of a row may be far away: half precision keeps its digits near 0 only
-        total = (total - largest.masked_fill(is_empty, 0.0)).to(dtype)
+        total = (total - largest).to(dtype)
     padding = -total.shape[-1] % row_multiple  # the sum has lost the alignment of the decay
-    return (F.pad(total, (0, padding))[..., :-padding] if padding else total), is_empty
+    return F.pad(total, (0, padding))[..., :-padding] if padding else total, None if has_none else is_empty
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -203,14 +207,14 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
                 )
 
 
-def _later(decay: FactoredDecay) -> Tensor:
+def _later(decay: Any) -> Tensor:
     """Which keys a causal decay hides from each query, (B|1, 1, L, L)."""
     number = next(name for name, value in vars(decay).items() if isinstance(value, Tensor))
     zeros = torch.zeros_like(decay.numbers[0][:1, :1])
     return dense(replace(decay, **{number: zeros})) == float("-inf")
 
 
-def _check_scale(scale: float | None) -> None:
+def _check_scale(scale: object) -> None:
     if scale is None or isinstance(scale, torch.SymFloat):
         return
     if not isinstance(scale, (int, float)):

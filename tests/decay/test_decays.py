@@ -20,7 +20,17 @@ from spatial_decay.decay import (
 )
 from spatial_decay.layout import Grid, Layout, Positions
 from spatial_decay.ops import decay_attention
-from tests.cases import AXIAL, GRIDS, PAIRWISE, case_id, make_gates, reference_mask, reference_of_head
+from tests.cases import (
+    AXIAL,
+    GRIDS,
+    PAIRWISE,
+    TRAINED,
+    case_id,
+    make_gates,
+    reference_mask,
+    reference_of_head,
+    relative_error,
+)
 
 
 @pytest.mark.parametrize("num_prefix", [0, 3])
@@ -295,3 +305,49 @@ def test_three_axes_are_one_more_step():
     dt, dh, dw = torch.tensor([0.0, 0.0, -1.0]), torch.tensor([0.0, -2.0, 5.0]), torch.tensor([3.0, 1.0, 1.0])
     assert factor("order", dt, dh, dw).tolist() == [1.0, -1.0, -1.0]
     assert factor("manhattan_distance", dt, dh, dw).tolist() == [3.0, 3.0, 7.0]
+
+
+@pytest.mark.parametrize("strong", [-1e3, -1e8, -3e38, float("-inf")])
+@pytest.mark.parametrize("case", [case for case in TRAINED if case.kind != "gaussian"], ids=case_id)
+def test_one_very_strong_gate_does_not_spoil_the_others(case, strong):
+    """Sums along a path lost the digits of all that came behind it; a Manhattan strength of -3e38 was no number."""
+    grid = Grid(4, 5)
+    q, k, v = torch.randn(3, 1, 2, 20, 8, dtype=torch.float64)
+    gates = [0.01 * gate for gate in make_gates(case, 1, 2, 20)]
+    gates[0][..., 3] = strong
+    found = {}
+    for dtype, strongest in ((torch.float64, -1e4), (torch.float32, strong)):  # float64 has the digits for -1e4
+        leaves = [gate.clamp(min=strongest).to(dtype).requires_grad_() for gate in gates]
+        out = decay_attention(*(x.to(dtype) for x in (q, k, v)), case.build(leaves, 2, grid))
+        found[dtype] = [out, *torch.autograd.grad(out.square().sum(), leaves)]
+    for wanted, got in zip(found[torch.float64], found[torch.float32], strict=True):
+        assert relative_error(got, wanted) < 4e-5  # sums of 256 and more end at 3e-5
+
+
+def test_gates_that_make_no_decay_are_refused():
+    grid, gate = Grid(2, 2, 1), -torch.rand(1, 2, 5)
+    wrong = gate.clone()
+    wrong[0, 1, 3] = 0.25
+    says = "must lie in -inf .. 0: got .* 0.25. A gate is the logarithm of a number between 0 and 1"
+    for build in (
+        lambda g: ManhattanDecay.from_gate(g, grid),
+        lambda g: PathDecay.from_gate(g, grid),
+        lambda g: PathDecay.bidirectional(gate, g, grid),
+        lambda g: PathDecay.bidirectional(g, gate, grid),
+    ):
+        build(gate)
+        with pytest.raises(ValueError, match=f"gate {says}"):
+            build(wrong)
+    ManhattanDecay.from_gate(wrong.to("meta"), grid)  # nothing to look at
+    with pytest.raises(ValueError, match="strength must lie in -1e.30 .. 0: got .*0.25"):
+        ManhattanDecay(wrong, grid)
+    with pytest.raises(ValueError, match="strength must lie in -1e.30 .. 0: got -3e.38"):
+        ManhattanDecay(torch.full((1, 1, 5), -3e38), grid)
+    for alpha in (0.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="alpha must be > 0"):
+            ManhattanDecay.from_gate(gate, grid, alpha=alpha)
+    nowhere = Positions(torch.zeros(1, 5), torch.zeros(1, 5), torch.tensor([[True, True, True, False, True]]))
+    of_nowhere = wrong.clone()
+    wrong[0, 1, 3], wrong[0, 1, 0] = -1.0, 0.5  # of a prefix token, whose number is not used
+    assert dense(ManhattanDecay(wrong, grid)).max() == 0
+    assert dense(ManhattanDecay(of_nowhere, nowhere)).max() == 0

@@ -1,6 +1,9 @@
 """attn_mask: which of its values mean "may not attend", by which every backend goes; queries that are left nothing."""
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from spatial_decay.ops import decay_attention
 from tests.cases import EXACT_BACKENDS, TOLERANCE, case_id, relative_error
 from tests.ops.random_calls import attend
 
+ROOT = Path(__file__).parents[2]
 GRID = Grid(3, 4)
 LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 backends = pytest.mark.parametrize("backend", EXACT_BACKENDS)
@@ -94,7 +98,7 @@ def test_a_value_is_judged_in_the_masks_own_dtype(value, dtype, of_q, is_forbidd
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
 def test_what_is_left_of_a_row_keeps_its_digits(dtype, backend):
-    """All but two keys are hidden, which for the first query are equally far and at -25: bfloat16 has steps of 0.125."""
+    """Two keys are left, as far as each other from the first query, at -25: bfloat16 has steps of 0.125 there."""
     q, k, v, _ = inputs(dtype)
     q = torch.zeros_like(q)  # so that the decay alone decides
     strength = -3.1 - 0.05 * torch.rand(2, 3, 12)
@@ -161,7 +165,7 @@ def test_pytorchs_flash_kernel_for_cpus_is_wrong_in_rows_of_the_lowest_number():
         return leaf.grad
 
     error = relative_error(gradient(SDPBackend.FLASH_ATTENTION), gradient(SDPBackend.MATH))
-    assert error > 0.1, "mended upstream: say so in docs/use_in_your_model.md"
+    assert error > 0.1, "mended upstream: say so in docs/mathematics.md"
 
 
 def test_a_mask_over_pairs_without_a_decay_is_not_copied(monkeypatch):
@@ -218,3 +222,12 @@ class TestScale:
         q = torch.randn(1, 2, 4, 8)
         for scale in (0.5, 0.25, 2.0):
             torch.testing.assert_close(attend(q, scale), decay_attention(q, q, q, scale=scale, backend="math"))
+
+
+@pytest.mark.slow
+def test_random_calls_equal_the_loops():
+    """By default the command has another seed, so that a run by hand sees other calls."""
+    command = [sys.executable, "-m", "tests.ops.random_calls", "--calls", "1000", "--seed", "7", "--backends"]
+    backends = ["auto", "math", "sdpa", "tiled"] * 12 + ["triton"] * 2
+    done = subprocess.run([*command, *backends], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "1000 calls of seed 7: 0 wrong" in done.stdout, done.stdout + done.stderr
