@@ -265,7 +265,7 @@ def test_shapes_are_compared_before_anything_is_made_of_them(what, tmp_path):
     positions = {"pos_embed": torch.zeros(1).expand(1, 2500**2, 48)}
     model, origin, state = {
         "qkv": (make_rmt(rmt), "rmt", rmt.state | parts),
-        "gamma": (make_rmt(rmt), "rmt", rmt.state | {"x.gamma_1": torch.zeros(1).expand(1, 1, HUGE // 4, 4)}),
+        "gamma": (make_rmt(rmt), "rmt", rmt.state | {"x.gamma_1": torch.zeros(2).expand(1, 1, HUGE // 2, 2)}),
         "positions": (
             make_dit(dit, decay="none", rope="none", lpe_kernel_size=0, gate_rank=0),
             "dit",

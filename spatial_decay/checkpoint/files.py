@@ -62,10 +62,11 @@ def _checked_archive(file: IO[bytes]) -> IO[bytes]:
                 f"its parts would take {unpacked} bytes, and the file has {size}; torch.save compresses nothing."
             )
         for record in records:
-            if record.CRC:  # none is written under torch.serialization.set_crc32_options(False)
-                with archive.open(record) as part:
-                    while part.read(2**20):
-                        pass
+            if not record.CRC:  # none is written under torch.serialization.set_crc32_options(False)
+                del record.CRC
+            with archive.open(record) as part:
+                while part.read(2**20):
+                    pass
         pickled = [record for record in records if record.filename.endswith("/data.pkl")]
         if not any(_NAMESPACE in archive.read(record) for record in pickled):
             return file
