@@ -53,7 +53,10 @@ def _read_torch(file: IO[bytes]) -> object:
 
 
 def _checked_archive(file: IO[bytes]) -> IO[bytes]:
-    """The archive, whose sums torch does not check; without the command line that RMT's files hold, see _without."""
+    """The archive, once its sums are found right; without the command line that RMT's files hold, see _without.
+
+    torch.load checks no sums: github.com/pytorch/pytorch/issues/126952.
+    """
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         size, unpacked = file.seek(0, io.SEEK_END), sum(record.file_size for record in records)
@@ -64,14 +67,14 @@ def _checked_archive(file: IO[bytes]) -> IO[bytes]:
         for record in records:
             if not record.CRC:  # none is written under torch.serialization.set_crc32_options(False)
                 del record.CRC
-            with archive.open(record) as part:
-                while part.read(2**20):
-                    pass
         pickled = [record for record in records if record.filename.endswith("/data.pkl")]
         if not any(_NAMESPACE in archive.read(record) for record in pickled):
+            for record in records:
+                with archive.open(record) as part:
+                    while part.read(2**20):
+                        pass
             return file
-        copy = io.BytesIO()
-        with zipfile.ZipFile(copy, "w") as changed:
+        with zipfile.ZipFile(copy := io.BytesIO(), "w") as changed:
             for record in records:
                 content = archive.read(record)
                 changed.writestr(record.filename, _without(io.BytesIO(content)) if record in pickled else content)
@@ -91,7 +94,8 @@ def _checked_older_file(file: IO[bytes]) -> IO[bytes]:
 def _without(pickled: IO[bytes]) -> bytes:
     """The next pickle, with an empty dict in place of every argparse.Namespace.
 
-    torch.serialization.safe_globals would allow the class for all threads, and for good where two of them overlap.
+    torch.serialization.safe_globals would allow the class for all threads, and take it from one that still needs it:
+    github.com/pytorch/pytorch/issues/134680.
     """
     start = pickled.tell()
     at = [

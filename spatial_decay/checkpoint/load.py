@@ -13,7 +13,7 @@ from torch import nn
 
 from spatial_decay.checkpoint.files import read
 from spatial_decay.checkpoint.names import NEW, ORIGINS, Origin, Weight, translated, weights_of
-from spatial_decay.checkpoint.tensors import check_model, ready, reason_against, refusal
+from spatial_decay.checkpoint.tensors import MUST, check_model, ready, reason_against, refusal
 
 __all__ = ["CheckpointReport", "load_checkpoint"]
 
@@ -63,12 +63,16 @@ def load_checkpoint(
 ) -> CheckpointReport:
     """Load published weights into a model of the same structure. Everything is checked before anything is changed.
 
+    Values go into the model's dtype and onto its device, where they may lose precision, but nothing else. Threads may
+    load at the same time.
+
     Args:
         model: For "rmt" an SDTH of rmt_tiny and the like, for "locatvit" a ViT of locatvit_tiny and the like, for
             "dit" an SDTP with any decay.
-        source: A file (torch.save, read with weights_only=True; or .safetensors, which needs the safetensors
-            package), or what such a file holds. The weights may lie under "model" or "state_dict", and their names
-            may begin with "module.", as DistributedDataParallel leaves them.
+        source: A file (torch.save, read with weights_only=True and with its sums checked; or .safetensors, which has no
+            sums and needs the safetensors package), or what such a file holds. The weights may lie under "model" or
+            "state_dict", and their names may begin with "module." or "_orig_mod.", as DistributedDataParallel and
+            torch.compile leave them.
         origin: Whose names the weights have: "native" (this library's), "rmt", "locatvit" or "dit"
             (facebookresearch/DiT).
         ema: Take the averaged weights, under "model_ema" or "state_dict_ema".
@@ -80,7 +84,10 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unknown origin; a file that is none of these; no weights in it; with strict, any difference.
+        ValueError: unknown origin; a file that is none of these, or damaged; no weights in it, or two for one name;
+            tensors on the meta device, sparse, quantized or nested ones, or other kinds of numbers than the model's;
+            NaN, or infinite values that the model has not; numbers that the model's dtype cannot hold; a model on the
+            meta device, or not initialised; with strict, any difference. The model is as it was.
         ImportError: .safetensors without the safetensors package.
 
     Examples:
@@ -116,14 +123,21 @@ def load_checkpoint(
 def _check_kinds(weights: Mapping[str, Weight], own: Mapping[str, object]) -> None:
     """Raise where a weight that the model has is no ordinary tensor, here or there."""
     reasons: dict[str, str] = {}
-    for name in weights.keys() & own.keys():
-        for theirs, value in weights[name].sources.items():
+    for name, weight in weights.items():
+        if name not in own:
+            continue
+        for theirs, value in weight.sources.items():
             if reason := reason_against(value):
                 reasons[theirs] = reason
         if reason := reason_against(own[name]):
             reasons[name] = f"of the model's own tensor, {reason}"
     if reasons:
-        raise refusal(reasons)
+        raise refusal(
+            MUST,
+            reasons,
+            "Turn those of the checkpoint into plain tensors (to_dense, dequantize, full_tensor), and load before the "
+            "model is sharded or quantized.",
+        )
 
 
 def _compared(

@@ -92,7 +92,7 @@ def _check_one_each(names: Iterable[tuple[str, list[str]]]) -> None:
         if len(several) > 1:
             both = " and ".join(", ".join(theirs) for theirs in several)
             raise ValueError(
-                f"a checkpoint must have each weight once: got {both}, which are all the model's {ours}. The model "
+                f"a checkpoint must have each weight once: got {both}, which are one name in the model, {ours}. It "
                 "stays as it was. Leave out those that are not meant."
             )
 

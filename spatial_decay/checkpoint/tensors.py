@@ -6,17 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["as_held", "check_model", "ready", "reason_against", "refusal"]
+__all__ = ["MUST", "as_held", "check_model", "ready", "reason_against", "refusal"]
+
+MUST = "each weight must be a plain tensor of numbers that the model's own tensor can hold"
 
 _SHOWN = 10
 
 
-def refusal(reasons: Mapping[str, str]) -> ValueError:
-    """What must hold, and of each name why it does not."""
+def refusal(must: str, reasons: Mapping[str, str], advice: str) -> ValueError:
+    """What must hold, of each name why it does not, and what to do."""
     lines = [f"  {name}: {reason}" for name, reason in list(reasons.items())[:_SHOWN]]
     if len(reasons) > _SHOWN:
         lines.append(f"  and {len(reasons) - _SHOWN} more")
-    return ValueError("the weights cannot be loaded into the model, which stays as it was:\n" + "\n".join(lines))
+    return ValueError("\n".join([f"{must}, and the model stays as it was:", *lines, advice]))
 
 
 def reason_against(value: object) -> str:
@@ -24,31 +26,32 @@ def reason_against(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"it is no tensor: got {type(value).__name__}"
     if value.is_nested:
-        return "it is nested; a weight must be one strided tensor"
+        return "it is nested"
     if type(value) not in (Tensor, nn.Parameter):  # DTensor, FakeTensor and the like
-        return f"it is a {type(value).__name__}; a weight must be a plain tensor (of a DTensor, full_tensor())"
+        return f"it is a {type(value).__name__}"
     if value.is_meta:
         return "it is on the meta device, without values"
     if value.layout != torch.strided:
-        return f"it is {str(value.layout).removeprefix('torch.')}; a weight must be strided: to_dense()"
-    if value.is_quantized:
-        return "it is quantized; a weight must be a plain tensor: dequantize()"
-    return ""
+        return f"it is {str(value.layout).removeprefix('torch.')}"
+    return "it is quantized" if value.is_quantized else ""
 
 
 def check_model(model: nn.Module, own: Mapping[str, object]) -> None:
     """Raise where a model has no memory that weights could be copied into."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     reasons = {}
-    for name, value in named.items():
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(value):
-            reasons[name] = "the model's is not initialised yet; run one forward pass before"
+            reasons[name] = "it is not initialised yet"
         elif value.is_meta:
-            reasons[name] = "the model's is on the meta device; build the model on a device with memory"
+            reasons[name] = "it is on the meta device"
         elif name in own and not reason_against(value) and _repeats(value):
-            reasons[name] = "the model's repeats its own memory (it was expanded); make it a clone() before"
+            reasons[name] = "it repeats its own memory, having been expanded"
     if reasons:
-        raise refusal(reasons)
+        raise refusal(
+            "weights can be copied only into a model with memory of its own",
+            reasons,
+            "Build the model on a device with memory, run one forward pass where it is lazy, clone what is expanded.",
+        )
 
 
 def _repeats(value: Tensor) -> bool:
@@ -58,28 +61,40 @@ def _repeats(value: Tensor) -> bool:
 def as_held(value: Tensor, own: Tensor) -> Tensor | str:
     """The value in the dtype and on the device of the model's own tensor, or why that cannot be."""
     ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (own.dtype, value.dtype))
-    if _numbers(value) != _numbers(own):
+    numbers = _numbers(own)
+    if numbers != _numbers(value):
         return f"{theirs} numbers; the model has {ours}"
     try:
         held = value.to(device=own.device, dtype=own.dtype)
-        wide = value if value.dtype.itemsize > 1 else value.to(torch.promote_types(value.dtype, torch.float32))
+        if numbers == "floating point" and value.dtype.itemsize == 1:  # float8 has no arithmetic
+            value = value.float()
     except (NotImplementedError, TypeError) as error:  # packed numbers, such as float4_e2m1fn_x2
         return f"{theirs} numbers cannot be turned into {ours}: {error}"
-    if not own.numel() or own.dtype == torch.bool:
+    if not own.numel() or numbers == "bool":
         return held
-    if _numbers(own) == "integer":
-        numbers, limits = value.flatten().tolist(), torch.iinfo(own.dtype)
-        return held if limits.min <= min(numbers) and max(numbers) <= limits.max else _too_large(ours)
-    finite = wide.isfinite()
-    if not finite.all() and not (finite.to(own.device) | (held == own)).all():
+    # By the given values, not by infinities in what is held: conversion to float8 saturates.
+    limits = torch.iinfo(own.dtype) if numbers == "integer" else torch.finfo(own.dtype)
+    if _within(value, limits):
+        return held
+    if numbers == "integer":
+        return _too_large(ours)
+    finite = value.isfinite()
+    if not (finite.to(own.device) | (held == own)).all():
         return "it has NaN or infinite values"
-    # Not by looking for infinities in what is held: conversion to float8 saturates.
-    largest = wide.abs().max() if finite.all() else wide[finite].abs().max() if finite.any() else torch.zeros(())
-    return held if largest.double() <= torch.finfo(own.dtype).max else _too_large(ours)
+    return held if not finite.any() or _within(value[finite], limits) else _too_large(ours)
+
+
+def _within(value: Tensor, limits: torch.finfo | torch.iinfo) -> bool:
+    """One pass that makes nothing as large as the tensor; NaN is not within anything."""
+    value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    if value.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch.aminmax has not learnt them
+        return max(value.flatten().tolist()) <= limits.max
+    low, high = (number.item() for number in torch.aminmax(value))
+    return limits.min <= low and high <= limits.max
 
 
 def _too_large(ours: str) -> str:
-    return f"it has numbers beyond {ours}'s largest; the model would not hold them"
+    return f"it has numbers beyond {ours}'s largest"
 
 
 def _numbers(value: Tensor) -> str:
@@ -112,7 +127,7 @@ def ready(values: Iterable[tuple[str, Tensor]], own: Mapping[str, Tensor]) -> di
         if twin != name and not torch.equal(held[twin], value):
             reasons[name] = f"the model has one tensor for it and {twin}, and the checkpoint two that differ"
     if reasons:
-        raise refusal(reasons)
+        raise refusal(MUST, reasons, "Mend them in the checkpoint, or leave them out and pass strict=False.")
     return held
 
 
