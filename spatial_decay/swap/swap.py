@@ -137,9 +137,11 @@ def swap_attention(
         )
     # Nothing has been changed so far, and nothing from here on can fail.
     for name, new in added.items():
-        weights = list(modules[name].parameters())
-        floating = [weight.dtype for weight in weights if weight.is_floating_point()]  # others are quantized
-        new.to(device=weights[0].device, dtype=floating[0] if floating else None).train(modules[name].training)
+        weights = list(modules[name].parameters())  # some are quantized, and those of torch.ao are none at all
+        floating = [weight.dtype for weight in weights if weight.is_floating_point()]
+        devices = [weight.device for weight in (*weights, *model.parameters())]
+        new.to(device=devices[0] if devices else None, dtype=floating[0] if floating else None)
+        new.train(modules[name].training)
     remove_hooks(model)  # of decays that were restored part by part
     put_back(model, added)
     for embed in {able[name][1].name: able[name][1] for name in chosen}.values():

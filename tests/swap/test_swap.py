@@ -365,6 +365,23 @@ def test_class_tokens_that_the_model_does_not_tell_of():
     assert isinstance(model.attn.spatial_decay.calls.layout_of(torch.zeros(1, 25, 48)), Grid)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore::UserWarning")
+@torch.no_grad()
+def test_attention_without_parameters():
+    """PyTorch's quantized layers hold their weights packed; the gates read the same tokens as ever."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = quantization.quantize_dynamic(vit().eval(), {nn.Linear})
+    assert not list(model.blocks[0].attn.parameters())
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    report = sd.swap_attention(model, STRONG)
+    assert len(report.replaced) == 2
+    assert relative_error(model(images), expected) > 1e-3
+    assert {value.dtype for value in model.blocks[0].attn.spatial_decay.parameters()} == {torch.float32}
+    sd.restore_attention(model)
+    assert torch.equal(model(images), expected)
+
+
 def eager_hf():
     return transformers.ViTModel(transformers.ViTConfig(**HF, attn_implementation="eager"))
 
