@@ -19,7 +19,7 @@ def checked_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
     full_shape = (batch_size, num_heads, num_tokens, num_tokens)
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in _MAY_NOT_ATTEND:
         raise TypeError(
-            "attn_mask must be bool (True = may attend) or floating point, of 16 bits or more (added to the scores): "
+            "attn_mask must be bool (True = may attend) or floating point of 16 bits or more (added to the scores): "
             f"got {attn_mask.dtype}. Convert a 0/1 mask with attn_mask.bool()."
         )
     if attn_mask.device != q.device:
