@@ -305,10 +305,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=1.5, help="1 for none (default: 1.5)")
     parser.add_argument("--threads", type=_at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/diffusion"),
-        help="folder for results and state of one run at a time",
+        "--output", type=Path, default=Path("outputs/diffusion"), help="for state and results of one run at a time"
     )
     arguments = parser.parse_args(argv)
     if arguments.output.exists() and not arguments.output.is_dir():

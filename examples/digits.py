@@ -194,7 +194,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=_at_least(1), default=15, help="default: 15")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="of --compare: the first of three (default: 0)")
     parser.add_argument("--threads", type=_at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for results (default: outputs)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs"), help="for results, new for old (default: outputs)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.output.exists() and not arguments.output.is_dir():
         parser.error(f"argument --output: must be a folder, or not be there yet: got the file {arguments.output}")

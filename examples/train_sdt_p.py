@@ -259,6 +259,7 @@ def train(arguments: argparse.Namespace, latents: LatentFolder, model: SDTP, dev
     if rank == 0:
         prepare_output(out, losses, every)
         print(f"resumed from {resumed.path}" if resumed else "starting from the beginning", flush=True)
+        print(f"{world} x {device.type}, {arguments.parallel}, {arguments.precision}", flush=True)
 
     share = arguments.batch_size // world
     load = functools.partial(load_batch, latents, arguments, range(rank * share, (rank + 1) * share))
