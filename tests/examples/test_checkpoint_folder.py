@@ -1,6 +1,7 @@
 """Checkpoints of train_sdt_p: damaged, hostile or lost, of killed runs and of two at once. Whole, or refused."""
 
 import contextlib
+import gc
 import hashlib
 import io
 import itertools
@@ -41,9 +42,8 @@ def _one_cpu():
     torch.set_num_threads(1)  # here already: runs are compared bit for bit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(
-            train_sdt_p.time, "sleep", lambda seconds: None
-        )  # for gloo's threads, which a process alone has not
+        if torch.__version__ >= "2.8":  # whose gloo needs no rest
+            patch.setattr(train_sdt_p.time, "sleep", lambda seconds: None)
         yield
     torch.set_num_threads(before)
 
@@ -272,6 +272,7 @@ def go_on_killed(out, unbroken, latents, **moment):
         with contextlib.redirect_stdout(io.StringIO()):
             train(latents, out, "--resume")
 
+    gc.collect()  # the groups of runs before: their threads are not in the copy, which would wait for them
     was_killed = killed(work, **moment)
     train(latents, out, "--resume")
     assert results(out) == results(unbroken)
