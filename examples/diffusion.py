@@ -12,14 +12,17 @@ Needs the extra [demo].
 """
 
 import argparse
+import copy
 import datetime
 import io
 import math
 import os
-import pickle
 import platform
+import shutil
 import statistics
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.schedulers import DDIMScheduler, DDPMScheduler
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
@@ -89,10 +93,11 @@ def load_data() -> tuple[Digits, Digits]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The new file, or what was there before; a kill leaves no half of it."""
-    part = path.with_name(f"part-{path.name}")
-    write(part)
-    os.replace(part, path)
+    """The new file, or what was there before, whoever is killed or writes it too."""
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        write(part)
+        os.replace(part, path)
 
 
 class Training:
@@ -131,35 +136,49 @@ class Training:
         return self.losses[-1]
 
     def save(self, path: Path) -> None:
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        numbers = {"settings": self.settings, "losses": self.losses, "seconds": self.seconds}
-        write_whole(path, lambda part: torch.save({**state, **numbers, "random": torch.get_rng_state()}, part))
+        write_whole(path, lambda part: torch.save(self._state(), part))
 
     def load(self, path: Path) -> None:
         """Take up what save() wrote, all or nothing.
 
         Raises:
-            CheckpointError: the file is no whole checkpoint, or one of other settings.
+            CheckpointError: the file is not as it was written, or has other settings.
         """
+        before = copy.deepcopy(self._state())
         remedy = f"Delete {path} to start again, or choose another --output."
         try:
-            saved: Any = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
-        except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path} must be a whole checkpoint: torch cannot read it. {remedy}") from error
-        expected = {*self._parts(), "settings", "losses", "seconds", "random"}
-        if not isinstance(saved, dict) or set(saved) != expected:
-            raise CheckpointError(f"{path} must be a checkpoint of this example: it has other contents. {remedy}")
-        theirs, ours = saved["settings"], self.settings
-        if theirs != ours:
+            content = io.BytesIO(path.read_bytes())
+            if other := zipfile.ZipFile(content).testzip():  # torch.load does not look: pytorch/pytorch#126952
+                raise ValueError(f"another checksum for {other}")
+            content.seek(0)
+            saved: Any = torch.load(content, weights_only=True)
+            theirs, ours = saved["settings"], self.settings
             names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+            if not names:
+                if (num_losses := len(saved["losses"])) != (steps := saved["schedule"]["last_epoch"]):
+                    raise ValueError(f"{num_losses} losses of {steps} steps")
+                self._take_up(saved)
+        except Exception as error:  # what is damaged can raise anything
+            self._take_up(before)
+            raise CheckpointError(
+                f"{path} must be a whole checkpoint of this example: got {error!r}. {remedy}"
+            ) from error
+        if names:
             differ = ", ".join(f"{name}={theirs.get(name)} where this run has {ours.get(name)}" for name in names)
             raise CheckpointError(
                 f"{path} must have the settings of this run: it has {differ}. Give the same arguments. {remedy}"
             )
+
+    def _state(self) -> dict[str, Any]:
+        numbers = {"losses": self.losses, "seconds": self.seconds, "random": torch.get_rng_state()}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**parts, **numbers, "settings": self.settings}
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         for name, part in self._parts().items():
-            part.load_state_dict(saved[name])
-        self.losses, self.seconds = saved["losses"], saved["seconds"]
-        torch.set_rng_state(saved["random"])
+            part.load_state_dict(state[name])
+        self.losses, self.seconds = state["losses"], state["seconds"]
+        torch.set_rng_state(state["random"])
 
     def _parts(self) -> dict[str, Any]:
         return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "schedule": self.schedule}
@@ -285,7 +304,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=_at_least(0), default=0, help="of --compare: the first of three (default: 0)")
     parser.add_argument("--guidance", type=float, default=1.5, help="1 for none (default: 1.5)")
     parser.add_argument("--threads", type=_at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/diffusion"), help="folder for results and state")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/diffusion"), help="for state and results of one run at a time"
+    )
     arguments = parser.parse_args(argv)
     if arguments.output.exists() and not arguments.output.is_dir():
         parser.error(f"argument --output: must be a folder, or not be there yet: got the file {arguments.output}")
@@ -308,8 +329,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Result]]:
     arguments = parse_arguments(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    steps, seed, guidance, output = arguments.steps, arguments.seed, arguments.guidance, arguments.output
+    output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".lock", timeout=0):  # the system drops it when the process ends, however that ends
+            for part in output.glob(".part-*"):  # of killed runs
+                shutil.rmtree(part)
+            return run(arguments)
+    except Timeout as error:
+        raise SystemExit(
+            f"--output must belong to one run at a time: another one is at work in {output}. Wait until it ends, or "
+            "choose another --output."
+        ) from error
+    except CheckpointError as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(arguments: argparse.Namespace) -> dict[str, list[Result]]:
+    """Train, or go on with it, then measure and draw."""
+    steps, seed, guidance, output = arguments.steps, arguments.seed, arguments.guidance, arguments.output
     train_data, test = load_data()
     classifier = fit_classifier(train_data)
     real = read(classifier, test)
@@ -317,10 +355,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Result]]:
     results: dict[str, list[Result]] = {}
     for decay in COMPARED if arguments.compare else [arguments.decay]:
         for number in seeds:
-            try:
-                training = train(decay, steps=steps, seed=number, output=output)
-            except CheckpointError as error:
-                raise SystemExit(str(error)) from error
+            training = train(decay, steps=steps, seed=number, output=output)
             results.setdefault(decay, []).append(measure(training, classifier, guidance=guidance))
     if arguments.compare:
         text = f"{format_table(results, guidance=guidance)}\n\n{describe(steps=steps, seeds=seeds, real=real)}\n"
@@ -328,8 +363,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Result]]:
         print(text, end="")
         return results
     pictures = {
-        "samples.png": plot_samples(training.ema.module, test, guidance=guidance),
-        "loss.png": plot_loss(training.losses),
+        f"{arguments.decay}-{seed}-samples.png": plot_samples(training.ema.module, test, guidance=guidance),
+        f"{arguments.decay}-{seed}-loss.png": plot_loss(training.losses),
     }
     for name, figure in pictures.items():
         write_whole(output / name, figure.savefig)

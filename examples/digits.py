@@ -147,20 +147,20 @@ def train(decay: KindName, *, epochs: int, seed: int) -> tuple[SDTH, History]:
     return model, history
 
 
-def save_pictures(model: SDTH, history: History, output: Path) -> None:
-    """training_curve.png, and decay_maps.png of the last layer on 8 x 8 tokens for two test images."""
+def save_pictures(model: SDTH, history: History, curve_path: Path, maps_path: Path) -> None:
+    """The training curve, and the decay maps of the last layer on 8 x 8 tokens for two test images."""
     curve = viz.plot_training_curve(
         {
             "cross-entropy, smoothed labels (nats)": {"train, shifted": history.loss},
             "accuracy (%)": {"train, shifted": history.train_accuracy, "test": history.test_accuracy},
         }
     )
-    curve.savefig(output / "training_curve.png", dpi=150)
+    curve.savefig(curve_path, dpi=150)
     images = load_data()[1].tensors[0][:2]
     model.eval()
     layer = [layer for layer in viz.record(model, images) if layer.layout.size == (8, 8)][-1]
     queries = [(image, h, w) for image in range(len(images)) for h, w in ((3, 4), (6, 1))]
-    viz.plot_decay_maps(layer, images, queries).savefig(output / "decay_maps.png", dpi=150)
+    viz.plot_decay_maps(layer, images, queries).savefig(maps_path, dpi=150)
 
 
 def compare(*, epochs: int, seeds: Sequence[int]) -> dict[KindName, list[float]]:
@@ -194,7 +194,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=_at_least(1), default=15, help="default: 15")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="of --compare: the first of three (default: 0)")
     parser.add_argument("--threads", type=_at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for results (default: outputs)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs"), help="for results, new for old (default: outputs)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.output.exists() and not arguments.output.is_dir():
         parser.error(f"argument --output: must be a folder, or not be there yet: got the file {arguments.output}")
@@ -229,10 +231,11 @@ def main(argv: Sequence[str] | None = None) -> dict[KindName, list[float]]:
         print(text, end="")
         return results
     model, history = train(arguments.decay, epochs=epochs, seed=seed)
-    save_pictures(model, history, output)
+    curve, maps = (output / f"{arguments.decay}-{seed}-{name}.png" for name in ("training_curve", "decay_maps"))
+    save_pictures(model, history, curve, maps)
     accuracy = history.test_accuracy[-1]
     print(f"test accuracy of decay {arguments.decay} after {epochs} epochs: {accuracy:.2f} %")
-    print(f"pictures: {output / 'training_curve.png'}, {output / 'decay_maps.png'}")
+    print(f"pictures: {curve}, {maps}")
     return {arguments.decay: [accuracy]}
 
 

@@ -32,12 +32,17 @@ class LatentFolder:
         labels: Of all latents, int64.
 
     Raises:
-        ValueError: no shards, a file that cannot be read whole, shapes that differ, labels missing or out of range.
+        ValueError: no shards, a file that is not whole, shapes that differ, labels missing, alone, out of range.
     """
 
     def __init__(self, folder: Path, num_classes: int) -> None:
         paths = sorted(path for path in folder.glob("*") if path.suffix in (".npy", ".safetensors"))
-        shards = [_open(path) for path in paths if not path.name.endswith(".labels.npy")]
+        labels = [path for path in paths if path.name.endswith(".labels.npy")]
+        if alone := [path for path in labels if Path(f"{str(path)[:-11]}.npy") not in paths]:
+            raise ValueError(
+                f"{alone[0]} must stand beside its latents, NAME.npy: got none. Put them there, or remove it."
+            )
+        shards = [_open(path) for path in paths if path not in labels]
         if not shards:
             raise ValueError(
                 f"{folder} must hold latents, NAME.npy with NAME.labels.npy or NAME.safetensors: got "

@@ -231,7 +231,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=_count, default=8, help="of the classifiers (default: 8)")
     parser.add_argument("--seeds", type=_count, default=3, help="how many, from 0 on (default: 3)")
     parser.add_argument("--threads", type=_count, help="of torch; 1 if the CPU is shared (default: torch's own)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/segmentation"), help="folder for results")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/segmentation"), help="folder for results, new for old"
+    )
     arguments = parser.parse_args(argv)
     if arguments.output.exists() and not arguments.output.is_dir():
         parser.error(f"argument --output: must be a folder, or not be there yet: got the file {arguments.output}")

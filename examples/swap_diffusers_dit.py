@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=8, help="of the DiT, then as many of its gates")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.epochs < 1:
+        parser.error(f"argument --epochs: must be >= 1: got {options.epochs}")
     torch.manual_seed(options.seed)
     data = load_data()
 

@@ -81,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=12, help="of the ViT, then as many of its gates")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.epochs < 1:
+        parser.error(f"argument --epochs: must be >= 1: got {options.epochs}")
     torch.manual_seed(options.seed)
     train_data, test_data = load_data()
 

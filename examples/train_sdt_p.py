@@ -13,7 +13,8 @@ Latents are trained on as they are: multiply those of Stable Diffusion's VAE by 
 mapped into memory, never read whole; shapes and all labels are checked before anything is trained or written.
 
 --resume goes on from the newest complete checkpoint in --out, on any number of processes, DDP or FSDP2; without one it
-starts from the beginning, so that a job which is started again may always pass it. Other settings are an error.
+starts from the beginning, so that a job which is started again may always pass it. Other settings are an error, and so
+are a checkpoint that is not as it was written and a second run in the same --out: nothing is changed then.
 
 Which latents, noise, timesteps and dropped labels a step sees depends on the seed, the step and the place in the
 global batch alone. So the losses are the same on one process and on many, under DDP and FSDP2 (to rounding), and on a
@@ -32,7 +33,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import time
 import warnings
 import zlib
@@ -48,8 +48,6 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -63,12 +61,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+import checkpoint_folder
+from checkpoint_folder import Checkpoint
 from latent_folder import LatentFolder
 from spatial_decay import SDTP, kinds, sdt_p_base, sdt_p_large, sdt_p_small, sdt_p_xlarge
 
 MODELS = {build.__name__: build for build in (sdt_p_small, sdt_p_base, sdt_p_large, sdt_p_xlarge)}
 NUM_TIMESTEPS = 1000
-NUM_KEPT = 2  # checkpoints
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 """Latents and noise (B, C, H, W), timesteps and labels (B,)."""
@@ -174,68 +173,52 @@ def training_state(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Opti
     return {"model": weights, "optimizer": moments, "ema": get_model_state_dict(ema)}
 
 
-def load_training_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_training_state(
+    checkpoint: Checkpoint, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """From however many processes wrote it."""
     state = training_state(model, ema, optimizer)
-    try:
-        state_dict_loader.load(state, checkpoint_id=path)
-    except CheckpointException as error:
-        raise RuntimeError(
-            f"{path} is damaged, nothing was trained or changed: {error}\nDelete it to resume from the one before."
-        ) from error
+    checkpoint_folder.load(checkpoint, state)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     set_model_state_dict(ema, state["ema"])
 
 
-def complete_checkpoints(out: Path) -> list[Path]:
-    """Those of a run, oldest first."""
-    return sorted(path for path in (out / "checkpoints").glob("step-*") if not path.suffix)
-
-
-def save_checkpoint(out: Path, step: int, state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """It gets its name when all of it is written: what has that name is complete."""
-    path = out / "checkpoints" / f"step-{step:08d}"
-    incomplete = path.with_suffix(".incomplete")
-    state_dict_saver.save(state, checkpoint_id=incomplete)
-    if dist.get_rank() == 0:
-        shutil.copyfile(out / "losses.csv", incomplete / "losses.csv")
-        (incomplete / "settings.json").write_text(json.dumps({"step": step, **settings}, indent=1), encoding="utf-8")
-        incomplete.rename(path)
-        for old in complete_checkpoints(out)[:-NUM_KEPT]:
-            shutil.rmtree(old.rename(old.with_suffix(".incomplete")))
-    dist.barrier()
-
-
-def newest_checkpoint(arguments: argparse.Namespace, settings: dict[str, Any]) -> tuple[Path | None, int]:
-    """The checkpoint to go on from and its step; None, 0 to start from the beginning."""
-    newest = [next(reversed(complete_checkpoints(arguments.out)), None)]
-    dist.broadcast_object_list(newest)  # as the first process sees them: file systems of clusters lag
-    if (path := newest[0]) is None:
-        return None, 0
-    if not arguments.resume:
-        raise ValueError(f"--out must be new: got a run with {path}. Pass --resume to go on, or another --out.")
-    saved = json.loads((path / "settings.json").read_text(encoding="utf-8"))
-    step = int(saved.pop("step"))
-    if step > arguments.steps:
-        raise ValueError(f"--steps must be >= {step}, which {path} has behind it: got {arguments.steps}. Pass more.")
+def newest_checkpoint(arguments: argparse.Namespace, settings: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint to go on from; None to start from the beginning."""
+    out = arguments.out
+    paths = checkpoint_folder.complete(out)
+    before = [*paths[-1:], *filter(Path.exists, (out / "ema.safetensors", out / "losses.csv"))]
+    if before and not arguments.resume:
+        raise ValueError(f"--out must be new: got a run with {before[0]}. Pass --resume to go on, or another --out.")
+    newest = checkpoint_folder.newest(out)
+    if newest is None:
+        if (out / "ema.safetensors").exists():
+            raise ValueError(
+                f"{out} must have checkpoints to go on from: got a finished run without. Pass another --out."
+            )
+        return None
+    if newest.step > arguments.steps:
+        raise ValueError(
+            f"--steps must be >= {newest.step}, which {newest.path} has behind it: got {arguments.steps}. Pass more."
+        )
+    saved = newest.settings
     names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
     if names:
         changed = "; ".join(f"{name}: {saved.get(name)!r} there, {settings.get(name)!r} here" for name in names)
         raise ValueError(
-            f"a run must be resumed with its own settings: {path} has others: {changed}. Pass those, or another --out."
+            f"a run must be resumed with its own settings: {newest.path} has others: {changed}. Pass those, or another "
+            "--out."
         )
-    return path, step
+    return newest
 
 
-def prepare_output(out: Path, resumed: Path | None) -> None:
+def prepare_output(out: Path, losses: list[float], every: int) -> None:
     """Leave nothing behind of what came after the checkpoint."""
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for path in (out / "checkpoints").glob("step-*.incomplete"):
-        shutil.rmtree(path)
-    if resumed:
-        shutil.copyfile(resumed / "losses.csv", out / "losses.csv")
-    else:
-        (out / "losses.csv").write_text("step,loss\n", encoding="utf-8")
+    (out / "checkpoints").mkdir(exist_ok=True)
+    checkpoint_folder.clean(out)
+    incomplete = out / "losses.incomplete"
+    checkpoint_folder.write_losses(incomplete, losses, every)
+    incomplete.replace(out / "losses.csv")
 
 
 def save_ema(path: Path, ema: SDTP) -> None:
@@ -258,7 +241,8 @@ def train(arguments: argparse.Namespace, latents: LatentFolder, model: SDTP, dev
         "latents": [len(latents), *latents.shape],
         "labels_crc32": zlib.crc32(latents.labels.numpy().tobytes()),
     }
-    resumed, start = newest_checkpoint(arguments, settings)
+    resumed = checkpoint_folder.on_first_process(lambda: newest_checkpoint(arguments, settings))
+    start, losses = (resumed.step, resumed.losses) if resumed else (0, [])
 
     ema = copy.deepcopy(model).requires_grad_(requires_grad=False)
     parallelize(ema, arguments, device) if arguments.parallel == "fsdp" else ema.to(device)
@@ -269,10 +253,13 @@ def train(arguments: argparse.Namespace, latents: LatentFolder, model: SDTP, dev
     parallel = parallelize(model, arguments, device).train()
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=arguments.lr, weight_decay=arguments.weight_decay)
     if resumed:
+        if rank == 0:
+            print(f"{resumed.path / '.metadata'} is a pickle: what no checkpoint needs is not read from it", flush=True)
         load_training_state(resumed, parallel, ema, optimizer)
     if rank == 0:
-        prepare_output(out, resumed)
-        print(f"resumed from {resumed}" if resumed else "starting from the beginning", flush=True)
+        prepare_output(out, losses, every)
+        print(f"resumed from {resumed.path}" if resumed else "starting from the beginning", flush=True)
+        print(f"{world} x {device.type}, {arguments.parallel}, {arguments.precision}", flush=True)
 
     share = arguments.batch_size // world
     load = functools.partial(load_batch, latents, arguments, range(rank * share, (rank + 1) * share))
@@ -299,21 +286,26 @@ def train(arguments: argparse.Namespace, latents: LatentFolder, model: SDTP, dev
                     f"the loss must be finite: got {mean} between steps {done - every + 1} and {done}. Start again "
                     "with a smaller --lr or --precision fp32."
                 )
+            losses.append(mean)
             if rank == 0:
                 with (out / "losses.csv").open("a", encoding="utf-8") as file:
                     file.write(f"{done},{mean!r}\n")
                 speed = (done - start) / (time.perf_counter() - began)
                 print(f"step {done} of {arguments.steps}, loss {mean:.4f}, {speed:.2f} steps/s", flush=True)
         if done % arguments.checkpoint_every == 0 or done == arguments.steps:
-            save_checkpoint(out, done, training_state(parallel, ema, optimizer), settings)
+            checkpoint_folder.save(out, done, training_state(parallel, ema, optimizer), settings, losses)
     save_ema(out / "ema.safetensors", ema)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train SDT-P on a folder of latents.")
     parser.add_argument("--latents", type=Path, required=True, help="folder of NAME.npy or NAME.safetensors")
-    parser.add_argument("--out", type=Path, required=True, help="folder for losses, checkpoints and EMA weights")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, if any")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for losses, checkpoints and EMA weights, of one run"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest complete checkpoint, if any; no code in it is run"
+    )
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="(default: ddp)")
     parser.add_argument("--model", choices=MODELS, default="sdt_p_small", help="(default: sdt_p_small)")
     parser.add_argument("--decay", choices=kinds.KINDS, default="full", help="kind of decay (default: full)")
@@ -378,7 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build_model(arguments, latents.shape)
     device = start_processes()
     try:
-        train(arguments, latents, model, device)
+        with checkpoint_folder.held(arguments.out):
+            train(arguments, latents, model, device)
     finally:
         time.sleep(0.1)  # before torch 2.8 it deadlocks if gloo's threads still hold tensors (pytorch/pytorch#154976)
         dist.destroy_process_group()

@@ -55,7 +55,7 @@ def test_main_trains_and_draws(tmp_path, capsys):
     results = digits.main(["--epochs", "1", "--threads", "1", "--output", str(output)])
     assert list(results) == ["full"]
     assert 0 <= results["full"][0] <= 100
-    assert sorted(path.name for path in output.iterdir()) == ["decay_maps.png", "training_curve.png"]
+    assert sorted(path.name for path in output.iterdir()) == ["full-0-decay_maps.png", "full-0-training_curve.png"]
     assert f"{results['full'][0]:.2f} %" in capsys.readouterr().out
 
 

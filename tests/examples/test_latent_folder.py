@@ -80,6 +80,12 @@ def test_truncated_files(folder, name, size):
         LatentFolder(folder, num_classes=6)
 
 
+def test_labels_whose_latents_are_gone(folder):
+    (folder / "a.npy").unlink()
+    with pytest.raises(ValueError, match=r"a.labels.npy must stand beside its latents, NAME.npy: got none"):
+        LatentFolder(folder, num_classes=6)
+
+
 @pytest.mark.parametrize("missing", ["latents", "labels"])
 def test_safetensors_without_one_of_its_tensors(folder, missing):
     tensors = {"latents": torch.zeros(2, 4, 2, 6), "labels": torch.tensor([0, 1])}

@@ -34,3 +34,10 @@ def test_gates_of_a_diffusers_dit_through_a_folder(capsys):
     assert loss["gates trained"] != loss["swapped"]
     assert loss["saved and loaded"] == loss["gates trained"]
     assert "left as it was" not in text
+
+
+@pytest.mark.parametrize("example", [swap_timm, swap_diffusers_dit])
+def test_epochs_that_train_nothing(example, capsys):
+    with pytest.raises(SystemExit):
+        example.main(["--epochs", "-1"])
+    assert "--epochs: must be >= 1: got -1" in capsys.readouterr().err
