@@ -67,14 +67,14 @@ class Calls:
     """
 
     def __init__(self, num_prefix_tokens: int, num_suffix_tokens: int = 0) -> None:
-        self.__setstate__((num_prefix_tokens, num_suffix_tokens))
+        self.__setstate__((num_prefix_tokens, num_suffix_tokens, None))
 
-    def __getstate__(self) -> tuple[int, int]:
-        return self.num_prefix_tokens, self.num_suffix_tokens  # what a pickle has is a model of its own
+    def __getstate__(self) -> tuple[int, int, "Calls | None"]:
+        """What a pickle has is a model of its own."""
+        return self.num_prefix_tokens, self.num_suffix_tokens, None if self._origin is None else self._source()
 
-    def __setstate__(self, state: tuple[int, int]) -> None:
-        self.num_prefix_tokens, self.num_suffix_tokens = state
-        self._origin: Calls | None = None
+    def __setstate__(self, state: tuple[int, int, "Calls | None"]) -> None:
+        self.num_prefix_tokens, self.num_suffix_tokens, self._origin = state
         self._is_told = self._is_asked = False
         self._users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._thread = _Thread()
@@ -151,12 +151,12 @@ class Calls:
         """Of the call that runs."""
         return self._current(_again()).layout.num_tokens - self.num_unplaced_tokens
 
-    def layout_of(self, x: Tensor, *, is_chosen: bool = True) -> Layout:
+    def layout_of(self, x: Tensor, *, is_over_space: bool = True) -> Layout:
         """The layout of tokens (B, L, D) that an attention of this call is given.
 
         Args:
             x: The tokens.
-            is_chosen: Whether the user has named this attention, so that it is his word that it attends over space.
+            is_over_space: Whether that is known of this attention; else it might be over time.
 
         Raises:
             RuntimeError: no image has come through; L is not what came through; a video has L frames; or the forward
@@ -173,7 +173,7 @@ class Calls:
                     known.append(call)
         if call.layout.num_tokens != x.shape[1]:
             raise RuntimeError(self._wrong_number(call.layout, x.shape[1]))
-        if not is_chosen and call.num_frames is not None and call.num_frames == x.shape[1]:
+        if not is_over_space and call.num_frames is not None and call.num_frames == x.shape[1]:
             raise RuntimeError(
                 f"attention over space must be told from attention over time: the video has {call.num_frames} frames, "
                 f"as many as an image has tokens, and attention got L = {x.shape[1]}. Pass swap_attention the numbers "

@@ -33,6 +33,7 @@ class AddedDecay(AttentionCore):
         lpe_kernel_size: As in SpatialDecayAttention; 0 leaves LPE out.
         gate_rank: As in SpatialDecayAttention; 0 leaves the output gate out.
         backend: As in decay_attention.
+        is_over_space: Whether that is known, so that a video may have as many frames as an image has tokens.
         options: Keywords of swap_attention that have led to this.
 
     Raises:
@@ -49,6 +50,7 @@ class AddedDecay(AttentionCore):
         lpe_kernel_size: int,
         gate_rank: int,
         backend: Backend,
+        is_over_space: bool,
         options: dict[str, Any],
     ) -> None:
         super().__init__()
@@ -60,6 +62,7 @@ class AddedDecay(AttentionCore):
             )
         calls.add_user(self)
         self.calls, self.options, self.mask_name, self.stand_in = calls, options, host.mask_name, host.stand_in
+        self.is_over_space = is_over_space
         self.parameters_of_forward = parameters_of_forward(attn)
         self.decay = SpatialDecayMask(
             num_channels if decay.reads_queries else dim,
@@ -99,7 +102,7 @@ class AddedDecay(AttentionCore):
                 + ("is_causal=True" if is_causal else f"queries {tuple(query.shape)} and keys {tuple(key.shape)}")
                 + ". Leave this module out, see layers of swap_attention."
             )
-        layout = self.calls.layout_of(tokens, is_chosen=self.options["layers"] is not None)
+        layout = self.calls.layout_of(tokens, is_over_space=self.is_over_space)
         num_suffix = self.calls.num_suffix_tokens
         if self.decay.kind.name == "none" and self.lpe is None:
             num_suffix = 0  # nothing asks where tokens lie: bit for bit the model's own

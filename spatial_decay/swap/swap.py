@@ -122,6 +122,7 @@ def swap_attention(
         "patch_embed": patch_embed,
         "backend": backend,
     }
+    is_over_space = layers is not None or _OVER_TIME in left.values()  # the user says it, or the model's names
     modules, calls_of, added = dict(model.named_modules()), dict[str, Calls](), dict[str, AddedDecay]()
     for name in chosen:
         host, embed = able[name]
@@ -140,6 +141,7 @@ def swap_attention(
             lpe_kernel_size=lpe_kernel_size,
             gate_rank=gate_rank,
             backend=backend,
+            is_over_space=is_over_space,
             options=options,
         )
     # Nothing has been changed so far, and nothing from here on can fail.
@@ -191,8 +193,8 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
             continue
         inside.append(name)
         nearest = _nearest(name, embeds)
-        if _is_of_time(name, type(module)):
-            left[name] = "it attends over time"
+        if _is_over_time(name, type(module), nearest[0].name if nearest else ""):
+            left[name] = _OVER_TIME
         elif "forward" in vars(module):
             left[name] = "its forward has been replaced on this very module (by hooks of accelerate?)"
         elif host.mask_name not in parameters_of_forward(module):
@@ -210,13 +212,15 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
     return able, left
 
 
-_WORDS_OF_TIME = {"temporal", "temp", "time", "motion", "frame", "frames"}
+_OVER_TIME = "it attends over time"
 
 
-def _is_of_time(name: str, cls: type[nn.Module]) -> bool:
-    """What its names say, of the module and of those around it: Latte's temporal_transformer_blocks, attn_temp."""
+def _is_over_time(name: str, cls: type[nn.Module], embed: str) -> bool:
+    """What its names say, below what has the patch embedding too: Latte's temporal_transformer_blocks, attn_temp."""
+    while name and name.partition(".")[0] == embed.partition(".")[0]:
+        name, embed = name.partition(".")[2], embed.partition(".")[2]
     words = re.split(r"[^a-z]+", name.lower())
-    return not _WORDS_OF_TIME.isdisjoint(words) or "Temporal" in cls.__name__
+    return any("temporal" in word or word in ("temp", "time", "motion") for word in [*words, cls.__name__.lower()])
 
 
 def _check_not_wrapped(model: nn.Module) -> None:
