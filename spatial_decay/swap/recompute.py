@@ -24,9 +24,10 @@ def running_checkpoints() -> tuple[list[Any], Any | None]:
         code = frame.f_code
         if code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",):
             checkpoint = frame.f_locals["ctx"]
-            if code.co_name == "backward":
-                return around, checkpoint
-            around.append(checkpoint)
+            if isinstance(checkpoint, torch.autograd.function.FunctionCtx):
+                if code.co_name == "backward":
+                    return around, checkpoint
+                around.append(checkpoint)
         elif frame.f_globals is library:
             variables = frame.f_locals
             if code.co_name == "unpack_hook" and "frame" in variables:

@@ -162,7 +162,8 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
 
     Args:
         model: The model, or a part of it, such as a block; then the decay of the other parts stays, and the hooks that
-            it needs. Once the last part is restored, this takes the hooks of the whole model away too.
+            it needs. Once the last part is restored, this takes the hooks of the whole model away too. Those stay that
+            a copy of a part needs (copy.deepcopy of a block), as long as it lives or until it is restored.
 
     Returns:
         Names of the attention modules that had a decay; none where hooks alone were left.

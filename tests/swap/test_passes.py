@@ -224,6 +224,19 @@ def test_what_is_no_known_checkpoint_is_refused():
         out.sum().backward()
 
 
+@pytest.mark.slow  # it compiles
+def test_compiled_blocks_in_checkpoints_are_refused():
+    """What is compiled reads the pass that runs, and in the backward pass none does."""
+    torch._dynamo.reset()
+    model = vit()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    model.set_grad_checkpointing()
+    outputs = [model(images(size)) for size in (WIDE, HIGH)]
+    with pytest.raises(RuntimeError, match="compile the whole model rather than its blocks"):
+        outputs[0].sum().backward()
+
+
 @pytest.mark.parametrize("ends", ["well", "in an error"])
 @pytest.mark.parametrize("outer", ["model", "forward_features"])
 def test_a_hook_may_call_the_model_within_its_own_pass(outer, ends):
