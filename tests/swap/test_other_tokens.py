@@ -206,21 +206,23 @@ def test_what_is_no_number_of_tokens(given):
 class Video(nn.Module):
     """As TimeSformer, of timm's parts: attention over space, then over time."""
 
-    def __init__(self, names):
+    def __init__(self, names, embed=None):
         super().__init__()
-        self.embed = timm.layers.PatchEmbed(None, 16, 3, 48, strict_img_size=False)
+        self.embed = embed or timm.layers.PatchEmbed(None, 16, 3, 48, strict_img_size=False)
         self.names = names
         for name in names:
             self.add_module(name, timm.layers.Attention(48, 3))
 
     def forward(self, video):
         batch_size, num_frames = video.shape[:2]
-        x = self.embed(video.flatten(0, 1))
+        if isinstance(self.embed, nn.Conv3d):
+            x = self.embed(video.transpose(1, 2)).permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
+        else:
+            x = self.embed(video.flatten(0, 1))
         for name in self.names:
             x = x + self.get_submodule(name)(x)
             x = x.unflatten(0, (batch_size, num_frames)).transpose(1, 2).flatten(0, 1)
-            batch_size, num_frames = 1, len(x)
-            batch_size, num_frames = len(video), len(x) // len(video)
+            num_frames = len(x) // batch_size
         return x
 
 
@@ -235,16 +237,17 @@ def test_attention_over_time_is_told_by_its_name():
     assert len(sd.swap_attention(encoder).replaced) == 2
 
 
-def test_attention_over_as_many_frames_as_patches_is_no_image():
+@pytest.mark.parametrize("embed", [None, nn.Conv3d(3, 48, (1, 16, 16), (1, 16, 16))], ids=["2d", "3d"])
+def test_attention_over_as_many_frames_as_patches_is_no_image(embed):
     torch.manual_seed(0)
-    model, video = Video(["attn", "other"]).eval(), torch.randn(2, 24, 3, 64, 96)
-    sd.swap_attention(model, STRONG)
+    model, video = Video(["attn", "other"], embed).eval(), torch.randn(2, 24, 3, 64, 96)
+    sd.swap_attention(model, STRONG, patch_embed="embed" if embed else None)
     with pytest.raises(RuntimeError, match="the video has 24 frames, as many as an image has tokens.*as layers"):
         model(video)
     with pytest.raises(RuntimeError, match="got L = 7 tokens, 17 fewer"):
         model(video[:, :7])
     sd.restore_attention(model)
-    sd.swap_attention(model, STRONG, layers=[0])
+    sd.swap_attention(model, STRONG, patch_embed="embed" if embed else None, layers=[0])
     with torch.no_grad():
         assert model(video).isfinite().all()
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import threading
 from functools import partial
+from random import Random
 
 import pytest
 import timm
@@ -161,6 +162,55 @@ def test_checkpoints_within_checkpoints_and_parts_with_the_patch_embedding(use_r
     again = gradients(model, lambda: run(call, call))
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_random_schedules_of_checkpoints_and_backwards():
+    """Chance says how many blocks are in a checkpoint, of which kind and nested or not, and which backward is next."""
+    model, sizes, random = vit(depth=4), (WIDE, HIGH, (32, 192), (192, 32)), Random(0)
+
+    def loss(size, plan):
+        x = model._pos_embed(model.patch_embed(images(size)))
+        start = 0
+        for width, use_reentrant, is_nested in plan or [(4, None, False)]:
+            blocks = model.blocks[start : start + width]
+            start += width
+            if use_reentrant is None:
+                x = nn.Sequential(*blocks)(x)
+            elif is_nested:
+                x = checkpoint(partial(nested, blocks), x, use_reentrant=use_reentrant)
+            else:
+                x = checkpoint(nn.Sequential(*blocks), x, use_reentrant=use_reentrant)
+        return x.square().sum()
+
+    def nested(blocks, x):
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+    def train(schedule, plans):
+        alive = []
+        for step, plan in zip(schedule, plans, strict=True):
+            if isinstance(step, tuple):
+                alive.append(loss(step, plan))
+            elif alive:
+                alive.pop(step % len(alive)).backward()
+        torch.stack(alive).sum().backward()  # the last step is a pass
+
+    for _ in range(30):
+        schedule = [random.choice(sizes) if random.random() < 0.6 else random.randrange(9) for _ in range(8)]
+        schedule.append(WIDE)
+        plans = [
+            [(width, random.choice([True, False, None]), random.random() < 0.3) for width in random.choice(WIDTHS)]
+            for _ in schedule
+        ]
+        plain = gradients(model, partial(train, schedule, [None] * len(schedule)))
+        again = gradients(model, partial(train, schedule, plans))
+        for name, gradient in plain.items():
+            torch.testing.assert_close(again[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+WIDTHS = [(4,), (1, 3), (2, 2), (1, 1, 2), (1, 1, 1, 1)]
 
 
 def test_two_images_in_one_checkpoint_cannot_be_told_apart():
