@@ -4,6 +4,7 @@ Attention modules of other libraries are called with tokens alone, and L does no
 embedding (and on patch dropout) note the layout of each call as it passes, and the attention of the same call asks.
 """
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable
@@ -13,36 +14,36 @@ import torch
 from torch import Tensor, nn
 
 from spatial_decay.layout import Layout
+from spatial_decay.swap.recompute import running_backward, running_checkpoints
 
 __all__ = ["Calls"]
 
-_KEY = "spatial_decay.call"
-
 
 class _Call:
-    """One forward pass through a patch embedding.
+    """One forward pass through a patch embedding."""
 
-    It lives as long as the autograd graph of that pass, and while it is its thread's last.
-    """
+    def __init__(self, layout: Layout, num_frames: int | None, again: Any | None) -> None:
+        self.layout, self.num_frames = layout, num_frames
+        self.backward, self.again = running_backward(), None if again is None else weakref.ref(again)
 
-    def __init__(self, layout: Layout, *, with_grad: bool) -> None:
-        self.layout, self.with_grad = layout, with_grad
-        self.backward = _backward()
-
-    def is_of_this_backward(self) -> bool:
-        """Whether the patch embedding itself is being computed again, within the backward pass that runs now."""
-        return self.backward == _backward()
-
-    def keep_with(self, x: Tensor) -> None:
-        if x.grad_fn is not None:
-            metadata: Any = x.grad_fn.metadata  # a dict; torch's annotations say a function
-            metadata[_KEY] = self
+    def is_of(self, again: Any | None) -> bool:
+        """Whether it came through in the forward pass, or the computing again, that runs now."""
+        noted = None if self.again is None else self.again()
+        return self.backward == running_backward() and noted is again
 
 
 class _Slot:
-    """A plain object: where torch.compile breaks the graph it replays writes to one, and not to a threading.local."""
+    """A plain object: where torch.compile breaks the graph it replays writes to one, and not to a threading.local.
+
+    Attributes:
+        call: The one that runs.
+        num_videos: B, where it was given a video, (B, T, C, H, W) or (B, C, T, H, W).
+        outer: call and num_videos of the calls that it runs inside of: hooks may call the model within its own pass.
+    """
 
     call: _Call | None = None
+    num_videos: int | None = None
+    outer: tuple[tuple[_Call | None, int | None], ...] = ()
 
 
 class _Thread(threading.local):
@@ -53,33 +54,76 @@ class _Thread(threading.local):
 class Calls:
     """The calls through one patch embedding, and the layout of each.
 
-    A forward pass reads what its own thread noted last. Gradient checkpointing computes parts of a pass again, within
-    the backward pass, when another image may have come through since: then it is the layout of a pass whose graph is
-    alive and that has as many tokens; where two of these disagree, that is an error.
+    A forward pass reads what its own thread noted last. Gradient checkpointing computes parts of a pass again, when
+    other images may have come through since: then it is the layout that was read when that checkpoint ran first.
+
+    A copy of a whole model has Calls of its own. A copy of a part goes on with those of the model that it came from: of
+    a block, which asks them, or of a patch embedding, which tells them. While a deepcopy runs no one knows which it
+    will be, so that a copy is one of a part until it is asked and told.
 
     Args:
         num_prefix_tokens: P, class and register tokens that the model puts first.
-
-    Attributes:
-        users: What asks for the layout, as long as it lives: each AddedDecay enters itself, and restoring takes it out.
+        num_suffix_tokens: S, tokens that it puts last. The layouts have both first, S and then P.
     """
 
-    def __init__(self, num_prefix_tokens: int) -> None:
-        self.__setstate__(num_prefix_tokens)
+    def __init__(self, num_prefix_tokens: int, num_suffix_tokens: int = 0) -> None:
+        self.__setstate__((num_prefix_tokens, num_suffix_tokens, None))
 
-    def __getstate__(self) -> int:
-        return self.num_prefix_tokens  # copies of a model have passes of their own
+    def __getstate__(self) -> tuple[int, int, "Calls | None"]:
+        """What a pickle has is a model of its own."""
+        return self.num_prefix_tokens, self.num_suffix_tokens, None if self._origin is None else self._source()
 
-    def __setstate__(self, num_prefix_tokens: int) -> None:
-        self.num_prefix_tokens = num_prefix_tokens
-        self.users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    def __setstate__(self, state: tuple[int, int, "Calls | None"]) -> None:
+        self.num_prefix_tokens, self.num_suffix_tokens, self._origin = state
+        self._is_told = self._is_asked = False
+        self._users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._thread = _Thread()
-        self._alive: weakref.WeakSet[_Call] = weakref.WeakSet()
-        self._reentrant: list[_Call] = []  # no graph keeps these
+        self._of_checkpoints: weakref.WeakKeyDictionary[Any, list[_Call]] = weakref.WeakKeyDictionary()
+        _ALL.add(self)
 
-    def forget(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Calls":
+        copied = Calls(self.num_prefix_tokens, self.num_suffix_tokens)
+        copied._origin = self if self._origin is None else copy.deepcopy(self._source(), memo)
+        return copied
+
+    @property
+    def num_unplaced_tokens(self) -> int:
+        """P + S."""
+        return self.num_prefix_tokens + self.num_suffix_tokens
+
+    @property
+    def are_needed(self) -> bool:
+        """Whether anything asks them for the layout, a copy of a part included."""
+        return any(calls._users for calls in list(_ALL) if calls._source() is self._source())
+
+    def add_user(self, user: nn.Module) -> None:
+        """It asks for the layout as long as it lives, or until remove_user: each AddedDecay enters itself."""
+        self._users.add(user)
+        self._mark(asked=True)
+
+    def remove_user(self, user: nn.Module) -> None:
+        """It has been restored."""
+        self._users.discard(user)
+
+    def add_patch_embed(self) -> None:
+        """Say that a patch embedding tells what comes through."""
+        self._mark(told=True)
+
+    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the part of the model that has both the patch embedding and its attention."""
-        self._thread.slot.call = None
+        slot = self._source()._thread.slot
+        slot.outer = (*slot.outer, (slot.call, slot.num_videos))
+        slot.call = slot.num_videos = None
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, Tensor) and given.ndim == 5:
+                slot.num_videos = given.shape[0]
+
+    def leave(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        """Forward hook of the same part, which also runs where an error ends the pass."""
+        slot = self._source()._thread.slot
+        if slot.outer:
+            slot.call, slot.num_videos = slot.outer[-1]
+            slot.outer = slot.outer[:-1]
 
     def note(
         self,
@@ -90,80 +134,115 @@ class Calls:
         output: Any,
     ) -> None:
         """Forward hook of the patch embedding; read says what it gave, see ReadLayout."""
-        self._begin(*read(args, kwargs, output, self.num_prefix_tokens))
+        layout, tokens = read(args, kwargs, output, self.num_unplaced_tokens)
+        slot = self._source()._thread.slot
+        num_frames = None if slot.num_videos is None else tokens.shape[0] // slot.num_videos
+        if tokens.ndim == 5:  # a convolution over frames, (B, D, T, H, W)
+            num_frames = tokens.shape[2]
+        slot.call = _Call(layout, num_frames, _again())
 
-    def keep_only(self, indices: Tensor, tokens: Tensor) -> None:
-        """Of this call's patches only these are left, by number, (B, K), in this order; tokens are what is left."""
-        self._begin(self._current().layout.subset(indices, self.num_prefix_tokens), tokens)
+    def keep_only(self, indices: Tensor) -> None:
+        """Of this call's patches only these are left, by number, (B, K), in this order."""
+        slot, again = self._source()._thread.slot, _again()
+        call = self._current(again)
+        slot.call = _Call(call.layout.subset(indices, self.num_unplaced_tokens), call.num_frames, again)
 
-    def layout_of(self, x: Tensor) -> Layout:
+    def num_patches(self) -> int:
+        """Of the call that runs."""
+        return self._current(_again()).layout.num_tokens - self.num_unplaced_tokens
+
+    def layout_of(self, x: Tensor, *, is_over_space: bool = True) -> Layout:
         """The layout of tokens (B, L, D) that an attention of this call is given.
 
+        Args:
+            x: The tokens.
+            is_over_space: Whether that is known of this attention; else it might be over time.
+
         Raises:
-            RuntimeError: no image has come through; L is not what came through; or, within a backward pass, two
-                passes of so many tokens disagree.
+            RuntimeError: no image has come through; L is not what came through; a video has L frames; or the forward
+                pass of what gradient checkpointing computes again is not known.
         """
-        if _is_in_backward() and (self._thread.slot.call is None or not self._thread.slot.call.is_of_this_backward()):
-            return self._of_recomputed(x)
-        layout = self._current().layout
-        if layout.num_tokens != x.shape[1]:
+        if torch.compiler.is_compiling():
+            call = self._current(None)
+        else:
+            around, again = running_checkpoints()
+            call = self._known(again, x.shape[1]) or self._current(again)
+            for checkpoint in around:
+                known = self._source()._of_checkpoints.setdefault(checkpoint, [])
+                if not any(call.layout == other.layout for other in known):
+                    known.append(call)
+        if call.layout.num_tokens != x.shape[1]:
+            raise RuntimeError(self._wrong_number(call.layout, x.shape[1]))
+        if not is_over_space and call.num_frames is not None and call.num_frames == x.shape[1]:
             raise RuntimeError(
-                f"the tokens must be those of the last patch embedding: it gave {layout}, and attention got "
-                f"L = {x.shape[1]} tokens. Pass swap_attention the model's num_prefix_tokens, or the name of the right "
-                "patch embedding as patch_embed; attention over other tokens has to be left out, see layers."
+                f"attention over space must be told from attention over time: the video has {call.num_frames} frames, "
+                f"as many as an image has tokens, and attention got L = {x.shape[1]}. Pass swap_attention the numbers "
+                "of the modules that attend over space as layers."
             )
-        return layout
+        return call.layout
 
-    def keep_with(self, x: Tensor) -> None:
-        """Remember this call for as long as the graph of x lives, which an attention of this call has given."""
-        if torch.compiler.is_compiling() or _is_in_backward():
-            return
-        call = self._current()
-        if call.with_grad and not torch.is_grad_enabled():  # use_reentrant=True: the first time there is no graph
-            self._reentrant = [other for other in self._reentrant if other.layout != call.layout] + [call]
-        call.keep_with(x)
+    def _source(self) -> "Calls":
+        return self if self._origin is None else self._origin._source()
 
-    def _begin(self, layout: Layout, tokens: Tensor) -> None:
-        is_eager = not torch.compiler.is_compiling()
-        self._thread.slot.call = call = _Call(layout, with_grad=is_eager and torch.is_grad_enabled())
-        if call.with_grad:
-            self._alive.add(call)
-            call.keep_with(tokens)
+    def _mark(self, *, told: bool = False, asked: bool = False) -> None:
+        self._is_told, self._is_asked, origin = self._is_told or told, self._is_asked or asked, self._origin
+        if self._is_told and self._is_asked:
+            self._origin = None
+        if origin is not None:
+            origin._mark(told=told, asked=asked)
 
-    def _after_backward(self) -> None:
-        self._reentrant = []
-
-    def _current(self) -> _Call:
-        if self._thread.slot.call is None:
+    def _current(self, again: Any | None) -> _Call:
+        call = self._source()._thread.slot.call
+        if call is None or not (torch.compiler.is_compiling() or call.is_of(again)):
             raise RuntimeError(
                 "no image has come through the patch embedding in this pass, so attention with decay does not know "
                 "where its tokens lie. Call the model rather than its blocks; pass swap_attention the name of the "
-                "patch embedding that runs before them as patch_embed; swap again where it was replaced since; and "
-                "compile the whole model rather than blocks inside gradient checkpointing."
+                "patch embedding that runs before them as patch_embed; swap again where it was replaced since; "
+                "compile the whole model rather than blocks inside gradient checkpointing; checkpoint patch dropout "
+                "together with the patch embedding; and pickle the whole model rather than a part."
             )
-        return self._thread.slot.call
+        return call
 
-    def _of_recomputed(self, x: Tensor) -> Layout:
-        found: list[Layout] = []
-        if self._reentrant:
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
-        for call in [*self._alive, *self._reentrant]:
-            if call.layout.num_tokens == x.shape[1] and call.layout not in found:
-                found.append(call.layout)
-        if len(found) != 1:
+    def _known(self, again: Any | None, num_tokens: int) -> _Call | None:
+        """What was read when the checkpoint that computes again ran first; None where the current call is meant."""
+        source = self._source()
+        noted = source._thread.slot.call
+        if (again is None and running_backward() == -1) or (noted is not None and noted.is_of(again)):
+            return None
+        known = [] if again is None else source._of_checkpoints.get(again, [])
+        fitting = [call for call in known if call.layout.num_tokens == num_tokens]
+        if len(fitting) != 1:
+            layouts = [str(call.layout) for call in fitting]
             raise RuntimeError(
-                "gradient checkpointing computes attention again, and must find one forward pass with a live graph and "
-                f"L = {x.shape[1]} tokens: found {len(found)}"
-                + (f" that differ, {', '.join(map(str, found))}" if found else "")
-                + ". Run backward before the next forward pass, and checkpoint with use_reentrant=False."
+                "gradient checkpointing computes attention again, and must know the one image whose tokens these are: "
+                f"got L = {num_tokens} tokens, and in the forward pass of this checkpoint "
+                + (f"{len(fitting)} that differ, {', '.join(layouts)}. " if fitting else "none of so many. ")
+                + "Give each pass through the model a checkpoint of its own, with torch.utils.checkpoint.checkpoint, "
+                "and compile the whole model rather than its blocks."
             )
-        return found[0]
+        return fitting[0]
+
+    def _wrong_number(self, layout: Layout, num_tokens: int) -> str:
+        prefix, suffix, more = self.num_prefix_tokens, self.num_suffix_tokens, num_tokens - layout.num_tokens
+        advice = f"{-more} fewer. Pass swap_attention the right num_prefix_tokens (now {prefix})"
+        if more > 0:
+            advice = (
+                f"{more} more. If they stand before the patches pass swap_attention num_prefix_tokens={prefix + more}, "
+                f"if behind them num_suffix_tokens={suffix + more}"
+            )
+        elif prefix + more >= 0 and suffix == 0:
+            advice = f"{-more} fewer. If the model has so few before the patches pass num_prefix_tokens={prefix + more}"
+        return (
+            f"the tokens must be those of the last patch embedding: it gave {layout}"
+            + (f" ({suffix} of them behind the patches in the model)" if suffix else "")
+            + f", and attention got L = {num_tokens} tokens, {advice}. Otherwise pass the name of the right patch "
+            "embedding as patch_embed; attention over other tokens has to be left out, see layers."
+        )
 
 
-def _backward() -> int:
-    """The number of the backward pass that runs in this thread, as torch.utils.checkpoint knows it; -1 outside."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+def _again() -> Any | None:
+    return None if torch.compiler.is_compiling() else running_checkpoints()[1]
 
 
-def _is_in_backward() -> bool:
-    return _backward() != -1
+_ALL: weakref.WeakSet[Calls] = weakref.WeakSet()
+"""Copies of parts are found here."""

@@ -33,6 +33,7 @@ class AddedDecay(AttentionCore):
         lpe_kernel_size: As in SpatialDecayAttention; 0 leaves LPE out.
         gate_rank: As in SpatialDecayAttention; 0 leaves the output gate out.
         backend: As in decay_attention.
+        is_over_space: Whether that is known, so that a video may have as many frames as an image has tokens.
         options: Keywords of swap_attention that have led to this.
 
     Raises:
@@ -49,6 +50,7 @@ class AddedDecay(AttentionCore):
         lpe_kernel_size: int,
         gate_rank: int,
         backend: Backend,
+        is_over_space: bool,
         options: dict[str, Any],
     ) -> None:
         super().__init__()
@@ -58,14 +60,15 @@ class AddedDecay(AttentionCore):
                 f"gate_rank needs attention as wide as its tokens: got {num_channels} and {dim} in "
                 f"{type(attn).__name__}. Leave the output gate out."
             )
-        calls.users.add(self)
+        calls.add_user(self)
         self.calls, self.options, self.mask_name, self.stand_in = calls, options, host.mask_name, host.stand_in
+        self.is_over_space = is_over_space
         self.parameters_of_forward = parameters_of_forward(attn)
         self.decay = SpatialDecayMask(
             num_channels if decay.reads_queries else dim,
             num_heads,
             decay=decay,
-            num_prefix_tokens=calls.num_prefix_tokens,
+            num_prefix_tokens=calls.num_unplaced_tokens,
         )
         self.attention = _OwnSoftmax(backend) if decay.name == "none" else DecayAttention(backend)
         self.lpe = DepthwiseConv(num_channels, lpe_kernel_size) if lpe_kernel_size else None
@@ -73,7 +76,7 @@ class AddedDecay(AttentionCore):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
-        self.calls.users.add(self)  # of a copy, whose Calls are its own
+        self.calls.add_user(self)  # of a copy, whose Calls may be its own
 
     def attend_as_host(
         self,
@@ -99,11 +102,27 @@ class AddedDecay(AttentionCore):
                 + ("is_causal=True" if is_causal else f"queries {tuple(query.shape)} and keys {tuple(key.shape)}")
                 + ". Leave this module out, see layers of swap_attention."
             )
-        layout = self.calls.layout_of(tokens)
+        layout = self.calls.layout_of(tokens, is_over_space=self.is_over_space)
+        num_suffix = self.calls.num_suffix_tokens
+        if self.decay.kind.name == "none" and self.lpe is None:
+            num_suffix = 0  # nothing asks where tokens lie: bit for bit the model's own
+        if num_suffix:  # tokens behind the patches come first, as the layout has them
+            tokens = tokens.roll(num_suffix, 1)
+            query, key, value = (x.roll(num_suffix, 2) for x in (query, key, value))
+            attn_mask = None if attn_mask is None else _rolled_mask(attn_mask, num_suffix)
         decay = self.describe(tokens, query, layout)
         options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "scale": scale}
         out = self.attend(query, key, value, decay, tokens, layout, **options)  # (B, L, N*d)
+        out = out.roll(-num_suffix, 1) if num_suffix else out
         return rearrange(out, "b l (n d) -> b n l d", n=self.decay.num_heads)
+
+
+def _rolled_mask(attn_mask: Tensor, num_suffix_tokens: int) -> Tensor:
+    """Of queries and keys, or of keys alone."""
+    for axis in (-2, -1):
+        if attn_mask.shape[axis] != 1:
+            attn_mask = attn_mask.roll(num_suffix_tokens, axis)
+    return attn_mask
 
 
 class _OwnSoftmax(DecayAttention):
@@ -140,7 +159,6 @@ class Decayed(nn.Module):
         out = super().forward(**inputs)
         if mask.num_calls != 1:
             raise mask.error(f"{type(self).__name__} did it {mask.num_calls} times")
-        added.calls.keep_with(out if isinstance(out, Tensor) else out[0])
         return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:

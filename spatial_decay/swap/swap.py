@@ -1,5 +1,6 @@
 """Spatial decay for the ViT or DiT that someone already has: its attention modules, changed in place, and back."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from spatial_decay.ops import Backend
 from spatial_decay.ops.choice import check_backend
 from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.decayed import AddedDecay, added_decays, parameters_of_forward, put_back, take_out
-from spatial_decay.swap.hooks import install_hooks, remove_hooks
+from spatial_decay.swap.hooks import check_no_hooks_are_needed, install_hooks, remove_hooks
 from spatial_decay.swap.hosts.base import Host, PatchEmbed
 from spatial_decay.swap.hosts.table import host_of, looks_like_attention, patch_embeds_of
 
@@ -45,6 +46,7 @@ def swap_attention(
     gate_rank: int = 0,
     layers: Sequence[int] | None = None,
     num_prefix_tokens: int | None = None,
+    num_suffix_tokens: int = 0,
     patch_embed: str | None = None,
     backend: Backend = "auto",
 ) -> SwapReport:
@@ -70,6 +72,7 @@ def swap_attention(
         layers: Which of the attention modules that can take a decay, by number in the order of the model, negative
             from the end. None: all.
         num_prefix_tokens: P, class and register tokens, first in the sequence. None: what the model says, or none.
+        num_suffix_tokens: S, prompts, registers or text, last in the sequence. They have no position either.
         patch_embed: Name of the module whose output (B, D, H, W) has the grid, where it is not found by itself.
         backend: As in decay_attention; for kind `none` only "auto", it keeps the model's own softmax.
 
@@ -94,9 +97,12 @@ def swap_attention(
         raise ValueError(
             f"kind 'none' keeps the model's own softmax, so that backend must be 'auto': got {backend!r}. Leave it out."
         )
+    if isinstance(num_suffix_tokens, bool) or not isinstance(num_suffix_tokens, int) or num_suffix_tokens < 0:
+        raise ValueError(f"num_suffix_tokens must be a number >= 0: got {num_suffix_tokens!r}. Leave it out for none.")
     _check_not_wrapped(model)
     if added_decays(model):
         raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")
+    check_no_hooks_are_needed(model)
     able, left = _sorted_out(model, patch_embed)
     chosen = _chosen(list(able), layers)
     left |= {name: "it is not in layers" for name in able if name not in chosen}
@@ -112,14 +118,16 @@ def swap_attention(
         "gate_rank": gate_rank,
         "layers": None if layers is None else list(layers),
         "num_prefix_tokens": num_prefix_tokens,
+        "num_suffix_tokens": num_suffix_tokens,
         "patch_embed": patch_embed,
         "backend": backend,
     }
+    is_over_space = layers is not None or _OVER_TIME in left.values()  # the user says it, or the model's names
     modules, calls_of, added = dict(model.named_modules()), dict[str, Calls](), dict[str, AddedDecay]()
     for name in chosen:
         host, embed = able[name]
         prefix = _num_prefix_tokens(model, name, host, num_prefix_tokens)
-        calls = calls_of.setdefault(embed.name, Calls(prefix))
+        calls = calls_of.setdefault(embed.name, Calls(prefix, num_suffix_tokens))
         if calls.num_prefix_tokens != prefix:
             raise ValueError(
                 f"attention behind one patch embedding must agree on its prefix tokens: got {prefix} in {name} and "
@@ -133,6 +141,7 @@ def swap_attention(
             lpe_kernel_size=lpe_kernel_size,
             gate_rank=gate_rank,
             backend=backend,
+            is_over_space=is_over_space,
             options=options,
         )
     # Nothing has been changed so far, and nothing from here on can fail.
@@ -155,7 +164,8 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
 
     Args:
         model: The model, or a part of it, such as a block; then the decay of the other parts stays, and the hooks that
-            it needs. Once the last part is restored, this takes the hooks of the whole model away too.
+            it needs. Once the last part is restored, this takes the hooks of the whole model away too. Those stay that
+            a copy of a part needs (copy.deepcopy of a block), as long as it lives or until it is restored.
 
     Returns:
         Names of the attention modules that had a decay; none where hooks alone were left.
@@ -165,7 +175,9 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
     """
     taken = take_out(model)
     for added in taken.values():
-        added.calls.users.discard(added)
+        for part in added.modules():  # PEFT keeps it and copies of it in a module of its own
+            if isinstance(part, AddedDecay):
+                part.calls.remove_user(part)
     if not remove_hooks(model) and not taken:
         raise ValueError("the model must have been changed by swap_attention: it has no attention with decay.")
     return tuple(taken)
@@ -184,8 +196,8 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
             continue
         inside.append(name)
         nearest = _nearest(name, embeds)
-        if "temporal" in name:  # video models, diffusers' and those that are made of timm's attention
-            left[name] = "it attends over time"
+        if _is_over_time(name, type(module), nearest[0].name if nearest else ""):
+            left[name] = _OVER_TIME
         elif "forward" in vars(module):
             left[name] = "its forward has been replaced on this very module (by hooks of accelerate?)"
         elif host.mask_name not in parameters_of_forward(module):
@@ -201,6 +213,17 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
     # What merely contains attention modules is none itself.
     left = {name: why for name, why in left.items() if not any(other.startswith(f"{name}.") for other in able)}
     return able, left
+
+
+_OVER_TIME = "it attends over time"
+
+
+def _is_over_time(name: str, cls: type[nn.Module], embed: str) -> bool:
+    """What its names say, below what has the patch embedding too: Latte's temporal_transformer_blocks, attn_temp."""
+    while name and name.partition(".")[0] == embed.partition(".")[0]:
+        name, embed = name.partition(".")[2], embed.partition(".")[2]
+    words = re.split(r"[^a-z]+", name.lower())
+    return any("temporal" in word or word in ("temp", "time", "motion") for word in [*words, cls.__name__.lower()])
 
 
 def _check_not_wrapped(model: nn.Module) -> None:

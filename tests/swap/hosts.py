@@ -8,12 +8,15 @@ from typing import Any
 import diffusers
 import timm
 import torch
+import torch.nn.functional as F
 import transformers
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from spatial_decay import kinds
+from tests import references
 
 STRONG = kinds.Full(gate_bias_init=0.0)  # no quiet start
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -78,6 +81,33 @@ def pickled(model: nn.Module) -> nn.Module:
     torch.save(model, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=False)
+
+
+class InFloat64(TorchFunctionMode):
+    """Attention written out in float64, with these masks added; it knows nothing of swap_attention."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = (x.double() for x in (*args, *(kwargs or {}).values())[:3])
+        scale = (kwargs or {}).get("scale") or q.shape[-1] ** -0.5
+        return (torch.softmax(scale * q @ k.mT + self.mask, -1) @ v).to(torch.float32)
+
+
+def full_masks(gate: nn.Module, patches: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Eq. 4-9 as loops for patches (B, H * W, D) and a gate with a bias, (B, N, H * W, H * W)."""
+    masks = []
+    for image in patches.tolist():
+        of_heads = []
+        for weight, bias in zip(gate.weight.tolist(), gate.bias.tolist(), strict=True):
+            logits = [sum(a * b for a, b in zip(token, weight, strict=True)) + bias for token in image]
+            of_heads.append(references.full([references.log_sigmoid(z) for z in logits], *size))
+        masks.append(of_heads)
+    return torch.tensor(masks, dtype=torch.float64)
 
 
 class OwnDiT(nn.Module):

@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import PatchDropout
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import spatial_decay as sd
-from tests import references
 from tests.cases import relative_error
-from tests.swap.hosts import HOSTS, STRONG, pickled, traces
+from tests.swap.hosts import HOSTS, STRONG, InFloat64, full_masks, pickled, traces
 
 EVERY_HOST = pytest.mark.parametrize("host", HOSTS, ids=str)
 SOME = ["timm vit_tiny_patch16_224", "timm eva02_tiny_patch14_224", "transformers DINOv3", "diffusers DiT"]
@@ -21,25 +19,10 @@ BY_NAME = {host.name: host for host in HOSTS}
 SOME_HOSTS = pytest.mark.parametrize("host", [host for host in HOSTS if host.name in SOME], ids=str)
 
 
-class InFloat64(TorchFunctionMode):
-    """Attention written out in float64, with these masks added; it knows nothing of swap_attention."""
-
-    def __init__(self, mask: torch.Tensor) -> None:
-        super().__init__()
-        self.mask = mask
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        q, k, v = (x.double() for x in (*args, *(kwargs or {}).values())[:3])
-        scale = (kwargs or {}).get("scale") or q.shape[-1] ** -0.5
-        return (torch.softmax(scale * q @ k.mT + self.mask, -1) @ v).to(torch.float32)
-
-
-def inputs_of(module: nn.Module, run) -> tuple[tuple, dict]:
-    """What a module is called with while run() runs."""
+def seen_at(module: nn.Module, run) -> tuple[tuple, dict, object]:
+    """What a module is called with while run() runs, and what it gives."""
     seen = []
-    handle = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    handle = module.register_forward_hook(lambda _, *call: seen.append(call), with_kwargs=True)
     run()
     handle.remove()
     (call,) = seen
@@ -119,22 +102,14 @@ def test_decay_is_the_equation_at_each_size(host):
     name = report.replaced[-1]
     for size in host.sizes:
         with torch.no_grad():
-            args, kwargs = inputs_of(model.get_submodule(name), lambda size=size: host.run(model, host.images(size)))
-            got = first(model.get_submodule(name)(*args, **kwargs))
+            args, kwargs, got = seen_at(model.get_submodule(name), lambda size=size: host.run(model, host.images(size)))
         x = args[0] if args else kwargs["hidden_states"]
         gate = model.get_submodule(name).spatial_decay.decay.gate
-        height, width = host.grid(size)
-        masks = []
-        for image in x[:, host.num_prefix_tokens :]:
-            of_heads = []
-            for weight, bias in zip(gate.weight.tolist(), gate.bias.tolist(), strict=True):
-                logits = [sum(a * b for a, b in zip(token, weight, strict=True)) + bias for token in image.tolist()]
-                mask = references.full([references.log_sigmoid(z) for z in logits], height, width)
-                of_heads.append(references.with_prefix(mask, host.num_prefix_tokens))
-            masks.append(of_heads)
-        with torch.no_grad(), InFloat64(torch.tensor(masks, dtype=torch.float64)):
+        masks = full_masks(gate, x[:, host.num_prefix_tokens :], host.grid(size))
+        masks = F.pad(masks, (host.num_prefix_tokens, 0, host.num_prefix_tokens, 0))
+        with torch.no_grad(), InFloat64(masks):
             expected = first(original.get_submodule(name)(*args, **kwargs))
-        assert relative_error(got, expected) < 2e-6
+        assert relative_error(first(got), expected) < 2e-6
         with torch.no_grad():
             assert relative_error(first(original.get_submodule(name)(*args, **kwargs)), expected) > 1e-3
 

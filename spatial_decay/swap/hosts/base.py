@@ -37,7 +37,8 @@ class Host:
 
 
 ReadLayout: TypeAlias = Callable[[Sequence[Any], dict[str, Any], Any, int], tuple[Layout, Tensor]]
-"""Arguments, keywords and output of a patch embedding, and P -> where the tokens lie, and a tensor of its output.
+"""Arguments, keywords and output of a patch embedding, and how many tokens lie nowhere (first in the layout) ->
+where the tokens lie, and a tensor of its output.
 
 A function of a module, so that a model that has been swapped can be pickled.
 """

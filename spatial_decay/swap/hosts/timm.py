@@ -74,11 +74,18 @@ def _hook_dropout_with_indices(module: nn.Module, calls: Calls) -> Sequence[Remo
     return [module.register_forward_hook(partial(_note_kept, calls))]
 
 
-def _note_kept(calls: Calls, _module: nn.Module, _args: Any, output: tuple[Tensor, Tensor | None]) -> None:
+def _note_kept(calls: Calls, module: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
     """Forward hook of PatchDropoutWithIndices; outside of training it keeps all, and there are no indices."""
-    tokens, indices = output
-    if indices is not None:
-        calls.keep_only(indices, tokens)
+    indices = output[1]
+    if indices is None:
+        return
+    num_patches = args[0].shape[1] - module.num_prefix_tokens
+    if calls.num_suffix_tokens and num_patches != calls.num_patches():
+        raise RuntimeError(
+            "patch dropout must choose among the patches alone, so that their positions are known: got "
+            f"{num_patches} tokens behind the prefix for {calls.num_patches()} patches. Add suffix tokens behind it."
+        )
+    calls.keep_only(indices)
 
 
 def _note_kept_and_leave_tokens(
