@@ -1,10 +1,12 @@
 """The caller's attn_mask: what its values mean, once for all backends; and its part in rows and columns of the grid."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_decay.features import to_columns, to_rows
 from spatial_decay.layout import Grid
+from spatial_decay.values import are_readable
 
 __all__ = ["added_by", "checked_mask", "columns_of_mask", "rows_of_mask", "says_the_same_as_it_is", "without"]
 
@@ -43,10 +45,13 @@ def added_by(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     if attn_mask.dtype == torch.bool:
         may_attend = torch.zeros((), dtype=dtype, device=attn_mask.device)
         return torch.where(attn_mask, may_attend, float("-inf"))
-    forbidden = attn_mask <= _MAY_NOT_ATTEND[attn_mask.dtype]
-    added = attn_mask.to(torch.promote_types(attn_mask.dtype, dtype)).masked_fill(forbidden, float("-inf"))
+    added = F.threshold(attn_mask, _MAY_NOT_ATTEND[attn_mask.dtype], float("-inf"))  # no more than it: -inf
+    added = added.to(torch.promote_types(attn_mask.dtype, dtype))
     largest = added.detach().amax(-1, keepdim=True)
-    return (added - largest.masked_fill(largest == float("-inf"), 0.0)).to(dtype)
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    if not are_readable(largest) or largest.any():  # else it is a copy less
+        added = added - largest
+    return added.to(dtype)
 
 
 def without(attn_mask: Tensor, hidden: Tensor) -> Tensor:
