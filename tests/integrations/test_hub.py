@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import spatial_decay as sd
+from spatial_decay.folders import signed
 from spatial_decay.integrations import hub
 
 TWO_STAGES = {
@@ -81,6 +82,8 @@ def test_a_plain_model_is_saved_too_and_stays_as_it_is(name, tmp_path):
 def test_the_config_holds_class_and_arguments(tmp_path):
     hub.save_pretrained(build("ViT"), tmp_path)
     found = json.loads((tmp_path / "config.json").read_text())
+    assert found.pop("files").keys() == {"model.safetensors"}
+    assert len(found.pop("sha256")) == 64
     assert found == {"class": "ViT", "config": sd.ViT(5, **VIT).config} | {"spatial_decay": sd.__version__}
 
 
@@ -127,11 +130,15 @@ def test_only_backbones_are_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def sign(folder, config):
+    """As a save of these weights with this config, whatever is in them."""
+    content = {key: value for key, value in config.items() if key not in ("files", "sha256")}
+    (folder / "config.json").write_text(json.dumps(signed(content, [folder / "model.safetensors"])))
+
+
 def edit_config(change):
     def edit(folder):
-        path = folder / "config.json"
-        found = json.loads(path.read_text())
-        path.write_text(json.dumps(change(found)))
+        sign(folder, change(json.loads((folder / "config.json").read_text())))
 
     return edit
 
@@ -142,6 +149,7 @@ def edit_weights(change):
 
         path = folder / "model.safetensors"
         save_file(change(load_file(path)), path)
+        sign(folder, json.loads((folder / "config.json").read_text()))
 
     return edit
 
@@ -185,8 +193,17 @@ def truncate(folder):
             "missing from the checkpoint: norm.bias",
         ),
         (edit_weights(lambda w: w | {"ghost": torch.ones(1)}), ValueError, "not in the model: ghost"),
-        (truncate, ValueError, "not a checkpoint that can be read safely"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"weights"), ValueError, "not a checkpoint that can be read"),
+        (truncate, ValueError, "as they were saved: missing, damaged, edited or of another save is model.safetensors"),
+        (
+            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("prr", "avg")),
+            ValueError,
+            "missing, damaged, edited or of another save is .*config.json",
+        ),
+        (
+            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("sha256", "sha1")),
+            ValueError,
+            "a version before them has written it. Load it with that version, and save it again",
+        ),
     ],
 )
 def test_damaged_folders(damage, error, says, tmp_path):

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import spatial_decay as sd
+from spatial_decay.folders import signed
 from spatial_decay.layers.kinds import KINDS
 from tests.swap.hosts import HOSTS
 
@@ -62,10 +63,18 @@ def test_every_kind_comes_back(kind, tmp_path):
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
+def sign(folder, **change):
+    """As a save of the weights in a folder, with other keywords of the swap."""
+    file = folder / "spatial_decay.json"
+    found = json.loads(file.read_text()) | change
+    names = found.pop("files")
+    del found["sha256"]
+    file.write_text(json.dumps(signed(found, [folder / name for name in names])))
+
+
 def test_weights_of_gates_that_the_kind_has_not_are_refused(tmp_path):
     sd.save_swapped(swapped(BY_NAME["transformers ViT"], lpe_kernel_size=0), tmp_path)
-    file = tmp_path / "spatial_decay.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"decay": {"kind": "none"}}))
+    sign(tmp_path, decay={"kind": "none"})
     with pytest.raises(ValueError, match="does not fit the model"):
         sd.load_swapped(transformers.ViTModel, tmp_path)
 
@@ -109,14 +118,13 @@ def test_what_does_not_fit_is_said(tmp_path):
     with pytest.raises(ValueError, match="ViTModel with 0 decays"):
         sd.save_swapped(host.make(), tmp_path)
     sd.save_swapped(swapped(host), tmp_path)
-    options = json.loads((tmp_path / "spatial_decay.json").read_text())
-    (tmp_path / "spatial_decay.json").write_text(json.dumps(options | {"lpe_kernel_size": 5}))
+    sign(tmp_path, lpe_kernel_size=5)
     with pytest.raises(ValueError, match=r"the model has \(48, 1, 5, 5\), the checkpoint \(48, 1, 3, 3\)"):
         sd.load_swapped(transformers.ViTModel, tmp_path)
-    (tmp_path / "spatial_decay.json").write_text(json.dumps(options))
+    sign(tmp_path, lpe_kernel_size=3)
     weights = (tmp_path / "spatial_decay.safetensors").read_bytes()
     (tmp_path / "spatial_decay.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ValueError, match="not a checkpoint that can be read safely"):
+    with pytest.raises(ValueError, match="damaged, edited or of another save is spatial_decay.safetensors"):
         sd.load_swapped(transformers.ViTModel, tmp_path)
 
 

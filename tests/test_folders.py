@@ -1,0 +1,227 @@
+"""Folders are written whole or not at all, and what does not belong together is refused: both writers, all moments."""
+
+import os
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import spatial_decay as sd
+from spatial_decay.integrations import hub
+from tests.faults import damaged, killed
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def swapped(seed: int) -> nn.Module:
+    """Of the same shapes for every seed, so that parts of two of them fit each other."""
+    torch.manual_seed(seed)
+    model = transformers.ViTModel(transformers.ViTConfig(**SMALL, image_size=32, patch_size=16)).eval()
+    sd.swap_attention(model, sd.kinds.Full(alpha=seed / 10))
+    return livened(model)
+
+
+def vit(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return livened(hub.ViT(4, img_size=32, dim=24, depth=2, num_heads=2, decay=sd.kinds.Full(alpha=seed / 10)).eval())
+
+
+def livened(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight))
+    return model
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Who writes a folder, and the files in it that its loader reads."""
+
+    name: str
+    make: Callable[[int], nn.Module]
+    save: Callable[[nn.Module, Path], Any]
+    load: Callable[[Path], nn.Module]
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+WRITERS = [
+    Writer(
+        "save_swapped",
+        swapped,
+        sd.save_swapped,
+        lambda folder: sd.load_swapped(transformers.ViTModel, folder),
+        ("spatial_decay.json", "spatial_decay.safetensors", "model.safetensors"),
+    ),
+    Writer("hub", vit, hub.save_pretrained, hub.from_pretrained, ("config.json", "model.safetensors")),
+]
+
+
+def is_same(model: nn.Module, other: nn.Module) -> bool:
+    """Bit for bit, with the options of the decay."""
+    state, theirs = model.state_dict(), other.state_dict()
+    alphas = [[module.alpha for module in m.modules() if hasattr(module, "alpha")] for m in (model, other)]
+    kinds = [[module.kind for module in m.modules() if hasattr(module, "kind")] for m in (model, other)]
+    return (
+        state.keys() == theirs.keys()
+        and all(torch.equal(value, theirs[name]) for name, value in state.items())
+        and alphas[0] == alphas[1]
+        and kinds[0] == kinds[1]
+    )
+
+
+def which(writer: Writer, folder: Path, models: dict[str, nn.Module]) -> str:
+    """The name of the model that a folder gives, of those given; else what it gives."""
+    try:
+        found = writer.load(folder)
+    except (ValueError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return next((name for name, model in models.items() if is_same(model, found)), "a mixture")
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def left_over(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def kill_everywhere(writer: Writer, folder: Path, *, stride: int = 1, timed: int = 0) -> dict[str, int]:
+    """How often a folder of the old model gave which model after a save of the new one was killed."""
+    models = {"old": writer.make(1), "new": writer.make(2)}
+    counts: dict[str, int] = {}
+
+    def one(name: str, **moment: Any) -> bool:
+        target = folder / name
+        writer.save(models["old"], target)
+        (target / "notes.txt").write_text("of the user")
+        was_killed = killed(lambda: writer.save(models["new"], target), **moment)
+        result = which(writer, target, models)
+        counts[result] = counts.get(result, 0) + was_killed
+        assert was_killed or result == "new", (moment, result)
+        # The next save heals the folder, with nothing left over.
+        writer.save(models["new"], target)
+        assert which(writer, target, models) == "new", moment
+        assert not left_over(target)
+        assert (target / "notes.txt").read_text() == "of the user"
+        return was_killed
+
+    at = 0
+    while one(f"at{at}", at=at):
+        at += stride
+    rng = random.Random(0)
+    for i in range(timed):
+        one(f"after{i}", after=rng.uniform(0, 0.1))
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", WRITERS, ids=str)
+def test_killed_at_any_moment_the_old_or_the_new_model_loads(writer, tmp_path):
+    counts = kill_everywhere(writer, tmp_path, timed=60)
+    assert set(counts) == {"old", "new"}, counts
+    assert sum(counts.values()) >= 100, counts
+
+
+def damage_count(writer: Writer, folder: Path, count: int) -> dict[str, int]:
+    """How often a damaged folder was refused, gave the saved model, or another one."""
+    model, rng = writer.make(1), random.Random(0)
+    writer.save(model, folder)
+    whole = {name: (folder / name).read_bytes() for name in writer.files}
+    counts = {"refused": 0, "same": 0}
+    for _ in range(count):
+        name = rng.choice(writer.files)
+        (folder / name).write_bytes(damaged(whole[name], rng))
+        result = which(writer, folder, {"same": model})
+        if result != "same":
+            assert name in result, f"{result} does not say which file, {name}"
+            result = "refused"
+        counts[result] = counts.get(result, 0) + 1
+        (folder / name).write_bytes(whole[name])
+    return counts
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=str)
+@pytest.mark.parametrize("count", [10, pytest.param(500, marks=pytest.mark.slow)])
+def test_a_damaged_folder_is_refused_or_gives_the_same_model(writer, count, tmp_path):
+    counts = damage_count(writer, tmp_path, count)
+    assert set(counts) == {"refused", "same"}, counts
+    assert sum(counts.values()) == count
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=str)
+def test_parts_of_two_models_are_refused(writer, tmp_path):
+    old, new = writer.make(1), writer.make(2)
+    writer.save(old, tmp_path / "old")
+    writer.save(new, tmp_path / "new")
+    for name in writer.files:
+        mixed = visible(tmp_path / "new")[name]
+        before = (tmp_path / "old" / name).read_bytes()
+        (tmp_path / "old" / name).write_bytes(mixed)
+        with pytest.raises(ValueError, match="belong together"):
+            writer.load(tmp_path / "old")
+        (tmp_path / "old" / name).write_bytes(before)
+    assert is_same(writer.load(tmp_path / "old"), old)
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=str)
+def test_a_save_that_fails_changes_nothing(writer, tmp_path, monkeypatch):
+    old, new = writer.make(1), writer.make(2)
+    writer.save(old, tmp_path)
+    before = visible(tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        patch.setattr(hub, "save_model", full)
+        with pytest.raises(OSError, match="No space left"):
+            writer.save(new, tmp_path)
+        with pytest.raises(OSError, match="No space left"):
+            writer.save(new, tmp_path / "not" / "there")
+    assert visible(tmp_path) == before
+    assert not left_over(tmp_path)
+    assert not (tmp_path / "not").exists()
+    assert is_same(writer.load(tmp_path), old)
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=str)
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_two_saves_at_once_leave_one_of_them(writer, rounds, tmp_path):
+    models = {str(seed): writer.make(seed) for seed in (1, 2, 3)}
+    for i in range(rounds):
+        folder, failed = tmp_path / str(i), []
+
+        def save(model: nn.Module, folder: Path = folder, failed: list[BaseException] = failed) -> None:
+            try:
+                writer.save(model, folder)
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=save, args=(model,)) for model in models.values()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        assert which(writer, folder, models) in models
+        assert not left_over(folder)
+
+
+def test_nothing_but_the_files_is_left(tmp_path):
+    for writer in WRITERS:
+        folder = tmp_path / writer.name
+        writer.save(writer.make(1), folder)
+        assert not left_over(folder)
+        assert set(writer.files) < set(os.listdir(folder))
