@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import transformers
 from torch import nn
 
 import spatial_decay as sd
+from spatial_decay import folders
 from spatial_decay.integrations import hub
 from tests.faults import damaged, killed
 
@@ -96,7 +98,7 @@ def left_over(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def kill_everywhere(writer: Writer, folder: Path, *, stride: int = 1, timed: int = 0) -> dict[str, int]:
+def kill_everywhere(writer: Writer, folder: Path, *, timed: int = 0) -> dict[str, int]:
     """How often a folder of the old model gave which model after a save of the new one was killed."""
     models = {"old": writer.make(1), "new": writer.make(2)}
     counts: dict[str, int] = {}
@@ -118,7 +120,7 @@ def kill_everywhere(writer: Writer, folder: Path, *, stride: int = 1, timed: int
 
     at = 0
     while one(f"at{at}", at=at):
-        at += stride
+        at += 1
     rng = random.Random(0)
     for i in range(timed):
         one(f"after{i}", after=rng.uniform(0, 0.1))
@@ -131,6 +133,39 @@ def test_killed_at_any_moment_the_old_or_the_new_model_loads(writer, tmp_path):
     counts = kill_everywhere(writer, tmp_path, timed=60)
     assert set(counts) == {"old", "new"}, counts
     assert sum(counts.values()) >= 100, counts
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=str)
+@pytest.mark.parametrize("valid", ["old", "new"])
+def test_one_rename_makes_a_save_valid_and_loading_writes_nothing(writer, valid, tmp_path):
+    models = {"old": writer.make(1), "new": writer.make(2)}
+    writer.save(models["old"], tmp_path)
+    before = visible(tmp_path)
+
+    def rename_and_die(path: Path, target: Path) -> None:
+        if valid == "new":
+            os.rename(path, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        Path.rename = rename_and_die  # of the process that is killed
+        writer.save(models["new"], tmp_path)
+
+    assert killed(work)
+    assert visible(tmp_path) == before
+    os.chmod(tmp_path, 0o555)
+    try:
+        assert which(writer, tmp_path, models) == valid
+    finally:
+        os.chmod(tmp_path, 0o755)
+    assert visible(tmp_path) == before
+    assert len(left_over(tmp_path)) == 1
+    with pytest.raises(ZeroDivisionError), folders.writing(tmp_path):  # a save that fails
+        raise ZeroDivisionError
+    assert which(writer, tmp_path, models) == valid
+    writer.save(models["old"], tmp_path)
+    assert which(writer, tmp_path, models) == "old"
+    assert not left_over(tmp_path)
 
 
 def damage_count(writer: Writer, folder: Path, count: int) -> dict[str, int]:
@@ -219,9 +254,83 @@ def test_two_saves_at_once_leave_one_of_them(writer, rounds, tmp_path):
         assert not left_over(folder)
 
 
-def test_nothing_but_the_files_is_left(tmp_path):
-    for writer in WRITERS:
-        folder = tmp_path / writer.name
-        writer.save(writer.make(1), folder)
-        assert not left_over(folder)
-        assert set(writer.files) < set(os.listdir(folder))
+@pytest.mark.parametrize("writer", WRITERS, ids=str)
+def test_a_save_while_the_folder_is_read_is_noticed(writer, tmp_path):
+    model = writer.make(1)
+    writer.save(model, tmp_path)
+
+    def read(error: Exception | None) -> None:
+        with folders.reading(tmp_path, writer.files[0]):
+            writer.save(model, tmp_path)
+            if error:
+                raise error
+
+    for error in (None, ValueError("half a file")):
+        with pytest.raises(OSError, match=r"another save has changed it\. Load it again") as raised:
+            read(error)
+        assert raised.value.__cause__ is error
+    with folders.reading(tmp_path, writer.files[0]) as directory:
+        (tmp_path / "log.txt").write_text("of another program")
+        assert directory == tmp_path
+
+
+def write(folder: Path, *names: str) -> None:
+    with folders.writing(folder) as part:
+        for name in names:
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_text(f"{names}")
+
+
+def test_what_killed_saves_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    (tmp_path / ".spatial_decay-0.part").mkdir()
+    (tmp_path / ".spatial_decay-0.part" / "half").touch()
+    with folders.writing(tmp_path) as part:
+        (part / "slow").touch()
+        write(tmp_path, "quick", "code/quick")
+        assert left_over(tmp_path) == [part.name]
+    assert {path.name for path in tmp_path.iterdir()} == {"slow", "quick", "code"}
+    assert (tmp_path / "code" / "quick").is_file()
+
+
+def test_file_systems_without_links_or_locks(tmp_path, monkeypatch):
+    def refused(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    (tmp_path / ".spatial_decay-0.part").mkdir()
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr("fcntl.flock", refused)
+    monkeypatch.setattr(folders, "_unlock", lambda lock: None)
+    write(tmp_path, "file")
+    assert (tmp_path / "file").read_text() == "('file',)"
+    assert left_over(tmp_path) == [".spatial_decay-0.part"]  # who knows whether that is being written
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"must be a folder, or not there yet: it is a file"):
+        write(tmp_path / "file", "a")
+    monkeypatch.setattr(folders, "_PATIENCE", 0.02)
+    lock = folders._lock(tmp_path)
+    with pytest.raises(TimeoutError, match=r"another process has been putting its files in place for 0 s"):
+        write(tmp_path, "a")
+    folders._unlock(lock)
+    assert os.listdir(tmp_path) == ["file"]
+    write(tmp_path, "a")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "left"),
+    [
+        ("model.safetensors", "model-00001-of-00001.safetensors", []),
+        ("model-00002-of-00002.safetensors", "model.safetensors", []),
+        ("dit.safetensors.index.json", "dit.safetensors", []),
+        ("model.safetensors", "other.safetensors", ["model.safetensors"]),
+        ("model.bin", "model.safetensors", ["model.bin"]),
+        ("model.fp16.safetensors", "model.safetensors", ["model.fp16.safetensors"]),
+        ("model.txt", "model.safetensors", ["model.txt"]),
+    ],
+)
+def test_weights_that_would_be_read_in_place_of_the_new_ones_go(old, new, left, tmp_path):
+    write(tmp_path, old)
+    write(tmp_path, new)
+    assert sorted(os.listdir(tmp_path)) == sorted([new, *left])

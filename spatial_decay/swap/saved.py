@@ -3,7 +3,6 @@
 import copy
 import importlib
 import inspect
-import itertools
 import json
 import os
 from pathlib import Path
@@ -82,6 +81,7 @@ def load_swapped(model_class: type[_Model], folder: str | os.PathLike[str], **op
     """
     with reading(folder, _OPTIONS) as directory:
         swap = _options_of_swap(directory / _OPTIONS)
+        _check_reads_what_was_saved(options)
         safetensors = _safetensors()
         model: _Model = cast(Any, model_class).from_pretrained(directory, **options)
         swap_attention(model, **swap)
@@ -93,12 +93,15 @@ def load_swapped(model_class: type[_Model], folder: str | os.PathLike[str], **op
 
 def _without_decay(model: nn.Module) -> nn.Module:
     """The modules of the model before swap_attention, around the same tensors; the model itself stays as it is."""
-    tensors = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    shared = [*model.parameters(), *model.buffers()]
+    for module in model.modules():  # hooks may belong to anything, and the copy is never called
+        dicts = [value for name, value in vars(module).items() if name.endswith("_hooks") and isinstance(value, dict)]
+        shared += [hook for hooks in dicts for hook in hooks.values()]
     try:
-        plain = copy.deepcopy(model, cast("dict[int, Any]", tensors))
+        plain = copy.deepcopy(model, {id(value): value for value in shared})
     except Exception as error:  # whatever the model keeps has errors of its own
         raise ValueError(
-            f"the model must be one that copy.deepcopy copies, to be saved without being changed: {error}. Save its "
+            f"the model must be one that copy.deepcopy copies, to be saved without being changed ({error}). Save its "
             "state_dict, or take off what other libraries have put on it since the swap."
         ) from error
     restore_attention(plain)
@@ -147,6 +150,17 @@ def _check_whole(file: Path, manifest: dict[str, Any]) -> None:
         raise ValueError(
             f"{file.parent} must hold only the weights that were saved together: {', '.join(others)} came to "
             f"{', '.join(manifest['files'])} later, and might be read in their place. Move them to another folder."
+        )
+
+
+def _check_reads_what_was_saved(options: dict[str, Any]) -> None:
+    """Raise where from_pretrained would read other weights than those of the manifest."""
+    given = [name for name in ("gguf_file", "subfolder", "variant") if options.get(name)]
+    given += ["use_safetensors"] if options.get("use_safetensors") is False else []
+    if given:
+        raise ValueError(
+            f"load_swapped must read the weights that save_swapped wrote: got {', '.join(given)}, which may name "
+            "others. Leave it out."
         )
 
 
