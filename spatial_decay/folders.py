@@ -39,7 +39,8 @@ def writing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         NotADirectoryError: folder is a file.
         TimeoutError: another process has been putting its files in place for a minute.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, and is as it was; or its new files are valid, as the error then says, and
+            could not take the places of the old ones.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -193,6 +194,11 @@ def _put_in_place(folder: Path) -> None:
             path.unlink()
         _flush(folder)
         sealed.rename(part / "old")
+    except OSError as error:
+        raise OSError(
+            f"{folder} is saved, and loading finds the new files in {sealed.name}, but they could not take the places "
+            f"of the old ones: {error}. Make way for them, and save again to put them in place."
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

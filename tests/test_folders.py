@@ -154,7 +154,7 @@ def test_killed_at_any_moment_the_old_or_the_new_model_loads(writer, tmp_path):
 
 
 @pytest.mark.parametrize("writer", WRITERS, ids=str)
-@pytest.mark.parametrize("valid", ["old", "new"])
+@pytest.mark.parametrize("valid", [pytest.param("old", marks=pytest.mark.slow), "new"])
 def test_one_rename_makes_a_save_valid_and_loading_writes_nothing(writer, valid, tmp_path):
     models = {"old": writer.make(1), "new": writer.make(2)}
     writer.save(models["old"], tmp_path)
@@ -334,6 +334,22 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     folders._unlock(lock)
     assert os.listdir(tmp_path) == ["file"]
     write(tmp_path, "a")
+
+
+def test_files_that_cannot_take_their_places_are_valid_all_the_same(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OSError, match=r"is saved, and loading finds the new files in .*: .*directory.* Make way"):
+        write(tmp_path, "a", "b", "c")
+    with folders.reading(tmp_path, "a") as directory:
+        assert sorted(path.name for path in directory.iterdir()) == ["a", "b", "c"]
+    (tmp_path / "b").rmdir()
+    write(tmp_path, "b")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a": "('a', 'b', 'c')",
+        "b": "('b',)",
+        "c": "('a', 'b', 'c')",
+    }
 
 
 @pytest.mark.parametrize(
