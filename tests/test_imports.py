@@ -20,6 +20,7 @@ FLOORS = [
     "layers",
     "models",
     "checkpoint",
+    "folders",
     "swap",
 ]
 ABOVE = ["integrations", "viz"]  # may import all of it, and nobody imports it

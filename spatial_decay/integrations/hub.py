@@ -1,11 +1,13 @@
 """Folders and repositories of Hugging Face's Hub: save_pretrained, from_pretrained and push_to_hub for the backbones.
 
-A folder holds config.json (the class and the arguments that rebuild it), model.safetensors and a README.md. The extra
-`hf` brings what this needs: pip install spatial-decay[hf].
+A folder holds config.json (the class and the arguments that rebuild it), model.safetensors and a README.md. It is
+written whole or not at all, and config.json has hashes, its own and that of the weights. The extra `hf` brings what
+this needs: pip install spatial-decay[hf].
 """
 
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -15,6 +17,7 @@ from typing_extensions import Self
 import spatial_decay
 from spatial_decay import models
 from spatial_decay.checkpoint import load_checkpoint
+from spatial_decay.folders import check_signed, reading, signed, writing
 from spatial_decay.models.common import Model
 from spatial_decay.models.registry import ENTRIES
 
@@ -28,7 +31,7 @@ except ImportError as error:
 
 __all__ = ["SDTH", "SDTP", "ViT", "from_pretrained", "save_pretrained"]
 
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_CONFIG, _WEIGHTS, _README = "config.json", "model.safetensors", "README.md"
 
 
 class Download(TypedDict):
@@ -44,22 +47,40 @@ class Download(TypedDict):
 class _Pretrained(PyTorchModelHubMixin, Model, library_name="spatial-decay"):
     """The mixin, with a config that holds the class, and with weights that fit or are not loaded at all."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
-        """Write config.json, model.safetensors and, where there is none, README.md.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Write config.json, model.safetensors and, where there is none, README.md: all of them or nothing.
 
         Args:
-            save_directory: Folder; made where it is missing.
-            options: Of huggingface_hub's save_pretrained: push_to_hub, repo_id, model_card_kwargs and so on. Its
-                config is not one of them: the model has its own.
+            save_directory: Folder; made where it is missing. Killed at any moment, it holds the old or the new model.
+            push_to_hub: Then put it on the Hub.
+            repo_id: Where to; None: the name of the folder.
+            model_card_kwargs: Of huggingface_hub, what the README says.
+            options: Of huggingface_hub's push_to_hub. Its config is not one of them: the model has its own.
 
         Returns:
             With push_to_hub, the address of the commit.
 
         Raises:
             ValueError: the weights are not those of the model's config, so that nobody could load them.
+            OSError: the folder cannot be written; it is as it was.
         """
         _check_config(self)
-        return super().save_pretrained(Path(save_directory), **options)
+        folder = Path(save_directory)
+        with writing(folder) as part:
+            super().save_pretrained(part, model_card_kwargs=model_card_kwargs)
+            if (folder / _README).exists():
+                (part / _README).unlink()
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **options)
 
     @classmethod
     def from_pretrained(
@@ -90,8 +111,10 @@ class _Pretrained(PyTorchModelHubMixin, Model, library_name="spatial-decay"):
 
         Raises:
             FileNotFoundError: a folder without config.json or model.safetensors.
-            ValueError: a config.json that cannot be read or is another class's; a value in it that cannot be; weights
-                that cannot be read or do not fit. Nothing is half-loaded: there is no model then.
+            ValueError: a config.json that cannot be read or is another class's; a value in it that cannot be; config
+                and weights that were not saved together, or are damaged; weights that cannot be read or do not fit.
+                Nothing is half-loaded: there is no model then.
+            OSError: another process saves to the folder meanwhile.
         """
         download = Download(
             force_download=force_download,
@@ -100,28 +123,33 @@ class _Pretrained(PyTorchModelHubMixin, Model, library_name="spatial-decay"):
             local_files_only=local_files_only,
             revision=revision,
         )
-        source = pretrained_model_name_or_path
-        path = _file(source, _CONFIG, download)
-        name, config = _read_config(path)
-        if name != cls.__name__:
-            raise ValueError(
-                f"{path} must be of an {cls.__name__}: got one of an {name}. Use {name}.from_pretrained, or "
-                "hub.from_pretrained, which takes the class that the config names."
-            )
-        try:
-            model = cls(**(config | overrides))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} and the overrides ({', '.join(overrides) or 'none'}) must hold arguments of {name}: {error}"
-            ) from error
-        load_checkpoint(model, _file(source, _WEIGHTS, download), strict=strict)
+        with _opened(pretrained_model_name_or_path) as source:
+            path = _file(source, _CONFIG, download)
+            found = _read_config(path)
+            name = found["class"]
+            if name != cls.__name__:
+                raise ValueError(
+                    f"{path} must be of an {cls.__name__}: got one of an {name}. Use {name}.from_pretrained, or "
+                    "hub.from_pretrained, which takes the class that the config names."
+                )
+            weights = _file(source, _WEIGHTS, download)
+            check_signed(found, str(path), {_WEIGHTS: weights})
+            try:
+                model = cls(**(found["config"] | overrides))
+            except (TypeError, ValueError) as error:
+                given = ", ".join(overrides) or "none"
+                raise ValueError(
+                    f"{path} and the overrides ({given}) must hold arguments of {name}: {error}"
+                ) from error
+            load_checkpoint(model, weights, strict=strict)
         return model.to(map_location).eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Called by the mixin, which leaves a config.json that it finds as it is."""
-        config = {"class": type(self).__name__, "config": self.config, "spatial_decay": spatial_decay.__version__}
-        (save_directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_model(self, str(save_directory / _WEIGHTS))
+        config = {"class": type(self).__name__, "config": self.config, "spatial_decay": spatial_decay.__version__}
+        config = signed(config, [save_directory / _WEIGHTS])
+        (save_directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 class SDTH(_Pretrained, models.SDTH, pipeline_tag="image-classification", tags=["arxiv:2508.09525"]):
@@ -223,8 +251,14 @@ def from_pretrained(
         local_files_only=local_files_only,
         revision=revision,
     )
-    name, _ = _read_config(_file(source, _CONFIG, download))
+    with _opened(source) as directory:
+        name = _read_config(_file(directory, _CONFIG, download))["class"]
     return _CLASSES[name].from_pretrained(source, map_location=map_location, strict=strict, **download, **overrides)
+
+
+def _opened(source: str | os.PathLike[str]) -> AbstractContextManager[str | os.PathLike[str]]:
+    """Where the valid files of a folder lie; the name of a repository is itself."""
+    return reading(source, _CONFIG) if os.path.isdir(source) else nullcontext(source)
 
 
 def _file(source: str | os.PathLike[str], name: str, download: Download) -> Path:
@@ -238,8 +272,8 @@ def _file(source: str | os.PathLike[str], name: str, download: Download) -> Path
     return path
 
 
-def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """The name of the class and its arguments."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """What config.json holds, with a class that is known and its arguments."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of decoding, of JSON
@@ -250,7 +284,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
             f'{path} must hold "class" (one of {", ".join(_CLASSES)}) and "config" (its arguments): got class {name!r} '
             f"and config {type(config).__name__}. Models of other libraries load with those libraries."
         )
-    return name, config
+    return cast("dict[str, Any]", found)
 
 
 def _check_config(model: Model) -> None:

@@ -1,5 +1,6 @@
 """A swapped model of transformers or diffusers in a folder: as its own library saves it, with the gates beside it."""
 
+import copy
 import importlib
 import inspect
 import json
@@ -10,14 +11,16 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from spatial_decay.checkpoint import load_checkpoint
+from spatial_decay.folders import check_signed, reading, rivals, signed, weight_files, writing
 from spatial_decay.layers.kinds import KINDS, Kind, as_kind
-from spatial_decay.swap.decayed import AddedDecay, added_decays, put_back, take_out
-from spatial_decay.swap.swap import swap_attention
+from spatial_decay.swap.decayed import AddedDecay, added_decays
+from spatial_decay.swap.swap import able_to_swap, restore_attention, swap_attention
 
 __all__ = ["load_swapped", "save_swapped"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
+_SIGNATURE = {"files", "sha256"}
 _OPTIONS, _WEIGHTS = "spatial_decay.json", "spatial_decay.safetensors"
 
 
@@ -28,15 +31,21 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     the options of the swap and the gates, LPE and output gates lie beside it. For other models save the state_dict: the
     names of their own weights have not changed.
 
+    The model is not touched: what is saved is a copy of its modules around the same tensors. The folder is written
+    whole or not at all, see spatial_decay.folders: killed at any moment, load_swapped finds the old content or the new.
+
     Args:
-        model: With a method save_pretrained.
-        folder: Made where there is none.
+        model: With a method save_pretrained. What torch.compile has put around it is left out.
+        folder: Made where there is none. Its other files stay.
 
     Raises:
-        ValueError: the model is not swapped, or has no save_pretrained; its kind of decay is none of the library's, so
-            that load_swapped could not make it again. Nothing is written then.
+        ValueError: the model is not swapped, or has no save_pretrained; its kind of decay is none of the library's, its
+            parts were swapped with different keywords, or it cannot be copied, so that load_swapped could not make it
+            again. Nothing is written then.
         ImportError: without the safetensors package.
+        OSError: the folder cannot be written; it is as it was.
     """
+    model = getattr(model, "_orig_mod", model)
     added = added_decays(model)
     if not added or not hasattr(model, "save_pretrained"):
         raise ValueError(
@@ -46,16 +55,13 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     for core in added.values():
         _check_goes_through_json(core.decay.kind)
     safetensors = _safetensors()
-    taken = take_out(model)
-    try:
-        cast(Any, model).save_pretrained(folder)
-    finally:
-        put_back(model, taken)
+    plain = _without_decay(model)
+    swap = _swap_of(plain, added)
     weights = {name: value.detach().cpu().contiguous() for name, value in _container(added).state_dict().items()}
-    safetensors.save_file(weights, Path(folder, f"{_WEIGHTS}.part"))
-    Path(folder, f"{_OPTIONS}.part").write_text(json.dumps(next(iter(added.values())).options, indent=2))
-    for name in (_WEIGHTS, _OPTIONS):
-        os.replace(Path(folder, f"{name}.part"), Path(folder, name))
+    with writing(folder) as part:
+        cast(Any, plain).save_pretrained(part)
+        safetensors.save_file(weights, part / _WEIGHTS)
+        (part / _OPTIONS).write_text(json.dumps(signed(swap, weight_files(part)), indent=2))
 
 
 def load_swapped(model_class: type[_Model], folder: str | os.PathLike[str], **options: Any) -> _Model:
@@ -68,17 +74,53 @@ def load_swapped(model_class: type[_Model], folder: str | os.PathLike[str], **op
 
     Raises:
         FileNotFoundError: the folder is not one of save_swapped.
-        ValueError: the options of the swap are not those of this version; the gates do not fit the model.
+        ValueError: the files of the folder do not belong together, or one is damaged; the options of the swap are not
+            those of this version; the gates do not fit the model.
         ImportError: without the safetensors package.
+        OSError: another process saves to the folder meanwhile.
     """
-    swap = _options_of_swap(Path(folder, _OPTIONS))
-    safetensors = _safetensors()
-    model: _Model = cast(Any, model_class).from_pretrained(folder, **options)
-    swap_attention(model, **swap)
-    container, weights = _container(added_decays(model)), Path(folder, _WEIGHTS)
-    if container.state_dict() or safetensors.load_file(weights):  # kinds without gates have none
-        load_checkpoint(container, weights)
+    with reading(folder, _OPTIONS) as directory:
+        swap = _options_of_swap(directory / _OPTIONS)
+        _check_reads_what_was_saved(options)
+        safetensors = _safetensors()
+        model: _Model = cast(Any, model_class).from_pretrained(directory, **options)
+        swap_attention(model, **swap)
+        container, weights = _container(added_decays(model)), directory / _WEIGHTS
+        if container.state_dict() or safetensors.load_file(weights):  # kinds without gates have none
+            load_checkpoint(container, weights)
     return model
+
+
+def _without_decay(model: nn.Module) -> nn.Module:
+    """The modules of the model before swap_attention, around the same tensors; the model itself stays as it is."""
+    shared = [*model.parameters(), *model.buffers()]
+    for module in model.modules():  # hooks may belong to anything, and the copy is never called
+        dicts = [value for name, value in vars(module).items() if name.endswith("_hooks") and isinstance(value, dict)]
+        shared += [hook for hooks in dicts for hook in hooks.values()]
+    try:
+        plain = copy.deepcopy(model, {id(value): value for value in shared})
+    except Exception as error:  # whatever the model keeps has errors of its own
+        raise ValueError(
+            f"the model must be one that copy.deepcopy copies, to be saved without being changed ({error}). Save its "
+            "state_dict, or take off what other libraries have put on it since the swap."
+        ) from error
+    restore_attention(plain)
+    return plain
+
+
+def _swap_of(plain: nn.Module, added: dict[str, AddedDecay]) -> dict[str, Any]:
+    """The keywords with which swap_attention makes just these decays again."""
+    swap = next(iter(added.values())).options
+    same = [core.options | {"layers": None} == swap | {"layers": None} for core in added.values()]
+    able = able_to_swap(plain, swap["patch_embed"]) if all(same) else []
+    if not set(added) <= set(able):
+        raise ValueError(
+            "all attention with decay must come from one swap, which load_swapped can do again: got "
+            + (f"{', '.join(set(added) - set(able))} that it would not find" if all(same) else "different keywords")
+            + ". Save the state_dict, and swap in the same steps before loading it."
+        )
+    layers = None if len(added) == len(able) else [i for i, name in enumerate(able) if name in added]
+    return swap | {"layers": layers}  # those that restore_attention has left
 
 
 def _options_of_swap(file: Path) -> dict[str, Any]:
@@ -88,15 +130,38 @@ def _options_of_swap(file: Path) -> dict[str, Any]:
     expected = set(inspect.signature(swap_attention).parameters) - {"model"}
     try:
         found = json.loads(file.read_text())
-        if not isinstance(found, dict) or set(found) != expected:
+        if not isinstance(found, dict) or set(found) - _SIGNATURE != expected:
             raise ValueError(f"it needs {', '.join(sorted(expected))}, and has {', '.join(sorted(found))}.")
         as_kind(found["decay"])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is not what this version's save_swapped writes. Load it with the version of spatial-decay "
-            f"that has saved it, or swap the model of its folder anew: {error}"
+            f"{file} is not what this version's save_swapped writes, or is damaged. Load it with the version of "
+            f"spatial-decay that has saved it, or swap the model of its folder anew: {error}"
         ) from error
-    return found
+    _check_whole(file, found)
+    return {name: found[name] for name in expected}
+
+
+def _check_whole(file: Path, manifest: dict[str, Any]) -> None:
+    """Raise where the weights in a manifest's directory are not those that were saved with it."""
+    files = {path.name: path for path in weight_files(file.parent)}
+    check_signed(manifest, str(file), files)
+    if others := [path.name for path in rivals(file.parent, manifest["files"])]:
+        raise ValueError(
+            f"{file.parent} must hold only the weights that were saved together: {', '.join(others)} came to "
+            f"{', '.join(manifest['files'])} later, and might be read in their place. Move them to another folder."
+        )
+
+
+def _check_reads_what_was_saved(options: dict[str, Any]) -> None:
+    """Raise where from_pretrained would read other weights than those of the manifest."""
+    given = [name for name in ("gguf_file", "subfolder", "variant") if options.get(name)]
+    given += ["use_safetensors"] if options.get("use_safetensors") is False else []
+    if given:
+        raise ValueError(
+            f"load_swapped must read the weights that save_swapped wrote: got {', '.join(given)}, which may name "
+            "others. Leave it out."
+        )
 
 
 def _check_goes_through_json(kind: Kind) -> None:

@@ -16,7 +16,7 @@ from spatial_decay.swap.hooks import check_no_hooks_are_needed, install_hooks, r
 from spatial_decay.swap.hosts.base import Host, PatchEmbed
 from spatial_decay.swap.hosts.table import host_of, looks_like_attention, patch_embeds_of
 
-__all__ = ["SwapReport", "restore_attention", "swap_attention"]
+__all__ = ["SwapReport", "able_to_swap", "restore_attention", "swap_attention"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,11 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
     if not remove_hooks(model) and not taken:
         raise ValueError("the model must have been changed by swap_attention: it has no attention with decay.")
     return tuple(taken)
+
+
+def able_to_swap(model: nn.Module, patch_embed: str | None) -> list[str]:
+    """Names of the attention modules that can take a decay, those that `layers` counts."""
+    return list(_sorted_out(model, patch_embed)[0])
 
 
 def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tuple[Host, PatchEmbed]], dict[str, str]]:

@@ -1,12 +1,14 @@
 """Folders for Hugging Face's Hub: they rebuild the model exactly, or say why not and build none."""
 
 import json
+import os
 import sys
 
 import pytest
 import torch
 
 import spatial_decay as sd
+from spatial_decay.folders import signed
 from spatial_decay.integrations import hub
 
 TWO_STAGES = {
@@ -81,6 +83,8 @@ def test_a_plain_model_is_saved_too_and_stays_as_it_is(name, tmp_path):
 def test_the_config_holds_class_and_arguments(tmp_path):
     hub.save_pretrained(build("ViT"), tmp_path)
     found = json.loads((tmp_path / "config.json").read_text())
+    assert found.pop("files").keys() == {"model.safetensors"}
+    assert len(found.pop("sha256")) == 64
     assert found == {"class": "ViT", "config": sd.ViT(5, **VIT).config} | {"spatial_decay": sd.__version__}
 
 
@@ -127,11 +131,15 @@ def test_only_backbones_are_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def sign(folder, config):
+    """As a save of these weights with this config, whatever is in them."""
+    content = {key: value for key, value in config.items() if key not in ("files", "sha256")}
+    (folder / "config.json").write_text(json.dumps(signed(content, [folder / "model.safetensors"])))
+
+
 def edit_config(change):
     def edit(folder):
-        path = folder / "config.json"
-        found = json.loads(path.read_text())
-        path.write_text(json.dumps(change(found)))
+        sign(folder, change(json.loads((folder / "config.json").read_text())))
 
     return edit
 
@@ -142,6 +150,7 @@ def edit_weights(change):
 
         path = folder / "model.safetensors"
         save_file(change(load_file(path)), path)
+        sign(folder, json.loads((folder / "config.json").read_text()))
 
     return edit
 
@@ -185,8 +194,17 @@ def truncate(folder):
             "missing from the checkpoint: norm.bias",
         ),
         (edit_weights(lambda w: w | {"ghost": torch.ones(1)}), ValueError, "not in the model: ghost"),
-        (truncate, ValueError, "not a checkpoint that can be read safely"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"weights"), ValueError, "not a checkpoint that can be read"),
+        (truncate, ValueError, "as they were saved: missing, damaged, edited or of another save is model.safetensors"),
+        (
+            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("prr", "avg")),
+            ValueError,
+            "missing, damaged, edited or of another save is .*config.json",
+        ),
+        (
+            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("sha256", "sha1")),
+            ValueError,
+            "a version before them has written it. Load it with that version, and save it again",
+        ),
     ],
 )
 def test_damaged_folders(damage, error, says, tmp_path):
@@ -216,6 +234,50 @@ def test_a_repository_is_downloaded_by_name(tmp_path, monkeypatch):
     model = hub.from_pretrained("someone/model", revision="v1")
     assert type(model) is hub.ViT
     assert set(asked) == {("someone/model", name, "v1") for name in ("config.json", "model.safetensors")}
+
+
+def test_files_of_two_commits_are_refused(tmp_path, monkeypatch):
+    """A repository comes file by file, and somebody may push between two of them."""
+    hub.save_pretrained(build("ViT"), tmp_path / "old")
+    hub.save_pretrained(build("ViT"), tmp_path / "new")
+    commits = {"config.json": "old", "model.safetensors": "new"}
+    monkeypatch.setattr(hub, "hf_hub_download", lambda _, name, **options: str(tmp_path / commits[name] / name))
+    with pytest.raises(ValueError, match="missing, damaged, edited or of another save is model.safetensors"):
+        hub.from_pretrained("someone/model")
+
+
+@pytest.mark.parametrize("name", [None, "someone/vit"])
+def test_push_to_hub_sends_the_whole_folder(name, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi, RepoUrl
+
+    sent = {}
+
+    def create_repo(self, repo_id, **_):
+        assert repo_id == (name or "my-vit")
+        return RepoUrl("https://huggingface.co/someone/vit")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, **_):
+        sent.update(repo=repo_id, files=sorted(os.listdir(folder_path)), message=commit_message)
+        assert_same(model, hub.from_pretrained(folder_path), torch.randn(2, 3, 32, 48))
+        return "the commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    model, folder = build("ViT"), tmp_path / "my-vit"
+    options = {"push_to_hub": True, "commit_message": "first"} | ({"repo_id": name} if name else {})
+    assert hub.save_pretrained(model, folder, **options) == "the commit"
+    files = ["README.md", "config.json", "model.safetensors"]
+    assert sent == {"repo": "someone/vit", "files": files, "message": "first"}
+    assert sorted(os.listdir(folder)) == files
+
+
+def test_a_readme_that_is_there_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "log.txt").write_text("mine too")
+    hub.save_pretrained(build("ViT"), tmp_path)
+    hub.save_pretrained(build("ViT"), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert len(os.listdir(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("missing", ["huggingface_hub", "safetensors.torch"])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,9 @@ import torch
 import transformers
 
 import spatial_decay as sd
+from spatial_decay.folders import signed
 from spatial_decay.layers.kinds import KINDS
-from tests.swap.hosts import HOSTS
+from tests.swap.hosts import HOSTS, traces
 
 BY_NAME = {host.name: host for host in HOSTS}
 CLASSES = {"transformers ViT": transformers.ViTModel, "diffusers DiT": diffusers.DiTTransformer2DModel}
@@ -62,10 +64,18 @@ def test_every_kind_comes_back(kind, tmp_path):
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
+def sign(folder, **change):
+    """As a save of the weights in a folder, with other keywords of the swap."""
+    file = folder / "spatial_decay.json"
+    found = json.loads(file.read_text()) | change
+    names = found.pop("files")
+    del found["sha256"]
+    file.write_text(json.dumps(signed(found, [folder / name for name in names])))
+
+
 def test_weights_of_gates_that_the_kind_has_not_are_refused(tmp_path):
     sd.save_swapped(swapped(BY_NAME["transformers ViT"], lpe_kernel_size=0), tmp_path)
-    file = tmp_path / "spatial_decay.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"decay": {"kind": "none"}}))
+    sign(tmp_path, decay={"kind": "none"})
     with pytest.raises(ValueError, match="does not fit the model"):
         sd.load_swapped(transformers.ViTModel, tmp_path)
 
@@ -109,14 +119,13 @@ def test_what_does_not_fit_is_said(tmp_path):
     with pytest.raises(ValueError, match="ViTModel with 0 decays"):
         sd.save_swapped(host.make(), tmp_path)
     sd.save_swapped(swapped(host), tmp_path)
-    options = json.loads((tmp_path / "spatial_decay.json").read_text())
-    (tmp_path / "spatial_decay.json").write_text(json.dumps(options | {"lpe_kernel_size": 5}))
+    sign(tmp_path, lpe_kernel_size=5)
     with pytest.raises(ValueError, match=r"the model has \(48, 1, 5, 5\), the checkpoint \(48, 1, 3, 3\)"):
         sd.load_swapped(transformers.ViTModel, tmp_path)
-    (tmp_path / "spatial_decay.json").write_text(json.dumps(options))
+    sign(tmp_path, lpe_kernel_size=3)
     weights = (tmp_path / "spatial_decay.safetensors").read_bytes()
     (tmp_path / "spatial_decay.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ValueError, match="not a checkpoint that can be read safely"):
+    with pytest.raises(ValueError, match="damaged, edited or of another save is spatial_decay.safetensors"):
         sd.load_swapped(transformers.ViTModel, tmp_path)
 
 
@@ -139,4 +148,183 @@ def test_options_of_another_version_are_refused_before_a_model_is_built(tmp_path
     file.write_text(change if isinstance(change, str) else json.dumps(changed))
     monkeypatch.setattr(transformers.ViTModel, "from_pretrained", lambda *_, **__: pytest.fail("too early"))
     with pytest.raises(ValueError, match=rf"(?s)is not what this version's save_swapped writes.*{message}"):
+        sd.load_swapped(transformers.ViTModel, tmp_path)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("saves", [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_calls_while_it_is_saved_are_right(name, saves, tmp_path):
+    host = BY_NAME[name]
+    model, images = swapped(host), host.images(host.sizes[-1])
+    with torch.no_grad():
+        expected = host.run(model, images)
+    stop, outs = threading.Event(), []
+
+    def call():
+        with torch.no_grad():
+            while not stop.is_set():
+                outs.append(torch.equal(host.run(model, images), expected))
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(saves):
+        sd.save_swapped(model, tmp_path)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert all(outs)
+    assert len(outs) > 4 * saves
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_host_that_fails_half_way_changes_neither_model_nor_folder(name, tmp_path, monkeypatch):
+    host = BY_NAME[name]
+    model = swapped(host)
+    before, config = traces(model), dict(model.config.to_dict() if hasattr(model.config, "to_dict") else model.config)
+
+    def half(self, folder):
+        (folder / "config.json").write_text("{}")
+        assert not any(hasattr(module, "spatial_decay") for module in self.modules())
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CLASSES[name], "save_pretrained", half)
+        with pytest.raises(OSError, match="no space left"):
+            sd.save_swapped(model, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+    sd.save_swapped(model, tmp_path)
+    assert traces(model) == before
+    assert dict(model.config.to_dict() if hasattr(model.config, "to_dict") else model.config) == config
+    assert all(not list(module._state_dict_hooks) for module in model.modules())
+
+
+def test_what_others_have_hung_on_the_model_is_not_copied(tmp_path):
+    host = BY_NAME["transformers ViT"]
+    model, images = swapped(host), host.images((64, 64))
+
+    class Recorder:
+        def __init__(self):
+            self.lock, self.num_calls = threading.Lock(), 0  # locks cannot be copied
+
+        def __call__(self, *_):
+            self.num_calls += 1
+
+    recorder = Recorder()
+    model.register_forward_hook(recorder)
+    sd.save_swapped(model, tmp_path)
+    host.run(model, images)
+    assert recorder.num_calls == 1
+    model.lock = recorder.lock
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"copy.deepcopy copies, .*cannot pickle '_thread.lock'.*state_dict"):
+        sd.save_swapped(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["full", "fixed"])  # with gates, and with nothing that could be missed
+def test_the_decay_that_a_partial_restore_has_left_comes_back(kind, tmp_path):
+    host = BY_NAME["transformers ViT"]
+    model, images = host.make(), host.images((64, 96))
+    sd.swap_attention(model, kind)
+    sd.restore_attention(model.layers[0])
+    sd.save_swapped(model, tmp_path)
+    again = sd.load_swapped(transformers.ViTModel, tmp_path).eval()
+    assert [name for name, _ in again.named_modules() if name.endswith(".spatial_decay")] == [
+        "layers.1.attention.spatial_decay"
+    ]
+    with torch.no_grad():
+        assert torch.equal(host.run(again, images), host.run(model, images))
+
+
+def test_parts_that_were_swapped_differently_are_refused(tmp_path):
+    """No one call of swap_attention makes them again."""
+
+    class Two(transformers.ViTPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.left, self.right = transformers.ViTModel(config), transformers.ViTModel(config)
+            self.post_init()
+
+    model = Two(BY_NAME["transformers ViT"].make().config)
+    sd.swap_attention(model.left, sd.kinds.Full(alpha=0.2))
+    sd.swap_attention(model.right, sd.kinds.Full(alpha=0.3))
+    with pytest.raises(ValueError, match=r"must come from one swap, .*: got different keywords\. Save the state_dict"):
+        sd.save_swapped(model, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+    sd.restore_attention(model.right)
+    sd.swap_attention(model.right, sd.kinds.Full(alpha=0.2), layers=[1])
+    sd.save_swapped(model, tmp_path)
+    again = sd.load_swapped(Two, tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.slow  # the compiler's import
+def test_a_compiled_model_is_saved_as_the_model_inside(tmp_path):
+    model = swapped(BY_NAME["transformers ViT"])
+    sd.save_swapped(torch.compile(model), tmp_path)
+    again = sd.load_swapped(transformers.ViTModel, tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "sharded_first"),
+    [
+        ("diffusers DiT", True),  # it prefers parts
+        ("transformers ViT", False),  # it prefers the whole
+        pytest.param("diffusers DiT", False, marks=pytest.mark.slow),
+        pytest.param("transformers ViT", True, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_in_parts_and_whole_ones_do_not_mix(name, sharded_first, tmp_path, monkeypatch):
+    host, save = BY_NAME[name], CLASSES[name].save_pretrained
+    models = swapped(host), swapped(host)
+    with torch.no_grad():
+        next(models[1].parameters()).add_(1)
+    for model, sharded in zip(models, (sharded_first, not sharded_first), strict=True):
+        with monkeypatch.context() as patch:
+            size = "40KB" if sharded else "10GB"
+            patch.setattr(
+                CLASSES[name], "save_pretrained", lambda m, folder, size=size: save(m, folder, max_shard_size=size)
+            )
+            sd.save_swapped(model, tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) > 2 or not sharded
+        again = sd.load_swapped(CLASSES[name], tmp_path)
+        assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+        plain = CLASSES[name].from_pretrained(tmp_path)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("size", ["40KB", "10GB"])
+def test_weights_that_the_host_wrote_later_are_refused(name, size, tmp_path):
+    """Its own save_pretrained over ours leaves new weights with old gates, or two sets of weights."""
+    model = swapped(BY_NAME[name])
+    sd.save_swapped(model, tmp_path)
+    sd.restore_attention(model)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    with pytest.raises(ValueError, match="belong together|only the weights that were saved together"):
+        sd.load_swapped(CLASSES[name], tmp_path)
+
+
+def test_the_hosts_config_may_be_edited_and_other_weights_may_not_be_named(tmp_path):
+    sd.save_swapped(swapped(BY_NAME["transformers ViT"]), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": {"0": "cat", "1": "dog"}}))
+    assert sd.load_swapped(transformers.ViTModel, tmp_path).config.id2label == {0: "cat", 1: "dog"}
+    for option in ({"variant": "fp16"}, {"subfolder": "old"}, {"use_safetensors": False}):
+        with pytest.raises(ValueError, match=rf"got {next(iter(option))}, which may name others"):
+            sd.load_swapped(transformers.ViTModel, tmp_path, **option)
+
+
+def test_a_folder_without_hashes_is_refused(tmp_path):
+    sd.save_swapped(swapped(BY_NAME["transformers ViT"]), tmp_path)
+    file = tmp_path / "spatial_decay.json"
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in found.items() if key not in ("files", "sha256")}))
+    with pytest.raises(
+        ValueError, match=r'spatial_decay\.json must have "files" and "sha256".*Load it with that version'
+    ):
         sd.load_swapped(transformers.ViTModel, tmp_path)
