@@ -139,7 +139,8 @@ def swap_attention(
     for name, new in added.items():
         weights = list(modules[name].parameters())
         floating = [weight.dtype for weight in weights if weight.is_floating_point()]  # others are quantized
-        new.to(device=weights[0].device, dtype=floating[0] if floating else None).train(modules[name].training)
+        device = None if weights[0].is_meta else weights[0].device  # accelerate's init_empty_weights leaves ours real
+        new.to(device=device, dtype=floating[0] if floating else None).train(modules[name].training)
     remove_hooks(model)  # of decays that were restored part by part
     put_back(model, added)
     for embed in {able[name][1].name: able[name][1] for name in chosen}.values():
