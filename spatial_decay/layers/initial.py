@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-__all__ = ["Conv2d", "Initialised", "Linear", "fill_skipped"]
+__all__ = ["Conv2d", "Initialised", "Linear", "fill_as_xavier", "fill_skipped"]
 
 
 class Initialised(nn.Module):
@@ -101,6 +101,13 @@ def fill_skipped(*modules: nn.Module | None) -> None:
     for module in modules:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             _fill_as_pytorch(module)
+
+
+@torch.no_grad()
+def fill_as_xavier(weight: Tensor) -> None:
+    """As torch.nn.init.xavier_uniform_ does a matrix, and where that has been turned off too."""
+    bound = math.sqrt(3.0) * math.sqrt(2.0 / sum(weight.shape))
+    weight.uniform_(-bound, bound)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from spatial_decay.checkpoint import load_checkpoint
 from spatial_decay.layers.kinds import KINDS, Kind, as_kind
+from spatial_decay.swap.by_host import load_by_host
 from spatial_decay.swap.decayed import AddedDecay, added_decays, put_back, take_out
 from spatial_decay.swap.swap import swap_attention
 
@@ -19,6 +21,10 @@ __all__ = ["load_swapped", "save_swapped"]
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _OPTIONS, _WEIGHTS = "spatial_decay.json", "spatial_decay.safetensors"
+_BY_HAND = (
+    "For other files (of Lightning, of accelerate's save_state), build the model, swap_attention with the same "
+    "keywords, and load its state_dict."
+)
 
 
 def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -58,23 +64,41 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         os.replace(Path(folder, f"{name}.part"), Path(folder, name))
 
 
-def load_swapped(model_class: type[_Model], folder: str | os.PathLike[str], **options: Any) -> _Model:
-    """The model that save_swapped has saved, swapped again.
+def load_swapped(
+    model_class: type[_Model],
+    folder: str | os.PathLike[str],
+    *,
+    swap: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> _Model:
+    """The model that save_swapped has saved, or its own library, swapped again.
 
     Args:
         model_class: Its class, for instance transformers.ViTModel.
-        folder: Of save_swapped.
+        folder: Of save_swapped; or, with swap, what the model's own save_pretrained has written after the swap, such as
+            a checkpoint of transformers' Trainer, an average of diffusers' EMAModel or a part of a pipeline.
+        swap: The keywords with which the model was swapped, which such a folder does not hold; save_swapped's does.
         options: For model_class.from_pretrained.
 
     Raises:
-        FileNotFoundError: the folder is not one of save_swapped.
-        ValueError: the options of the swap are not those of this version; the gates do not fit the model.
+        FileNotFoundError: the folder is not one of save_swapped, and swap is left out.
+        TypeError: model_class is no class of models.
+        ValueError: a file; swap beside the keywords of the folder; the options of the swap are not those of this
+            version; the gates do not fit the model.
         ImportError: without the safetensors package.
     """
-    swap = _options_of_swap(Path(folder, _OPTIONS))
+    if Path(folder).is_file():
+        raise ValueError(f"folder must be a folder: got the file {folder}. {_BY_HAND}")
+    if swap is not None:
+        if Path(folder, _OPTIONS).exists():
+            raise ValueError(
+                f"swap must be left out for {folder}, whose {_OPTIONS} has the keywords: got {dict(swap)}."
+            )
+        return load_by_host(model_class, folder, swap, options)
+    saved = _options_of_swap(Path(folder, _OPTIONS))
     safetensors = _safetensors()
     model: _Model = cast(Any, model_class).from_pretrained(folder, **options)
-    swap_attention(model, **swap)
+    swap_attention(model, **saved)
     container, weights = _container(added_decays(model)), Path(folder, _WEIGHTS)
     if container.state_dict() or safetensors.load_file(weights):  # kinds without gates have none
         load_checkpoint(container, weights)
@@ -84,7 +108,10 @@ def load_swapped(model_class: type[_Model], folder: str | os.PathLike[str], **op
 def _options_of_swap(file: Path) -> dict[str, Any]:
     """The keywords of swap_attention that were saved, checked before a model is loaded for them."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} must be a folder of save_swapped: it has no {file.name}.")
+        raise FileNotFoundError(
+            f"{file.parent} must be a folder of save_swapped: it has no {file.name}. Where the model's own library has "
+            'written it after the swap, pass the keywords of the swap, such as swap={"decay": "full"}. ' + _BY_HAND
+        )
     expected = set(inspect.signature(swap_attention).parameters) - {"model"}
     try:
         found = json.loads(file.read_text())

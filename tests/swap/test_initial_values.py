@@ -186,19 +186,31 @@ def test_diffusers_from_a_plain_folder_and_from_its_own(low_cpu_mem_usage, tmp_p
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
 
 
+def models():
+    options = {"depth": 1, "dim": 96, "img_size": 32, "init_values": 0.1, "num_registers": 2, "gate_rank": 4}
+    return [
+        sd.ViT(10, decay="full", lpe_kernel_size=3, **options),
+        sd.ViT(10, decay="gaussian", **options),
+        sd.SDTH(10, embed_dims=(32, 64), depths=(1, 1), num_heads=(2, 4), mlp_ratios=2.0, decay=("decomposed", "full")),
+        sd.SDTP(8, num_classes=10, dim=96, depth=1, num_heads=3),
+    ]
+
+
 class DiTWithBlock(diffusers.DiTTransformer2DModel):
     @functools.wraps(diffusers.DiTTransformer2DModel.__init__)
     def __init__(self, **options):
         super().__init__(**options)
         self.block = sd.SDTBlock(48, 3, init_values=0.5)
+        self.models = nn.ModuleList(models())
         self.theirs = nn.Linear(48, 48)
 
 
 def test_diffusers_fills_no_new_layer_and_ours_fill_themselves(tmp_path):
     BY_NAME["diffusers DiT"].make().save_pretrained(tmp_path)
     model = DiTWithBlock.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-    assert check_new(model) == 7
-    assert all(weight.isfinite().all() for weight in model.block.parameters())
+    assert check_new(model.block) == 7
+    ours = [*model.block.parameters(), *model.models.parameters()]
+    assert all(weight.isfinite().all() for weight in ours)
     assert 0.5 / 48**0.5 < model.block.attn.qkv.weight.std() < 48**-0.5  # as PyTorch begins
     empty = DiTWithBlock.from_pretrained(tmp_path)  # with low_cpu_mem_usage their linear layers stay on the meta device
     assert empty.block.attn.qkv.weight.is_meta
@@ -207,6 +219,7 @@ def test_diffusers_fills_no_new_layer_and_ours_fill_themselves(tmp_path):
     assert model.theirs.weight.isnan().all(), "mended upstream (diffusers #12153): spatial_decay need not do it"
 
 
+@pytest.mark.slow
 def test_accelerate_dispatches_a_checkpoint_without_the_gates(tmp_path):
     host = BY_NAME["transformers ViT"]
     plain = host.make()
@@ -254,21 +267,7 @@ def test_on_the_meta_device_nothing_is_real_until_it_is_loaded():
 
 def test_every_module_with_parameters_can_begin_anew():
     """FSDP calls reset_parameters of each module that it has taken off the meta device."""
-    options = {
-        "depth": 1,
-        "img_size": 32,
-        "init_values": 0.1,
-        "decay": "full",
-        "num_registers": 2,
-        "lpe_kernel_size": 3,
-    }
-    models = [
-        sd.ViT(10, **options | {"gate_rank": 4}),
-        sd.ViT(10, **options | {"decay": "gaussian"}),
-        sd.sdt_h_tiny(depths=(1, 1, 1, 1)),
-        sd.sdt_p_small(depth=1, input_size=8),
-    ]
-    for model in models:
+    for model in models():
         for name, module in model.named_modules():
             own = list(module.parameters(recurse=False))
             if own:
