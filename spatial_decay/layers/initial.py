@@ -27,6 +27,8 @@ class Initialised(nn.Module):
     """
 
     _has_values = False  # false where they are on the meta device, or have come from there by nobody knows which way
+    _is_told = False  # by transformers, that it is initialised
+    _is_a_hosts_kind = False  # which transformers would fill in a way of its own
 
     def fill(self) -> None:
         """Write the first values into the parameters, in place, with methods of Tensor."""
@@ -40,19 +42,18 @@ class Initialised(nn.Module):
 
     @property
     def _is_hf_initialized(self) -> bool:
-        """Asked by transformers, which leaves a module alone that is initialised."""
-        return self._has_values
+        """Asked by transformers, which otherwise lets the model's _init_weights fill it. What that writes stays."""
+        return self._is_told or (self._is_a_hosts_kind and self._has_values)
 
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, value: bool) -> None:
-        """Told by transformers. What it has loaded it has marked with the same name."""
+        self._is_told = value
         if not value or self._has_values or self._is_on_meta():
             return
-        own = self.parameters(recurse=False)
-        loaded = [(p, p.detach().clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
+        kept = [(p, p.detach().clone()) for p in self.parameters(recurse=False) if self._is_filled(p)]
         self.reset_parameters()
         with torch.no_grad():
-            for parameter, its_value in loaded:
+            for parameter, its_value in kept:
                 parameter.copy_(its_value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -71,7 +72,12 @@ class Initialised(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if all(f"{prefix}{name}" in state_dict for name, _ in self.named_parameters(recurse=False)):
-            self._has_values = not self._is_on_meta()
+            self._has_values = self._is_told = not self._is_on_meta()
+
+    def _is_filled(self, parameter: nn.Parameter) -> bool:
+        """Loaded, which transformers marks; or written by somebody's _init_weights."""
+        is_written = not parameter.is_inference() and parameter._version > 0 and not self._is_a_hosts_kind
+        return is_written or getattr(parameter, "_is_hf_initialized", False)
 
     def _is_on_meta(self) -> bool:
         return any(parameter.is_meta for parameter in self.parameters(recurse=False))
@@ -80,12 +86,16 @@ class Initialised(nn.Module):
 class Linear(Initialised, nn.Linear):
     """PyTorch's, that sees to its first values."""
 
+    _is_a_hosts_kind = True
+
     def fill(self) -> None:
         _fill_as_pytorch(self)
 
 
 class Conv2d(Initialised, nn.Conv2d):
     """PyTorch's, that sees to its first values."""
+
+    _is_a_hosts_kind = True
 
     def fill(self) -> None:
         _fill_as_pytorch(self)

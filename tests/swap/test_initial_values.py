@@ -144,6 +144,24 @@ def test_transformers_initialises_only_what_a_folder_lacks(tmp_path):
     assert check_new(again.vit.layers[1]) == 3
 
 
+class ViTWithItsOwnValues(ViTWithLayers):
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, sd.ContextAwareGate):
+            transformers.initialization.constant_(module.bias, 3.0)  # 6 by bias_init, 3 in the block
+
+
+def test_the_models_own_init_weights_has_the_last_word(tmp_path):
+    config = transformers.ViTConfig(**HF, decay="full")
+    transformers.ViTModel(config).save_pretrained(tmp_path / "plain")
+    for model in (ViTWithItsOwnValues(config), ViTWithItsOwnValues.from_pretrained(tmp_path / "plain")):
+        assert (model.gate.bias == 3).all()
+        assert 0.01 < model.gate.weight.std() < 0.03
+    trained = stir(model)
+    model.save_pretrained(tmp_path / "own")
+    assert_same(trained, ViTWithItsOwnValues.from_pretrained(tmp_path / "own").state_dict())
+
+
 def test_a_model_around_a_trained_one_leaves_it_as_it_is(tmp_path):
     transformers.ViTModel(transformers.ViTConfig(**HF)).save_pretrained(tmp_path)
     vit = transformers.ViTModel.from_pretrained(tmp_path)
