@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.initialization import constant_
 from transformers.models.vit.modeling_vit import ViTPreTrainedModel
 
 import spatial_decay as sd
@@ -148,7 +149,7 @@ class ViTWithItsOwnValues(ViTWithLayers):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, sd.ContextAwareGate):
-            transformers.initialization.constant_(module.bias, 3.0)  # 6 by bias_init, 3 in the block
+            constant_(module.bias, 3.0)  # 6 by bias_init, 3 in the block
 
 
 def test_the_models_own_init_weights_has_the_last_word(tmp_path):
