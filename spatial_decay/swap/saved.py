@@ -98,11 +98,24 @@ def load_swapped(
     saved = _options_of_swap(Path(folder, _OPTIONS))
     safetensors = _safetensors()
     model: _Model = cast(Any, model_class).from_pretrained(folder, **options)
-    swap_attention(model, **saved)
+    _swap_again(model, saved)
     container, weights = _container(added_decays(model)), Path(folder, _WEIGHTS)
     if container.state_dict() or safetensors.load_file(weights):  # kinds without gates have none
         load_checkpoint(container, weights)
     return model
+
+
+def _swap_again(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Swap with these keywords, or see that the model's class has done so as it was built."""
+    added = added_decays(model)
+    if not added:
+        swap_attention(model, **saved)
+    for core in added.values():
+        if json.dumps(core.options, sort_keys=True) != json.dumps(saved, sort_keys=True):
+            raise ValueError(
+                f"{type(model).__name__} swaps as it is built, and must do so with the keywords that were saved, "
+                f"{saved}: got {core.options}. Build it as it was, or load the folder with the class inside."
+            )
 
 
 def _options_of_swap(file: Path) -> dict[str, Any]:

@@ -145,6 +145,23 @@ def test_transformers_initialises_only_what_a_folder_lacks(tmp_path):
     assert check_new(again.vit.layers[1]) == 3
 
 
+def test_folders_of_a_swapped_model_into_a_class_that_swaps(tmp_path):
+    config = transformers.ViTConfig(**HF, decay="full")
+    vit = transformers.ViTModel(config)
+    sd.swap_attention(vit, "full", **SWAP)
+    trained = stir(vit)
+    vit.save_pretrained(tmp_path / "theirs")
+    assert_same(trained, SwappedViT.from_pretrained(tmp_path / "theirs").vit.state_dict())
+    model = SwappedViT(config)
+    model.vit.load_state_dict(trained)
+    sd.save_swapped(model, tmp_path / "ours")
+    assert_same(trained, sd.load_swapped(SwappedViT, tmp_path / "ours").vit.state_dict())
+    model.config.decay = "1d"
+    model.config.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="SwappedViT swaps as it is built, and must do so with the keywords that were"):
+        sd.load_swapped(SwappedViT, tmp_path / "ours")
+
+
 class ViTWithItsOwnValues(ViTWithLayers):
     def _init_weights(self, module):
         super()._init_weights(module)
