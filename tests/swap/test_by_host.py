@@ -132,21 +132,27 @@ def test_a_checkpoint_of_transformers_trainer(tmp_path):
     )
 
 
-def test_hosts_warn_where_a_model_without_decay_reads_the_gates(tmp_path, caplog):
+@pytest.fixture
+def warnings_of_hosts(caplog):
+    """Their loggers hand nothing on to the root's."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    yield caplog
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+
+
+def test_hosts_warn_where_a_model_without_decay_reads_the_gates(tmp_path, warnings_of_hosts):
     swapped(BY_NAME["transformers ViT"]).save_pretrained(tmp_path / "vit")
     swapped(BY_NAME["diffusers DiT"]).save_pretrained(tmp_path / "dit")
-    log = logging.getLogger("transformers")
-    log.addHandler(caplog.handler)
-    try:
-        transformers.ViTModel.from_pretrained(tmp_path / "vit")
-    finally:
-        log.removeHandler(caplog.handler)
-    assert "spatial_decay.decay.gate.weight" in caplog.text
-    assert "UNEXPECTED" in caplog.text
-    caplog.clear()
+    transformers.ViTModel.from_pretrained(tmp_path / "vit")
+    assert "spatial_decay.decay.gate.weight" in warnings_of_hosts.text
+    assert "UNEXPECTED" in warnings_of_hosts.text
+    warnings_of_hosts.clear()
     diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "dit")
-    assert "were not used when initializing" in caplog.text
-    assert "attn1.spatial_decay.decay.gate.weight" in caplog.text
+    assert "were not used when initializing" in warnings_of_hosts.text
+    assert "attn1.spatial_decay.decay.gate.weight" in warnings_of_hosts.text
 
 
 class SwappedDiT(diffusers.DiTTransformer2DModel):
@@ -170,12 +176,12 @@ def test_the_average_of_diffusers(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.shadow_params, model.parameters(), strict=True))
 
 
-def test_a_pipeline_of_diffusers(tmp_path, caplog):
+def test_a_pipeline_of_diffusers(tmp_path, warnings_of_hosts):
     model = swapped(BY_NAME["diffusers DiT"])
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     diffusers.DiTPipeline(model, vae, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
     plain = diffusers.DiTPipeline.from_pretrained(tmp_path)
-    assert "attn1.spatial_decay.decay.gate.weight" in caplog.text  # it warns, and leaves them out
+    assert "attn1.spatial_decay.decay.gate.weight" in warnings_of_hosts.text  # it warns, and leaves them out
     assert not any("spatial_decay" in name for name in plain.transformer.state_dict())
     transformer = sd.load_swapped(type(model), tmp_path / "transformer", swap=SWAP)
     again = diffusers.DiTPipeline.from_pretrained(tmp_path, transformer=transformer)
