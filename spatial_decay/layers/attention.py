@@ -9,6 +9,7 @@ from spatial_decay.decay import Decay
 from spatial_decay.features import as_tokens
 from spatial_decay.layers.core import AttentionCore, DecayAttention
 from spatial_decay.layers.depthwise_conv import DepthwiseConv
+from spatial_decay.layers.initial import fill_skipped
 from spatial_decay.layers.kinds import DecayLike
 from spatial_decay.layers.mask import SpatialDecayMask
 from spatial_decay.layers.output_gate import OutputGate
@@ -100,6 +101,7 @@ class SpatialDecayAttention(AttentionCore):
         self.output_gate = OutputGate(dim, gate_rank) if gate_rank else None
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        fill_skipped(self.qkv, self.proj)
 
     def forward(self, x: Tensor, layout: LayoutLike = None, attn_mask: Tensor | None = None) -> Tensor:
         """Attend.

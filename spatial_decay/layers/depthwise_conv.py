@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spatial_decay.features import map_to_tokens, tokens_to_map
+from spatial_decay.layers.initial import Conv2d
 from spatial_decay.layout import Layout
 
 __all__ = ["DepthwiseConv"]
@@ -28,7 +29,7 @@ class DepthwiseConv(nn.Module):
             raise ValueError(
                 f"kernel sizes of depthwise convolutions must be odd and >= 1: got {kernel_size}. 0 turns the part off."
             )
-        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.conv = Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Tokens (B, L, D) of a grid -> (B, L, D).

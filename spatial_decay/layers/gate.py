@@ -4,12 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spatial_decay.layers.initial import Initialised
 from spatial_decay.precision import autocast_disabled
 
 __all__ = ["ContextAwareGate"]
 
 
-class ContextAwareGate(nn.Module):
+class ContextAwareGate(Initialised):
     """G = log sigmoid(X W_g) <= 0, one value a token and head.
 
     Computed in float32 at least, under autocast too: decays are multiplied by distances and summed along paths.
@@ -36,11 +37,11 @@ class ContextAwareGate(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_heads)) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def fill(self) -> None:
         """Small weights: at first the gate is nearly the same everywhere."""
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        self.weight.normal_(std=0.02)
         if self.bias is not None:
-            nn.init.constant_(self.bias, self.bias_init)
+            self.bias.fill_(self.bias_init)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (..., D) -> G (..., N), nats per grid step, <= 0, float32 or float64.

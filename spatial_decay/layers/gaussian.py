@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spatial_decay.decay import GaussianDecay
+from spatial_decay.layers.initial import Linear
 from spatial_decay.layout import Grid, GridSize
 from spatial_decay.precision import autocast_disabled
 
@@ -40,8 +41,8 @@ class GaussianGate(nn.Module):
         if len(initial_grid_size) != 2 or min(initial_grid_size) < 1:
             raise ValueError(f"initial_grid_size must be (H, W), both >= 1: got {initial_grid_size!r}.")
         self.initial_grid_size = (int(initial_grid_size[0]), int(initial_grid_size[1]))
-        self.log_var = nn.Linear(head_dim, 2)
-        self.log_alpha = nn.Linear(head_dim, 1)
+        self.log_var = Linear(head_dim, 2)
+        self.log_alpha = Linear(head_dim, 1)
 
     def forward(self, q: Tensor, grid: Grid) -> GaussianDecay:
         """Queries (B, N, L, d) of a grid -> the Gaussian around each, float32 at least."""

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spatial_decay.layers.depthwise_conv import DepthwiseConv
+from spatial_decay.layers.initial import fill_skipped
 from spatial_decay.layout import Layout
 
 __all__ = ["ConvMlp"]
@@ -25,6 +26,7 @@ class ConvMlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.conv = DepthwiseConv(hidden_dim, kernel_size) if kernel_size else None
         self.fc2 = nn.Linear(hidden_dim, dim)
+        fill_skipped(self.fc1, self.fc2)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Tokens (B, L, D) -> (B, L, D)."""

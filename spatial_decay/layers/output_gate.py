@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spatial_decay.layers.initial import Initialised
+
 __all__ = ["OutputGate"]
 
 
-class OutputGate(nn.Module):
+class OutputGate(Initialised):
     """U = sigmoid(X W_u1) W_u2: how much of each channel of the attention's output passes.
 
     The paper does not say how it starts. With small random W_u2 the gate would be near zero and shut the layer;
@@ -30,11 +32,11 @@ class OutputGate(nn.Module):
         self.up = nn.Parameter(torch.empty(dim, rank))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def fill(self) -> None:
         """U around 1: sigmoid(0) * (2 / r) summed over r, and a little noise."""
         rank = len(self.down)
-        nn.init.trunc_normal_(self.down, std=0.02)
-        nn.init.normal_(self.up, mean=2 / rank, std=0.02 / rank)
+        self.down.normal_(std=0.02)
+        self.up.normal_(mean=2 / rank, std=0.02 / rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (..., D) -> U (..., D)."""

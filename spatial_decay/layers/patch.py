@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from spatial_decay.layers.initial import fill_skipped
 from spatial_decay.layout import GridSize
 from spatial_decay.precision import check_like_weights
 
@@ -30,6 +31,7 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"patch_size must be >= 1: got {patch_size}.")
         self.in_chans, self.patch_size, self.images = in_chans, patch_size, images
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        fill_skipped(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> a map (B, H / patch_size, W / patch_size, D).
@@ -72,6 +74,7 @@ class ConvStem(nn.Module):
         for i, step in enumerate(STEM_STRIDES[stride]):
             layers += [nn.Conv2d(widths[i], widths[i + 1], 3, step, 1), nn.BatchNorm2d(widths[i + 1]), nn.GELU()]
         self.proj = nn.Sequential(*layers[:-1])  # no GELU after the last
+        fill_skipped(*self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> a map (B, ceil(H / stride), ceil(W / stride), dim), contiguous."""
@@ -92,6 +95,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.reduction = nn.Conv2d(dim, out_dim, 3, 2, 1)
         self.norm = nn.BatchNorm2d(out_dim)
+        fill_skipped(self.reduction)
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, dim) -> (B, ceil(H / 2), ceil(W / 2), out_dim), contiguous."""

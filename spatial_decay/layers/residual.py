@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from spatial_decay.layers.initial import Initialised
+
 __all__ = ["DropPath", "LayerScale"]
 
 
@@ -34,7 +36,7 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob}"
 
 
-class LayerScale(nn.Module):
+class LayerScale(Initialised):
     """Multiplies each channel by a trained factor.
 
     Args:
@@ -48,8 +50,8 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.gamma, self.init_values)
+    def fill(self) -> None:
+        self.gamma.fill_(self.init_values)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Model", "check_whole", "init_linear", "run_block"]
@@ -52,9 +53,10 @@ def run_block(block: nn.Module, x: Tensor, *arguments: object, checkpointing: bo
     return checkpoint(block, x, *arguments, use_reentrant=False)
 
 
+@torch.no_grad()
 def init_linear(module: nn.Module) -> None:
     """Linear layers as timm, DeiT and RMT begin; the decay's gates and the output gates start by themselves."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        module.weight.normal_(std=0.02)
         if module.bias is not None:
-            nn.init.zeros_(module.bias)
+            module.bias.zero_()

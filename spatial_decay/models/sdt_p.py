@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from spatial_decay.features import as_tokens
 from spatial_decay.layers import AttentionOptions, ConvMlp, SpatialDecayAttention
+from spatial_decay.layers.initial import fill_as_xavier
 from spatial_decay.layers.kinds import DecayLike, as_kind
 from spatial_decay.layers.patch import PatchEmbed, size_in_patches
 from spatial_decay.layout import Grid, GridSize, LayoutLike
@@ -264,18 +265,19 @@ class SDTP(Model):
         maps = patches.unflatten(1, grid.size).unflatten(3, (p, p, self.out_channels))  # (B, h, w, p, p, C)
         return maps.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
+    @torch.no_grad()
     def _init_weights(self) -> None:
         """As DiT: Xavier, small embeddings, and zeros where a block or the model is to begin as nothing."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                fill_as_xavier(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        fill_as_xavier(self.patch_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]  # a Conv2d built with one
         for module in (*self.t_embed, self.y_embed):
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                module.weight.normal_(std=0.02)
         for module in self.modules():
             if isinstance(module, (SDTPBlock, SDTP)):
                 nn.init.zeros_(module.modulation.weight)

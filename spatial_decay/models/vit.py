@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from spatial_decay.features import tokens_to_map
 from spatial_decay.layers import AttentionOptions, PatchRepresentationRefinement, SDTBlock
+from spatial_decay.layers.initial import Initialised
 from spatial_decay.layers.kinds import DecayLike, as_kind
 from spatial_decay.layers.patch import PatchEmbed, size_in_patches
 from spatial_decay.layout import Grid, GridSize
@@ -44,7 +45,7 @@ class ViTOptions(AttentionOptions, total=False):
     drop_path_rate: float
 
 
-class ViT(Backbone):
+class ViT(Backbone, Initialised):
     """A Vision Transformer as timm and DeiT have it, with a decay in its attention.
 
     Patches, a class token, registers, learned positions, SDTBlocks without convolutions, a norm and a classifier.
@@ -143,7 +144,7 @@ class ViT(Backbone):
         self.prr = PatchRepresentationRefinement(num_heads)  # no parameters
         self._set_classifier(num_classes, global_pool)
         self.apply(init_linear)
-        self._init_tokens()
+        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W), floating point -> logits (B, num_classes).
@@ -337,11 +338,12 @@ class ViT(Backbone):
         if global_pool == "token" and self.cls_token is None:
             raise ValueError("global_pool='token' needs class_token=True: got False. Use global_pool='avg' or 'prr'.")
 
-    def _init_tokens(self) -> None:
+    def fill(self) -> None:
+        """Tokens and positions, the parameters that lie in no other module."""
         for token in (self.cls_token, self.reg_token):
             if token is not None:
-                nn.init.normal_(token, std=1e-6)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+                token.normal_(std=1e-6)
+        self.pos_embed.normal_(std=0.02)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Patches with positions behind class token and registers, (B, P + L, D), and their grid."""

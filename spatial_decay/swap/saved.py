@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,6 +14,7 @@ from torch import nn
 from spatial_decay.checkpoint import load_checkpoint
 from spatial_decay.folders import check_signed, reading, rivals, signed, weight_files, writing
 from spatial_decay.layers.kinds import KINDS, Kind, as_kind
+from spatial_decay.swap.by_host import load_by_host
 from spatial_decay.swap.decayed import AddedDecay, added_decays
 from spatial_decay.swap.swap import able_to_swap, restore_attention, swap_attention
 
@@ -22,6 +24,10 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 _SIGNATURE = {"files", "sha256"}
 _OPTIONS, _WEIGHTS = "spatial_decay.json", "spatial_decay.safetensors"
+_BY_HAND = (
+    "For other files (of Lightning, of accelerate's save_state), build the model, swap_attention with the same "
+    "keywords, and load its state_dict."
+)
 
 
 def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -64,31 +70,61 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         (part / _OPTIONS).write_text(json.dumps(signed(swap, weight_files(part)), indent=2))
 
 
-def load_swapped(model_class: type[_Model], folder: str | os.PathLike[str], **options: Any) -> _Model:
-    """The model that save_swapped has saved, swapped again.
+def load_swapped(
+    model_class: type[_Model],
+    folder: str | os.PathLike[str],
+    *,
+    swap: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> _Model:
+    """The model that save_swapped has saved, or its own library, swapped again.
 
     Args:
         model_class: Its class, for instance transformers.ViTModel.
-        folder: Of save_swapped.
+        folder: Of save_swapped; or, with swap, what the model's own save_pretrained has written after the swap, such as
+            a checkpoint of transformers' Trainer, an average of diffusers' EMAModel or a part of a pipeline.
+        swap: The keywords with which the model was swapped, which such a folder does not hold; save_swapped's does.
         options: For model_class.from_pretrained.
 
     Raises:
-        FileNotFoundError: the folder is not one of save_swapped.
-        ValueError: the files of the folder do not belong together, or one is damaged; the options of the swap are not
-            those of this version; the gates do not fit the model.
+        FileNotFoundError: the folder is not one of save_swapped, and swap is left out.
+        TypeError: model_class is no class of models.
+        ValueError: a file; swap beside the keywords of the folder; the files of the folder do not belong together, or
+            one is damaged; the options of the swap are not those of this version; the gates do not fit the model.
         ImportError: without the safetensors package.
         OSError: another process saves to the folder meanwhile.
     """
+    if Path(folder).is_file():
+        raise ValueError(f"folder must be a folder: got the file {folder}. {_BY_HAND}")
     with reading(folder, _OPTIONS) as directory:
-        swap = _options_of_swap(directory / _OPTIONS)
+        if swap is not None:
+            if (directory / _OPTIONS).exists():
+                raise ValueError(
+                    f"swap must be left out for {folder}, whose {_OPTIONS} has the keywords: got {dict(swap)}."
+                )
+            return load_by_host(model_class, folder, swap, options)
+        saved = _options_of_swap(directory / _OPTIONS)
         _check_reads_what_was_saved(options)
         safetensors = _safetensors()
         model: _Model = cast(Any, model_class).from_pretrained(directory, **options)
-        swap_attention(model, **swap)
+        _swap_again(model, saved)
         container, weights = _container(added_decays(model)), directory / _WEIGHTS
         if container.state_dict() or safetensors.load_file(weights):  # kinds without gates have none
             load_checkpoint(container, weights)
     return model
+
+
+def _swap_again(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Swap with these keywords, or see that the model's class has done so as it was built."""
+    added = added_decays(model)
+    if not added:
+        swap_attention(model, **saved)
+    for core in added.values():
+        if json.dumps(core.options, sort_keys=True) != json.dumps(saved, sort_keys=True):
+            raise ValueError(
+                f"{type(model).__name__} swaps as it is built, and must do so with the keywords that were saved, "
+                f"{saved}: got {core.options}. Build it as it was, or load the folder with the class inside."
+            )
 
 
 def _without_decay(model: nn.Module) -> nn.Module:
@@ -119,14 +155,18 @@ def _swap_of(plain: nn.Module, added: dict[str, AddedDecay]) -> dict[str, Any]:
             + (f"{', '.join(set(added) - set(able))} that it would not find" if all(same) else "different keywords")
             + ". Save the state_dict, and swap in the same steps before loading it."
         )
-    layers = None if len(added) == len(able) else [i for i, name in enumerate(able) if name in added]
-    return swap | {"layers": layers}  # those that restore_attention has left
+    if set(added) == set(able_to_swap(plain, swap["patch_embed"], swap["layers"])):
+        return swap
+    return swap | {"layers": [i for i, name in enumerate(able) if name in added]}  # restore_attention has left these
 
 
 def _options_of_swap(file: Path) -> dict[str, Any]:
     """The keywords of swap_attention that were saved, checked before a model is loaded for them."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} must be a folder of save_swapped: it has no {file.name}.")
+        raise FileNotFoundError(
+            f"{file.parent} must be a folder of save_swapped: it has no {file.name}. Where the model's own library has "
+            'written it after the swap, pass the keywords of the swap, such as swap={"decay": "full"}. ' + _BY_HAND
+        )
     expected = set(inspect.signature(swap_attention).parameters) - {"model"}
     try:
         found = json.loads(file.read_text())

@@ -148,7 +148,8 @@ def swap_attention(
     for name, new in added.items():
         weights = list(modules[name].parameters())  # some are quantized, and those of torch.ao are none at all
         floating = [weight.dtype for weight in weights if weight.is_floating_point()]
-        devices = [weight.device for weight in (*weights, *model.parameters())]
+        # On the meta device ours may be real: accelerate's init_empty_weights leaves them so.
+        devices = [weight.device for weight in (*weights, *model.parameters()) if not weight.is_meta]
         new.to(device=devices[0] if devices else None, dtype=floating[0] if floating else None)
         new.train(modules[name].training)
     remove_hooks(model)  # of decays that were restored part by part
@@ -183,9 +184,9 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
     return tuple(taken)
 
 
-def able_to_swap(model: nn.Module, patch_embed: str | None) -> list[str]:
-    """Names of the attention modules that can take a decay, those that `layers` counts."""
-    return list(_sorted_out(model, patch_embed)[0])
+def able_to_swap(model: nn.Module, patch_embed: str | None, layers: Sequence[int] | None = None) -> list[str]:
+    """Names of the attention modules that can take a decay, which `layers` counts; and of these those in layers."""
+    return _chosen(list(_sorted_out(model, patch_embed)[0]), layers)
 
 
 def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tuple[Host, PatchEmbed]], dict[str, str]]:
