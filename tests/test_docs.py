@@ -50,6 +50,16 @@ def test_the_readme_has_its_two_commands():
     assert 'pip install -e ".[test]" && pytest' in readme
 
 
+def test_pages_and_examples_that_are_named_are_there():
+    named = set()
+    for page in (*PAGES, ROOT / "CHANGELOG.md"):
+        named |= set(re.findall(r"\b(?:docs|examples|tests|benchmarks)/[\w/]+\.(?:md|py|sh)\b", page.read_text()))
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+    nav = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in PAGES[1:] if f": {page.name}\n" not in nav] == []  # --strict does not mind
+
+
 def test_the_readmes_sizes_are_the_tested_ones():
     readme = (ROOT / "README.md").read_text()
     for build in (spatial_decay.sdt_h_tiny, spatial_decay.sdt_h_small, spatial_decay.sdt_h_base):

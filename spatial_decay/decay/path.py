@@ -54,8 +54,7 @@ class PathDecay(FactoredDecay):
         """SDT Eq. 6 from a gate g (B, N, L) <= 0: minus the sum of |g_k| for k = min(i, j) .. max(i, j) - 1.
 
         Differs from Eq. 6, which is written for i > j only: vision is not causal, so this is its symmetric
-        extension. causal=True gives Eq. 6 itself, with -inf above the diagonal. A step costs
-        256 at most, see STRONGEST.
+        extension. causal=True gives Eq. 6 itself, with -inf above the diagonal. A gate below -256 counts as -256.
 
         Raises:
             ValueError: gate > 0. Looked at where that does not wait for a GPU: on the CPU, uncompiled.
