@@ -76,7 +76,7 @@ class Checkpoint:
 
 
 def on_first_process(work: Callable[[], T]) -> T:
-    """What the first process finds, on all: file systems of clusters lag. What stops it stops all."""
+    """Work on the first process, its result or error on all, because file systems of clusters lag."""
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -124,7 +124,7 @@ def complete(out: Path) -> list[Path]:
 
 
 def write_losses(path: Path, losses: Iterable[float], every: int) -> None:
-    """Of every so many steps."""
+    """Write a row for every so many steps."""
     rows = [f"{(i + 1) * every},{loss!r}\n" for i, loss in enumerate(losses)]
     path.write_text("".join(["step,loss\n", *rows]), encoding="utf-8")
 

@@ -52,7 +52,7 @@ def writing(folder: str | os.PathLike[str]) -> Iterator[Path]:
         with _locked(folder):
             _remove_parts(folder)
             part.mkdir()
-            lock = _lock(part)  # a part without one is nobody's
+            lock = _lock(part)  # a part that nobody has locked is removed by the next save
         try:
             yield part
             for path in _files(part):
@@ -231,7 +231,7 @@ def _hash_of_json(content: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """For one process and thread at a time."""
+    """One process and thread at a time gets in; others wait."""
     until = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -257,10 +257,10 @@ if sys.platform == "win32":
         return None
 
     def _unlock(lock: int | None) -> None:
-        """Of none."""
+        """There is nothing to let go."""
 
     def _flush(path: Path) -> None:
-        """To the disk; directories cannot be."""
+        """See to it that a file is on the disk; Windows cannot do that for directories."""
         if path.is_file():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -290,7 +290,7 @@ else:
             os.close(lock)
 
     def _flush(path: Path) -> None:
-        """To the disk."""
+        """See to it that a file or directory is on the disk."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -113,7 +113,7 @@ def load_checkpoint(
         )
     plain = {name: value for name, value in own.items() if not reason_against(value)}
     held = ready(((name, weights[name].tensor()) for name in report.loaded), plain)
-    own.update(held)  # whole, and with the versions of its modules: some of them can load nothing less
+    own.update(held)  # all of it, with the versions of its modules: some modules cannot load a part
     made_in_inference_mode = any(value.is_inference() for value in plain.values())
     with torch.inference_mode() if made_in_inference_mode else contextlib.nullcontext():
         model.load_state_dict(own)

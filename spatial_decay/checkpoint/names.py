@@ -36,7 +36,7 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole."""
+        """The shape of the whole weight."""
         first, *others = (tuple(part.shape) for part in self.sources.values())
         if others:
             return (first[0] + sum(shape[0] for shape in others), *first[1:])
@@ -45,7 +45,7 @@ class Weight:
         return first
 
     def tensor(self) -> Tensor:
-        """Of that shape."""
+        """The whole weight."""
         parts = list(self.sources.values())
         return torch.cat(parts) if len(parts) > 1 else parts[0].detach().reshape(self.shape)
 

@@ -87,7 +87,7 @@ def as_held(value: Tensor, own: Tensor) -> Tensor | str:
 def _within(value: Tensor, limits: torch.finfo | torch.iinfo) -> bool:
     """One pass that makes nothing as large as the tensor; NaN is not within anything."""
     value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-    if value.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch.aminmax has not learnt them
+    if value.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch.aminmax does not take them
         return max(value.flatten().tolist()) <= limits.max
     low, high = (number.item() for number in torch.aminmax(value))
     return limits.min <= low and high <= limits.max

@@ -126,8 +126,8 @@ def factor(name: str, *steps: Tensor) -> Tensor:
 
 
 STRONGEST = 256.0
-"""What a gate makes one step cost at most, in nats. More changes nothing that float32 can show, unless the scores of two
-keys differ by some 240; and the sums along a path would lose the digits of all other gates."""
+"""What a gate makes one step cost at most, in nats. More changes nothing that float32 can show, unless the scores of
+two keys differ by some 240; and the sums along a path would lose the digits of all other gates."""
 
 
 def check_range(name: str, x: Tensor, layout: Layout, lowest: float, highest: float) -> None:

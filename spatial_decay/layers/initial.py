@@ -26,7 +26,7 @@ class Initialised(nn.Module):
     Subclasses have parameters of their own, and fill them in `fill`.
     """
 
-    _has_values = False  # false where they are on the meta device, or have come from there by nobody knows which way
+    _has_values = False  # on the meta device it has none, and it is not known who fills what comes from there
     _is_told = False  # by transformers, that it is initialised
     _is_a_hosts_kind = False  # which transformers would fill in a way of its own
 

@@ -70,7 +70,7 @@ class Calls:
         self.__setstate__((num_prefix_tokens, num_suffix_tokens, None))
 
     def __getstate__(self) -> tuple[int, int, "Calls | None"]:
-        """What a pickle has is a model of its own."""
+        """A model that comes out of a pickle is one of its own."""
         return self.num_prefix_tokens, self.num_suffix_tokens, None if self._origin is None else self._source()
 
     def __setstate__(self, state: tuple[int, int, "Calls | None"]) -> None:
@@ -102,7 +102,7 @@ class Calls:
         self._mark(asked=True)
 
     def remove_user(self, user: nn.Module) -> None:
-        """It has been restored."""
+        """It asks no more: it has been restored."""
         self._users.discard(user)
 
     def add_patch_embed(self) -> None:
@@ -148,7 +148,7 @@ class Calls:
         slot.call = _Call(call.layout.subset(indices, self.num_unplaced_tokens), call.num_frames, again)
 
     def num_patches(self) -> int:
-        """Of the call that runs."""
+        """How many patches the call that runs has."""
         return self._current(_again()).layout.num_tokens - self.num_unplaced_tokens
 
     def layout_of(self, x: Tensor, *, is_over_space: bool = True) -> Layout:

@@ -324,6 +324,16 @@ def test_one_very_strong_gate_does_not_spoil_the_others(case, strong):
         assert relative_error(got, wanted) < 4e-5  # sums of 256 and more end at 3e-5
 
 
+def test_what_many_strong_gates_still_lose():
+    """As docs/mathematics.md says, n gates at the bound leave differences uncertain by n * 3e-5 nats."""
+    grid, num_strong = Grid(1, 2048), 520  # a sum just above a power of two, where float32 has the coarsest steps
+    gate = -torch.rand(1, 1, 2048)
+    gate[..., :num_strong] = -1e8
+    found, wanted = (dense(PathDecay.from_gate(g, grid)) for g in (gate, gate.double()))
+    error = (found - wanted).abs()[wanted > -20].max()
+    assert 2.5e-5 < error / num_strong < 3.1e-5
+
+
 def test_gates_that_make_no_decay_are_refused():
     grid, gate = Grid(2, 2, 1), -torch.rand(1, 2, 5)
     wrong = gate.clone()

@@ -72,7 +72,7 @@ def results(out):
 
 
 def seal(folder):
-    """As one who means harm, or knows no better, can do."""
+    """Make the sums anew, as anybody can who has changed a file."""
     (folder / SUMS).unlink(missing_ok=True)
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / SUMS).write_text("".join(lines))

@@ -89,7 +89,7 @@ def check_new(model: nn.Module) -> int:
 
 
 def stir(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trained, as it were."""
+    """Change all weights, as training does."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
