@@ -287,6 +287,26 @@ def test_what_is_no_known_checkpoint_is_refused(unknown):
         out.sum().backward()
 
 
+class WithoutContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, model, x):
+        del ctx
+        with torch.no_grad():
+            return model(x)
+
+
+def test_functions_of_somebodys_own_that_look_like_checkpoints():
+    model = vit().eval()
+    expected = model(images(WIDE))
+
+    def backward(ctx):  # noqa: ARG001  its name is that of a checkpoint's context
+        return model(images(WIDE))
+
+    for context in (None, object(), torch.autograd.function.FunctionCtx()):
+        assert torch.equal(backward(context), expected)
+    assert torch.equal(WithoutContext.apply(model, images(WIDE)), expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_a_checkpoint_that_has_ended_says_nothing_of_one_that_is_not_known(use_reentrant):
     """A checkpoint computes a whole pass again and ends; then, in the same backward pass, the unknown one runs."""
