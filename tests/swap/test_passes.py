@@ -299,7 +299,7 @@ def test_functions_of_somebodys_own_that_look_like_checkpoints():
     model = vit().eval()
     expected = model(images(WIDE))
 
-    def backward(ctx):  # noqa: ARG001  its name is that of a checkpoint's context
+    def backward(ctx):
         return model(images(WIDE))
 
     for context in (None, object(), torch.autograd.function.FunctionCtx()):
