@@ -41,8 +41,8 @@ class GaussianGate(nn.Module):
         if len(initial_grid_size) != 2 or min(initial_grid_size) < 1:
             raise ValueError(f"initial_grid_size must be (H, W), both >= 1: got {initial_grid_size!r}.")
         self.initial_grid_size = (int(initial_grid_size[0]), int(initial_grid_size[1]))
-        self.log_var = Linear(head_dim, 2)
-        self.log_alpha = Linear(head_dim, 1)
+        self.log_var = _PreciseLinear(head_dim, 2)
+        self.log_alpha = _PreciseLinear(head_dim, 1)
 
     def forward(self, q: Tensor, grid: Grid) -> GaussianDecay:
         """Queries (B, N, L, d) of a grid -> the Gaussian around each, float32 at least."""
@@ -51,8 +51,8 @@ class GaussianGate(nn.Module):
         shift = math.log(coefficient - 1) if coefficient > 2 else 0.0
         ratio: Any = _shorter(*grid.size) / min(self.initial_grid_size)
         with autocast_disabled(q.device):
-            amplitude = F.softplus(_linear(self.log_alpha, q))[..., 0]  # (B, N, L)
-            variance = torch.sigmoid(_linear(self.log_var, q) - shift) * (coefficient * ratio) + self._eps()
+            amplitude = F.softplus(self.log_alpha(q))[..., 0]  # (B, N, L)
+            variance = torch.sigmoid(self.log_var(q) - shift) * (coefficient * ratio) + self._eps()
         return GaussianDecay(
             amplitude, variance[..., 0], variance[..., 1], grid, max_distance=min(longest - 1, math.sqrt(2 * 6550))
         )
@@ -68,7 +68,9 @@ class GaussianGate(nn.Module):
         return eps
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """In float32 at least."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, layer.weight.dtype), torch.float32)
-    return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+class _PreciseLinear(Linear):
+    """In float32 at least; it is called as a module, so that adapters and offloading find it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))

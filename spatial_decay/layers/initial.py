@@ -58,14 +58,17 @@ class Initialised(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
-        if param is not None:
+        registered = self._parameters[name]
+        if param is not None and registered is not None and registered.is_meta:
             self._parameters[name] = param  # accelerate's init_empty_weights has put an empty one there
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was_on_meta = self._is_on_meta()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         is_emptied = was_on_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
-        if is_emptied and not self._is_on_meta():
+        if self._is_on_meta():
+            self._has_values = False
+        elif is_emptied:
             self.reset_parameters()
         return self
 

@@ -29,7 +29,8 @@ class _Call:
     def is_of(self, again: Any | None) -> bool:
         """Whether it came through in the forward pass, or the computing again, that runs now."""
         noted = None if self.again is None else self.again()
-        return self.backward == running_backward() and noted is again
+        has_ended = noted is None and self.again is not None
+        return self.backward == running_backward() and noted is again and not has_ended
 
 
 class _Slot:

@@ -23,7 +23,7 @@ def running_checkpoints() -> tuple[list[Any], Any | None]:
     while frame is not None:
         code = frame.f_code
         if code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",):
-            checkpoint = frame.f_locals["ctx"]
+            checkpoint = frame.f_locals.get("ctx")  # functions may delete it
             if isinstance(checkpoint, torch.autograd.function.FunctionCtx):
                 if code.co_name == "backward":
                     return around, checkpoint

@@ -102,3 +102,35 @@ def test_attention_adds_the_gaussian_of_its_normed_queries():
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match=r"initial_grid_size must be \(H, W\), both >= 1: got \(0, 4\)"):
         GaussianGate(4, (0, 4))
+
+
+class Adapter(torch.nn.Module):
+    """What LoRA puts in a linear layer's place: the layer, and two small ones beside it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight = layer, layer.weight
+        self.down, self.up = torch.nn.Linear(layer.in_features, 2), torch.nn.Linear(2, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+    def merged(self):
+        with torch.no_grad():
+            self.layer.weight += self.up.weight @ self.down.weight
+            self.layer.bias += self.up(self.down.bias)
+        return self.layer
+
+
+@pytest.mark.parametrize("name", ["log_var", "log_alpha"])
+def test_adapters_of_its_linear_layers_count(name):
+    """LoRA of all linear layers has these too: with no effect in training, a merge would change what was trained."""
+    torch.manual_seed(0)
+    gate, q, grid = GaussianGate(8, (4, 4)), torch.randn(1, 2, 16, 8), Grid(4, 4)
+    adapter = Adapter(getattr(gate, name))
+    setattr(gate, name, adapter)
+    adapted = dense(gate(q, grid))
+    adapted.sum().backward()
+    assert adapter.up.weight.grad.abs().max() > 0
+    setattr(gate, name, adapter.merged())
+    torch.testing.assert_close(dense(gate(q, grid)), adapted)

@@ -275,6 +275,37 @@ def test_accelerate_dispatches_a_checkpoint_without_the_gates(tmp_path):
     assert_same(trained, again.state_dict())
 
 
+@pytest.mark.parametrize("decay", ["bidirectional", "gaussian"])
+def test_accelerate_offloads_a_swapped_model(decay):
+    """Its hooks bring the weights of each module that is called."""
+    host = BY_NAME["transformers ViT"]
+    model, images = host.make(), host.images((64, 64))
+    sd.swap_attention(model, decay, **SWAP)
+    with torch.no_grad():
+        expected = host.run(model, images)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert torch.equal(host.run(model, images), expected)
+
+
+def test_where_a_library_makes_parameters_elsewhere_ours_go_too(monkeypatch):
+    """As accelerate's init_on_device does it with a GPU; another dtype shows it too."""
+    register = nn.Module.register_parameter
+
+    def elsewhere(module, name, param):
+        register(module, name, None if param is None else nn.Parameter(param.double()))
+
+    monkeypatch.setattr(nn.Module, "register_parameter", elsewhere)
+    assert {weight.dtype for weight in sd.SDTBlock(48, 3, init_values=0.5).parameters()} == {torch.float64}
+
+
+def test_what_has_gone_to_the_meta_device_has_no_values():
+    gate = sd.ContextAwareGate(48, 3, bias=True, bias_init=6.0).to("meta")
+    for name, weight in list(gate.named_parameters()):
+        setattr(gate, name, nn.Parameter(torch.empty_like(weight, device="cpu")))
+    gate._is_hf_initialized = True  # as transformers says it
+    assert check_new(gate) == 1
+
+
 EMPTY = {"meta": lambda: torch.device("meta"), "accelerate": accelerate.init_empty_weights}
 
 

@@ -260,18 +260,65 @@ class OwnCheckpoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            ctx.block(x).backward(gradient)
-        return None, x.grad
+        return computed_again(ctx, gradient)
 
 
-def test_what_is_no_known_checkpoint_is_refused():
+class HiddenCheckpoint(OwnCheckpoint):
+    """Its backward does not look like that of a checkpoint either."""
+
+    @staticmethod
+    def backward(context, gradient):
+        return computed_again(context, gradient)
+
+
+def computed_again(context, gradient):
+    x = context.saved_tensors[0].detach().requires_grad_()
+    with torch.enable_grad():
+        context.block(x).backward(gradient)
+    return None, x.grad
+
+
+@pytest.mark.parametrize("unknown", [OwnCheckpoint, HiddenCheckpoint])
+def test_what_is_no_known_checkpoint_is_refused(unknown):
     model = vit()
     x = model._pos_embed(model.patch_embed(images(WIDE)))
-    out = OwnCheckpoint.apply(model.blocks[0], x)
+    out = unknown.apply(model.blocks[0], x)
     with pytest.raises(RuntimeError, match="none of so many.*with torch.utils.checkpoint.checkpoint"):
         out.sum().backward()
+
+
+class WithoutContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, model, x):
+        del ctx
+        with torch.no_grad():
+            return model(x)
+
+
+def test_functions_of_somebodys_own_that_look_like_checkpoints():
+    model = vit().eval()
+    expected = model(images(WIDE))
+
+    def backward(ctx):
+        return model(images(WIDE))
+
+    for context in (None, object(), torch.autograd.function.FunctionCtx()):
+        assert torch.equal(backward(context), expected)
+    assert torch.equal(WithoutContext.apply(model, images(WIDE)), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_a_checkpoint_that_has_ended_says_nothing_of_one_that_is_not_known(use_reentrant):
+    """A checkpoint computes a whole pass again and ends; then, in the same backward pass, the unknown one runs."""
+    model = vit()
+
+    def first(x):
+        return model.blocks[0](model._pos_embed(model.patch_embed(x)))
+
+    unknown = HiddenCheckpoint.apply(model.blocks[0], model._pos_embed(model.patch_embed(images(WIDE))))
+    known = checkpoint(first, images(HIGH).requires_grad_(), use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="none of so many"):
+        (unknown.sum() + known.sum()).backward()
 
 
 @pytest.mark.slow  # it compiles
