@@ -60,8 +60,10 @@ def _can_take_the_mask_as_it_is(inputs: Inputs) -> bool:
         return False
     if not q.numel() or not says_the_same_as_it_is(mask, q.dtype):
         return False
+    if mask.dtype == torch.bool:
+        return True
     longest_q, longest_k = (torch.linalg.vector_norm(x, dim=-1).max().item() for x in (q, k))
-    return mask.dtype == torch.bool or abs(inputs.scale) * longest_q * longest_k <= LARGEST_SCORE
+    return abs(inputs.scale) * longest_q * longest_k <= LARGEST_SCORE
 
 
 def row_multiple(device: torch.device) -> int:
