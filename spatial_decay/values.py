@@ -7,6 +7,11 @@ __all__ = ["are_readable"]
 
 
 def are_readable(x: Tensor) -> bool:
-    """Whether x is a plain tensor on the CPU, outside of torch.compile, torch.export and torch.func transforms."""
-    is_plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
-    return is_plain and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether x is a plain tensor on the CPU that nobody traces: torch.compile, torch.export, torch.func, make_fx, jit.
+
+    What is traced holds for all values, and what was seen of these would become part of it.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu":
+        return False
+    is_traced = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+    return not is_traced and not torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -126,8 +126,9 @@ def factor(name: str, *steps: Tensor) -> Tensor:
 
 
 STRONGEST = 256.0
-"""What a gate makes one step cost at most, in nats. More changes nothing that float32 can show, unless the scores of
-two keys differ by some 240; and the sums along a path would lose the digits of all other gates."""
+"""What a gate adds to a path at most, in nats. More changes nothing that float32 can show, unless the scores of two keys
+differ by some 240 (of bidirectional, whose steps are the mean of two gates, 112); and the sums would lose the digits of
+all other gates."""
 
 
 def check_range(name: str, x: Tensor, layout: Layout, lowest: float, highest: float) -> None:
@@ -136,6 +137,8 @@ def check_range(name: str, x: Tensor, layout: Layout, lowest: float, highest: fl
     if x.ndim != 3 or x.shape[-1] != layout.num_tokens or not are_readable(x):
         return  # a wrong shape is told where q is known
     if known is not None:
+        if len(x) != len(known) and 1 not in (len(x), len(known)):
+            return
         x = x.masked_fill(~known[:, None], min(max(0.0, lowest), highest)) if are_readable(known) else x[..., :0]
     x = x.detach()[..., layout.num_prefix_tokens :]
     if not x.numel():
@@ -143,7 +146,7 @@ def check_range(name: str, x: Tensor, layout: Layout, lowest: float, highest: fl
     least, most = (value.item() for value in x.aminmax())
     if least < lowest or most > highest:
         raise ValueError(
-            f"{name} must lie in {lowest:g} .. {highest:g}: got {least:g} .. {most:g}. A gate is the logarithm of a "
+            f"{name} must lie in {lowest:.2g} .. {highest:g}: got {least:g} .. {most:g}. A gate is the logarithm of a "
             "number between 0 and 1, for instance F.logsigmoid(x)."
         )
 

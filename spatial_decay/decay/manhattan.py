@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from spatial_decay.decay.base import STRONGEST, FactoredDecay, check_range, register_factor
+from spatial_decay.decay.base import FactoredDecay, check_range, register_factor
 from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
 
 __all__ = ["ManhattanDecay", "fixed_rates", "manhattan_distance"]
+
+_LOWEST = -(2.0**100)  # two of them, times a distance below 1e8, are a number still in float32
 
 
 @register_factor
@@ -36,7 +38,8 @@ class ManhattanDecay(FactoredDecay):
         layout: Where the L tokens lie.
 
     Raises:
-        ValueError: strength > 0 or below -1e30. Looked at where that does not wait for a GPU: on the CPU, uncompiled.
+        ValueError: strength > 0 or below -2 ** 100: infinity times a distance of 0 is NaN. Looked at where that does
+            not wait for a GPU: on the CPU, uncompiled.
     """
 
     strength: Tensor
@@ -46,19 +49,19 @@ class ManhattanDecay(FactoredDecay):
     factor: ClassVar[str] = "manhattan_distance"
 
     def __post_init__(self) -> None:
-        check_range("strength", self.strength, self.layout, -1e30, 0.0)
+        check_range("strength", self.strength, self.layout, _LOWEST, 0.0)
 
     @classmethod
     def from_gate(cls, gate: Tensor, layout: Layout, *, alpha: float = 0.1) -> Self:
-        """SDT Eq. 8-9 from a gate G (B, N, L) <= 0 and the scale alpha > 0; alpha * G / 2 counts as -256 at least.
+        """SDT Eq. 8-9 from a gate G (B, N, L) <= 0 and the scale alpha > 0; alpha * G / 2 counts as -2 ** 100 at least.
 
         Raises:
-            ValueError: alpha <= 0; gate > 0, looked at as in the class.
+            ValueError: alpha <= 0 or not finite; gate > 0, looked at as in the class.
         """
-        if isinstance(alpha, (int, float)) and not alpha > 0:
-            raise ValueError(f"alpha must be > 0: got {alpha}. For no decay at all use kind 'none'.")
+        if isinstance(alpha, (int, float)) and not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be finite and > 0: got {alpha}. For no decay at all use kind 'none'.")
         check_range("gate", gate, layout, -math.inf, 0.0)
-        return cls((at_least_float32(gate) * (alpha / 2)).clamp(min=-STRONGEST), layout)
+        return cls((at_least_float32(gate) * (alpha / 2)).clamp(min=_LOWEST), layout)
 
     @classmethod
     def constant(cls, rates: Tensor, layout: Layout) -> Self:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_decay.decay import AxialDecay, Decay, FactoredDecay, PairwiseDecay, dense
+from spatial_decay.decay import AxialDecay, Decay, PairwiseDecay, dense
 from spatial_decay.features import columns_of_rows, to_columns, to_rows
 from spatial_decay.ops.attn_mask import added_by, checked_mask, columns_of_mask, rows_of_mask, without
 from spatial_decay.precision import autocast_dtype
@@ -116,9 +116,7 @@ def checked_inputs(
         raise ValueError(f"dropout_p must satisfy 0 <= dropout_p < 1: got {dropout_p}.")
     _check_scale(scale)
     if attn_mask is not None:
-        attn_mask = checked_mask(attn_mask, q)
-        if isinstance(decay, FactoredDecay) and decay.hides_later:
-            attn_mask = without(attn_mask, _later(decay))
+        attn_mask = _without_later(checked_mask(attn_mask, q), decay)
     return Inputs(
         q,
         k,
@@ -133,12 +131,14 @@ def checked_inputs(
 def along_rows(whole: Inputs, decay: AxialDecay) -> Inputs:
     """The first softmax of Eq. 12: H sequences of W tokens in each image."""
     grid, mask = decay.layout, whole.attn_mask
+    if mask is not None:
+        mask = _without_later(rows_of_mask(mask, whole.q.shape[0], grid), decay.rows)
     return Inputs(
         to_rows(whole.q, grid),
         to_rows(whole.k, grid),
         to_rows(whole.v, grid),
         decay=decay.rows,
-        attn_mask=None if mask is None else rows_of_mask(mask, whole.q.shape[0], grid),
+        attn_mask=mask,
         dropout_p=whole.dropout_p,
         scale=whole.scale,
     )
@@ -147,12 +147,14 @@ def along_rows(whole: Inputs, decay: AxialDecay) -> Inputs:
 def along_columns(whole: Inputs, decay: AxialDecay, v_rows: Tensor) -> Inputs:
     """The second softmax of Eq. 12: W sequences of H tokens; v_rows is the first one's output, (B, H, N, W, d)."""
     grid, mask = decay.layout, whole.attn_mask
+    if mask is not None:
+        mask = _without_later(columns_of_mask(mask, whole.q.shape[0], grid), decay.columns)
     return Inputs(
         to_columns(whole.q, grid),
         to_columns(whole.k, grid),
         columns_of_rows(v_rows),
         decay=decay.columns,
-        attn_mask=None if mask is None else columns_of_mask(mask, whole.q.shape[0], grid),
+        attn_mask=mask,
         dropout_p=whole.dropout_p,
         scale=whole.scale,
     )
@@ -207,17 +209,19 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
                 )
 
 
-def _later(decay: Any) -> Tensor:
-    """Which keys a causal decay hides from each query, (B|1, 1, L, L)."""
+def _without_later(attn_mask: Tensor, decay: Any) -> Tensor:
+    """The mask without the keys that a causal decay hides from each query: rows are judged by what is left of them."""
+    if not getattr(decay, "hides_later", False):
+        return attn_mask
     number = next(name for name, value in vars(decay).items() if isinstance(value, Tensor))
     zeros = torch.zeros_like(decay.numbers[0][:1, :1])
-    return dense(replace(decay, **{number: zeros})) == float("-inf")
+    return without(attn_mask, dense(replace(decay, **{number: zeros})) == float("-inf"))
 
 
 def _check_scale(scale: object) -> None:
     if scale is None or isinstance(scale, torch.SymFloat):
         return
-    if not isinstance(scale, (int, float)):
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
         raise TypeError(
             f"scale must be a number: got {type(scale).__name__}. Pass float(scale); for a scale that is trained, "
             "multiply q by it and pass scale=1.0."

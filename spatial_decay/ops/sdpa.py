@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spatial_decay.ops.attn_mask import says_the_same_as_it_is
+from spatial_decay.ops.attn_mask import LARGEST_SCORE, says_the_same_as_it_is
 from spatial_decay.ops.inputs import Inputs, total_mask
 from spatial_decay.ops.math import avoid_reasons_on_small_inputs
 from spatial_decay.values import are_readable
@@ -55,10 +55,15 @@ def attention(inputs: Inputs) -> Tensor:
 
 def _can_take_the_mask_as_it_is(inputs: Inputs) -> bool:
     """A mask over pairs, without a decay: to judge it in a copy would take as long as the attention."""
-    mask = inputs.attn_mask
-    if inputs.decay is not None or mask is None or mask.shape[2] == 1 or not mask.numel():
+    q, k, mask = inputs.q.detach(), inputs.k.detach(), inputs.attn_mask
+    if inputs.decay is not None or mask is None or mask.shape[2] == 1 or not all(map(are_readable, (q, k, mask))):
         return False
-    return are_readable(mask) and says_the_same_as_it_is(mask, inputs.q.dtype)
+    if not q.numel() or not says_the_same_as_it_is(mask, q.dtype):
+        return False
+    if mask.dtype == torch.bool:
+        return True
+    longest_q, longest_k = (torch.linalg.vector_norm(x, dim=-1).max().item() for x in (q, k))
+    return abs(inputs.scale) * longest_q * longest_k <= LARGEST_SCORE
 
 
 def row_multiple(device: torch.device) -> int:

@@ -218,8 +218,9 @@ class _Blocks:
         return _slices(0, self.length, math.ceil(self.length / parts))
 
     def buffers(self, rows: list[slice], sequences: list[tuple[slice, Tensor | None]]) -> tuple[Tensor, Tensor]:
-        """Two blocks of the largest size, flat."""
-        size = max(s.stop - s.start for s, _ in sequences) * max(i.stop - i.start for i in rows) * self.length
+        """Two blocks of the largest size, flat; of no size where there is no image."""
+        count = max((s.stop - s.start for s, _ in sequences), default=0)
+        size = count * max(i.stop - i.start for i in rows) * self.length
         return self.empty(size), self.empty(size)
 
     def view(self, buffer: Tensor, s: slice, i: slice) -> Tensor:
@@ -232,8 +233,10 @@ class _Blocks:
     ) -> None:
         """P of a block into out, (s, i, L); scores is scratch of that shape, q is scaled."""
         self.decay.write(s, i, slice(0, self.length), f, scores)
-        added = None if mask is None else added_by(mask[:, i] if mask.shape[1] > 1 else mask, self.dtype)
-        if added is not None:
+        added = None
+        if mask is not None:
+            mask = mask[:, i] if mask.shape[1] > 1 else mask
+            added = added_by(mask, self.dtype, out=out[: mask.shape[0], : mask.shape[1]])
             scores.add_(added)
         if self.hides_later:
             assert f is not None

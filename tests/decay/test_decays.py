@@ -349,15 +349,30 @@ def test_gates_that_make_no_decay_are_refused():
         with pytest.raises(ValueError, match=f"gate {says}"):
             build(wrong)
     ManhattanDecay.from_gate(wrong.to("meta"), grid)  # nothing to look at
-    with pytest.raises(ValueError, match="strength must lie in -1e.30 .. 0: got .*0.25"):
+    with pytest.raises(ValueError, match="strength must lie in -1.3e.30 .. 0: got .*0.25"):
         ManhattanDecay(wrong, grid)
-    with pytest.raises(ValueError, match="strength must lie in -1e.30 .. 0: got -3e.38"):
+    with pytest.raises(ValueError, match="strength must lie in -1.3e.30 .. 0: got -3e.38"):
         ManhattanDecay(torch.full((1, 1, 5), -3e38), grid)
-    for alpha in (0.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match="alpha must be > 0"):
+    for alpha in (0.0, -0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="alpha must be finite and > 0"):
             ManhattanDecay.from_gate(gate, grid, alpha=alpha)
     nowhere = Positions(torch.zeros(1, 5), torch.zeros(1, 5), torch.tensor([[True, True, True, False, True]]))
     of_nowhere = wrong.clone()
     wrong[0, 1, 3], wrong[0, 1, 0] = -1.0, 0.5  # of a prefix token, whose number is not used
     assert dense(ManhattanDecay(wrong, grid)).max() == 0
     assert dense(ManhattanDecay(of_nowhere, nowhere)).max() == 0
+
+
+def test_gates_of_another_number_of_images_are_told_where_q_is_known():
+    layout = Positions(*torch.zeros(2, 3, 4), torch.ones(3, 4, dtype=torch.bool))
+    decay = ManhattanDecay.from_gate(-torch.rand(2, 1, 4), layout)
+    with pytest.raises(ValueError, match="decay must have"):
+        decay_attention(*torch.randn(3, 3, 1, 4, 8), decay)
+
+
+def test_steps_of_a_fraction_cost_what_full_says():
+    """A bound of 256 nats a step would show where tokens lie a fraction of it apart."""
+    gate = torch.tensor([[[-20.0, -20.0, -1e3]]])
+    layout = Positions(torch.zeros(1, 3), torch.tensor([[0.0, 0.01, 0.03]]))
+    mask = dense(ManhattanDecay.from_gate(gate, layout, alpha=100.0))[0, 0]
+    assert mask[0].tolist() == pytest.approx([0.0, -0.01 * 20 * 100, -0.03 * 510 * 100])

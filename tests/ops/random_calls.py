@@ -54,6 +54,7 @@ class Call:
         mask = "no mask"
         if self.attn_mask is not None:
             mask = f"mask {tuple(self.attn_mask.shape)} {self.attn_mask.dtype}, {self.about}"
+            mask += " with a gradient" if self.attn_mask.requires_grad else ""
         return (
             f"{self.case}, {self.backend}, {self.dtype}, {self.layout}, q {tuple(self.q.shape)}, {mask}, "
             f"scale={self.scale}, grad={self.needs_grad}"
@@ -114,9 +115,28 @@ def draw(seed: int, number: int, backends: list[str]) -> Call:
             shape = (pick([1, batch_size]), pick([1, num_heads]), rows, length)
         own = dtype if backend == "flex" else pick([dtype, dtype, *TOLERANCE, torch.bool])
         attn_mask, about = draw_mask(rng, pick, shape, own, only_forbids=is_strong)
-    scale = pick([None, None, None, 0.3, 1.0])
+    scale = pick([None, None, None, 0.3, 1.0, -0.5])
     needs_grad = backend != "flex" and rng.random() < 0.6
+    if attn_mask is not None and backend != "flex":
+        if rng.random() < 0.3:  # keys that nobody may attend to may be anything
+            hidden = (added_values(attn_mask).expand(-1, -1, -1, length) == -float("inf")).all(2)
+            k = torch.where(hidden[..., None], (1e3 if dtype == torch.float16 else 1e6) * k, k)
+            about["far"] = int(hidden.sum())
+        if attn_mask.is_floating_point() and needs_grad and rng.random() < 0.3:
+            attn_mask.requires_grad_()
+        if rng.random() < 0.3:  # shared memory, or rows that are columns there
+            attn_mask = (
+                attn_mask.expand(batch_size, num_heads, -1, -1) if rng.random() < 0.5 else other_strides(attn_mask)
+            )
+    if rng.random() < 0.3:
+        q, k, v = (other_strides(x) for x in (q, k, v))
+        gates = [other_strides(gate) for gate in gates]
     return Call(case, backend, dtype, layout, size, q, k, v, gates, attn_mask, scale, needs_grad, about)
+
+
+def other_strides(x: Tensor) -> Tensor:
+    """The same numbers, otherwise in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def draw_mask(
@@ -158,7 +178,8 @@ def added_values(attn_mask: Tensor) -> Tensor:
     if attn_mask.dtype == torch.bool:
         return torch.zeros(attn_mask.shape, dtype=torch.float64).masked_fill(~attn_mask, -float("inf"))
     limit = torch.tensor(-1e5 if attn_mask.dtype != torch.float16 else -float("inf"), dtype=attn_mask.dtype).item()
-    added = [references.added_value(x, limit, LOWEST[attn_mask.dtype]) for x in attn_mask.double().flatten().tolist()]
+    values = attn_mask.detach().double().flatten().tolist()
+    added = [references.added_value(x, limit, LOWEST[attn_mask.dtype]) for x in values]
     return torch.tensor(added, dtype=torch.float64).view(attn_mask.shape)
 
 
@@ -238,9 +259,8 @@ def check(call: Call) -> str:
     )  # fmt: skip
     if out.dtype != call.dtype:
         return f"the output is {out.dtype}"
-    extra = torch.zeros(batch_size, num_heads, length, length, dtype=torch.float64)
-    if call.attn_mask is not None:
-        extra = added_values(call.attn_mask).expand_as(extra)
+    added = torch.zeros((), dtype=torch.float64) if call.attn_mask is None else added_values(call.attn_mask)
+    extra = added.expand(batch_size, num_heads, length, length)
     doubles = [gate.double() for gate in call.gates]
     if call.case is not None and call.case.kind != "full":  # beside 3e38 float64 has no digits left either
         doubles = [gate.clamp(min=-STRONGEST) for gate in doubles]
@@ -254,9 +274,14 @@ def check(call: Call) -> str:
     if not call.needs_grad:
         return ""
     weight = torch.randn(out.shape, dtype=torch.float64)
+    mask_needs_grad = call.attn_mask is not None and call.attn_mask.requires_grad
+    leaves += [call.attn_mask] * mask_needs_grad
     gradients = torch.autograd.grad((out.double() * weight).sum(), leaves, allow_unused=True)
-    exact = [x.detach().double().requires_grad_() for x in leaves]
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, *gates)]
     q, k, v, *gates = exact
+    if mask_needs_grad:
+        exact.append(added.requires_grad_())
+        extra = added.expand(batch_size, num_heads, length, length)
     decay, scale = call.decay(gates), head_dim**-0.5 if call.scale is None else call.scale
     if isinstance(decay, AxialDecay):
         out = attend_axially(q, k, v, decay, extra, scale)
@@ -266,12 +291,13 @@ def check(call: Call) -> str:
         return f"the two references differ by {error:.2g}"
     exact_gradients = torch.autograd.grad((out * weight).sum(), exact, allow_unused=True)
     names = ["q", "k", "v", *(f"gate {n}" for n in range(len(gates)))]
+    names += ["the mask"] * mask_needs_grad
     for name, got, right in zip(names, gradients, exact_gradients, strict=True):
         if got is None or right is None:
             if got is not right:
                 return f"the gradient of {name} is {'none' if got is None else 'there'}"
-        elif (error := difference(got, right, at_least=1.0)) > tolerance:
-            return f"the gradient of {name} is off by {error:.2g} (at most {tolerance:.0e})"
+        elif (error := difference(got, right, at_least=1.0)) > (most := max(tolerance, TOLERANCE[got.dtype])):
+            return f"the gradient of {name} is off by {error:.2g} (at most {most:.0e})"
     if is_empty is not None and gradients[0] is not None and gradients[0][is_empty].abs().sum() != 0:
         return "the gradient of queries that may attend to nothing is not 0"
     return ""

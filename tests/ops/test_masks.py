@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spatial_decay as sd
-from spatial_decay.decay import ManhattanDecay, PathDecay, dense
+from spatial_decay.decay import AxialDecay, ManhattanDecay, PathDecay, dense
 from spatial_decay.layout import Grid
 from spatial_decay.ops import decay_attention
 from tests.cases import EXACT_BACKENDS, TOLERANCE, case_id, relative_error
@@ -186,6 +187,59 @@ def test_a_mask_over_pairs_without_a_decay_is_not_copied(monkeypatch):
     assert seen[2].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", LOWEST, ids=case_id)
+def test_far_scores_do_not_reach_over_forbidden_values(dtype):
+    """Padding may be of any size: its scores are higher than -1e5 is low."""
+    q, k, v = (x.detach().clone() for x in inputs(dtype)[:3])
+    q, k[:, :, 5] = 100 * q, 1000 * k[:, :, 5]
+    may_attend = torch.ones(12, 12, dtype=torch.bool)
+    may_attend[:, 5] = False
+    attn_mask = torch.zeros(12, 12, dtype=dtype).masked_fill(~may_attend, max(-1e5, LOWEST[dtype] / 2))
+    out, wanted = (decay_attention(q, k, v, attn_mask=mask, backend="sdpa") for mask in (attn_mask, may_attend))
+    assert relative_error(out, wanted) < 1e-6
+
+
+@backends
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_queries_that_a_mask_and_a_causal_axis_leave_nothing(axis, backend):
+    decays = {name: PathDecay(torch.zeros(1, 3, size), Grid(1, size)) for name, size in (("rows", 4), ("columns", 3))}
+    decays[axis] = PathDecay(decays[axis].cumulative, decays[axis].layout, causal=True)
+    attn_mask = torch.ones(12, 12, dtype=torch.bool)
+    attn_mask[0, 0] = False  # nothing is before it
+    with torch.no_grad():
+        out = decay_attention(
+            *inputs()[:3], AxialDecay(**decays, layout=GRID), attn_mask=attn_mask, backend=backend
+        )  # fmt: skip
+    assert out.isfinite().all()
+    assert (out[:, :, 0] == 0).all() == (axis == "columns")  # else its column adds what the others took
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("trace", [partial(torch.jit.trace, check_trace=False), lambda f, x: make_fx(f)(*x)])
+@pytest.mark.parametrize("backend", ["math", "sdpa"])
+def test_what_is_traced_holds_for_other_masks(backend, trace):
+    q, k, v = (x.detach() for x in inputs()[:3])
+
+    def attend(attn_mask):
+        return decay_attention(q, k, v, attn_mask=attn_mask, backend=backend)
+
+    attn_mask = torch.zeros(12, 12)
+    traced = trace(attend, (attn_mask.clone(),))
+    attn_mask[2] = LOWEST[torch.float32]
+    attn_mask[3] = -9000.0
+    torch.testing.assert_close(traced(attn_mask), attend(attn_mask))
+
+
+@backends
+@pytest.mark.parametrize("shape", [(12, 12), (12,), (0, 1, 12, 12)])
+def test_no_images(shape, backend):
+    q, k, v = torch.randn(3, 0, 3, 12, 8, requires_grad=True)
+    decay = ManhattanDecay(-torch.rand(1, 3, 12), GRID)
+    out = decay_attention(q, k, v, decay, attn_mask=torch.zeros(shape), backend=backend)
+    out.sum().backward()
+    assert out.shape == q.shape
+
+
 def test_none_in_a_swapped_model_is_the_hosts_own_softmax():
     import timm
 
@@ -203,10 +257,10 @@ def test_none_in_a_swapped_model_is_the_hosts_own_softmax():
 
 
 class TestScale:
-    @pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.tensor(0.5, requires_grad=True), "0.5"], ids=repr)
+    @pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.tensor(0.5, requires_grad=True), "0.5", True], ids=repr)
     def test_must_be_a_number(self, scale):
         """A gradient at 64 tokens and none at 1,600."""
-        with pytest.raises(TypeError, match="scale must be a number: got (Tensor|str).*multiply q by it"):
+        with pytest.raises(TypeError, match="scale must be a number: got (Tensor|str|bool).*multiply q by it"):
             decay_attention(*torch.randn(3, 1, 1, 4, 2), scale=scale)
 
     @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
