@@ -84,25 +84,30 @@ def reading(folder: str | os.PathLike[str], manifest: str) -> Iterator[Path]:
     Raises:
         OSError: another save has changed the folder meanwhile.
     """
-    directory, before = _valid(Path(folder), manifest)
+    before = _valid(Path(folder), manifest)
+    error: Exception | None = None
     try:
-        yield directory
-    except Exception as error:
-        if _valid(Path(folder), manifest) != (directory, before):
-            raise _changed(folder) from error
-        raise
-    if _valid(Path(folder), manifest) != (directory, before):
-        raise _changed(folder)
+        yield before[0]
+    except Exception as raised:
+        error = raised
+    if _valid(Path(folder), manifest) != before:
+        raise OSError(
+            f"{folder} must stay as it is while it is read: another save has changed it. Load it again."
+        ) from error
+    if error:
+        raise error
 
 
-def signed(content: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+def signed(content: Mapping[str, Any], files: Iterable[Path], *, editable: Iterable[Path] = ()) -> dict[str, Any]:
     """A manifest: what it is to say, with the hashes of the files that belong to it, and its own.
 
     Args:
         content: What goes through JSON.
         files: All in one directory.
+        editable: Those that must be there too, whatever they hold.
     """
-    manifest = {**content, "files": {path.name: _hash_of(path) for path in files}}
+    hashes = {path.name: _hash_of(path) for path in files} | {path.name: None for path in editable}
+    manifest = {**content, "files": hashes}
     return {**manifest, "sha256": _hash_of_json(manifest)}
 
 
@@ -127,7 +132,7 @@ def check_signed(manifest: Mapping[str, Any], name: str, files: Mapping[str, Pat
     different = [] if _hash_of_json(content) == manifest["sha256"] else [name]
     if not different:
         missing = sorted(file for file in hashes if file not in files or not files[file].is_file())
-        different = missing or sorted(file for file in hashes if _hash_of(files[file]) != hashes[file])
+        different = missing or sorted(file for file, hash in hashes.items() if hash and _hash_of(files[file]) != hash)
     if different:
         raise ValueError(
             f"{name} and the files that it names must belong together and be as they were saved: missing, damaged, "
@@ -166,10 +171,6 @@ def _valid(folder: Path, manifest: str) -> tuple[Path, tuple[int, ...]]:
     except OSError:
         return directory, ()
     return directory, (found.st_ino, found.st_mtime_ns, found.st_size)
-
-
-def _changed(folder: str | os.PathLike[str]) -> OSError:
-    return OSError(f"{folder} must stay as it is while it is read: another save has changed it. Load it again.")
 
 
 def _put_in_place(folder: Path) -> None:

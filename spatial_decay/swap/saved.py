@@ -23,7 +23,7 @@ __all__ = ["load_swapped", "save_swapped"]
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _SIGNATURE = {"files", "sha256"}
-_OPTIONS, _WEIGHTS = "spatial_decay.json", "spatial_decay.safetensors"
+_OPTIONS, _WEIGHTS, _CONFIG = "spatial_decay.json", "spatial_decay.safetensors", "config.json"
 _BY_HAND = (
     "For other files (of Lightning, of accelerate's save_state), build the model, swap_attention with the same "
     "keywords, and load its state_dict."
@@ -46,10 +46,10 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model is not swapped, or has no save_pretrained; its kind of decay is none of the library's, its
-            parts were swapped with different keywords, or it cannot be copied, so that load_swapped could not make it
-            again. Nothing is written then.
+            parts were swapped with different keywords, it has adapters of PEFT, or it cannot be copied, so that
+            load_swapped could not make it again. Nothing is written then.
         ImportError: without the safetensors package.
-        OSError: the folder cannot be written; it is as it was.
+        OSError: the folder cannot be written; it is as it was, as after an error of the model's own library.
     """
     model = getattr(model, "_orig_mod", model)
     added = added_decays(model)
@@ -58,6 +58,7 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "the model must have been changed by swap_attention and have a save_pretrained: got "
             f"{type(model).__name__} with {len(added)} decays. Save the state_dict of other models."
         )
+    _check_has_no_adapters(model)
     for core in added.values():
         _check_goes_through_json(core.decay.kind)
     safetensors = _safetensors()
@@ -67,7 +68,8 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     with writing(folder) as part:
         cast(Any, plain).save_pretrained(part)
         safetensors.save_file(weights, part / _WEIGHTS)
-        (part / _OPTIONS).write_text(json.dumps(signed(swap, weight_files(part)), indent=2))
+        config = [part / _CONFIG] if (part / _CONFIG).exists() else []
+        (part / _OPTIONS).write_text(json.dumps(signed(swap, weight_files(part), editable=config), indent=2))
 
 
 def load_swapped(
@@ -90,7 +92,8 @@ def load_swapped(
         FileNotFoundError: the folder is not one of save_swapped, and swap is left out.
         TypeError: model_class is no class of models.
         ValueError: a file; swap beside the keywords of the folder; the files of the folder do not belong together, or
-            one is damaged; the options of the swap are not those of this version; the gates do not fit the model.
+            one is damaged; the options of the swap are not those of this version; the gates do not fit the model, or it
+            has weights that the folder has not.
         ImportError: without the safetensors package.
         OSError: another process saves to the folder meanwhile.
     """
@@ -106,12 +109,27 @@ def load_swapped(
         saved = _options_of_swap(directory / _OPTIONS)
         _check_reads_what_was_saved(options)
         safetensors = _safetensors()
-        model: _Model = cast(Any, model_class).from_pretrained(directory, **options)
+        model = _from_pretrained(model_class, directory, options)
         _swap_again(model, saved)
         container, weights = _container(added_decays(model)), directory / _WEIGHTS
         if container.state_dict() or safetensors.load_file(weights):  # kinds without gates have none
             load_checkpoint(container, weights)
     return model
+
+
+def _from_pretrained(model_class: type[_Model], directory: Path, options: Mapping[str, Any]) -> _Model:
+    """By the model's own library; what it gives a first value, with a warning, is refused where it says so."""
+    load = cast(Any, model_class).from_pretrained
+    libraries = {cls.__module__.partition(".")[0] for cls in model_class.__mro__}
+    if not libraries & {"diffusers", "transformers"}:
+        return cast(_Model, load(directory, **options))
+    model, info = load(directory, **{**options, "output_loading_info": True})
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"the folder must have every weight of the model: {directory} has none for {', '.join(missing[:4])}"
+            f"{', ...' * (len(missing) > 4)}. Load it with the class and the options that the model was built with."
+        )
+    return cast(_Model, model)
 
 
 def _swap_again(model: nn.Module, saved: dict[str, Any]) -> None:
@@ -184,7 +202,7 @@ def _options_of_swap(file: Path) -> dict[str, Any]:
 
 def _check_whole(file: Path, manifest: dict[str, Any]) -> None:
     """Raise where the weights in a manifest's directory are not those that were saved with it."""
-    files = {path.name: path for path in weight_files(file.parent)}
+    files = {path.name: path for path in file.parent.iterdir()}
     check_signed(manifest, str(file), files)
     if others := [path.name for path in rivals(file.parent, manifest["files"])]:
         raise ValueError(
@@ -202,6 +220,16 @@ def _check_reads_what_was_saved(options: dict[str, Any]) -> None:
             f"load_swapped must read the weights that save_swapped wrote: got {', '.join(given)}, which may name "
             "others. Leave it out."
         )
+
+
+def _check_has_no_adapters(model: nn.Module) -> None:
+    """PEFT changes the names of the weights, so that from_pretrained would give those below adapters first values."""
+    for name, module in model.named_modules():
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise ValueError(
+                f"the model must be as its own library builds it: got {type(module).__name__} of PEFT at "
+                f"{name or 'the root'!r}. Save what merge_and_unload() returns; or the state_dict, with the adapters."
+            )
 
 
 def _check_goes_through_json(kind: Kind) -> None:
