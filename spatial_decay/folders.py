@@ -132,7 +132,7 @@ def check_signed(manifest: Mapping[str, Any], name: str, files: Mapping[str, Pat
     different = [] if _hash_of_json(content) == manifest["sha256"] else [name]
     if not different:
         missing = sorted(file for file in hashes if file not in files or not files[file].is_file())
-        different = missing or sorted(file for file, hash in hashes.items() if hash and _hash_of(files[file]) != hash)
+        different = missing or sorted(file for file, old in hashes.items() if old and _hash_of(files[file]) != old)
     if different:
         raise ValueError(
             f"{name} and the files that it names must belong together and be as they were saved: missing, damaged, "
