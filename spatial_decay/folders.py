@@ -13,6 +13,7 @@ import secrets
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,9 +47,9 @@ def writing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} must be a folder, or not there yet: it is a file. Save to another place.")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     part = folder / _PART.format(secrets.token_hex(8))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             _remove_parts(folder)
             part.mkdir()
@@ -77,6 +78,9 @@ def writing(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def reading(folder: str | os.PathLike[str], manifest: str) -> Iterator[Path]:
     """The directory that holds the folder's valid files; nothing is written.
 
+    Where a save was stopped before its files took their places, a warning says that it is not the folder itself:
+    whoever has copied other files into it since does not get them.
+
     Args:
         folder: Of writing.
         manifest: Name of a file that every save writes.
@@ -94,6 +98,12 @@ def reading(folder: str | os.PathLike[str], manifest: str) -> Iterator[Path]:
         raise OSError(
             f"{folder} must stay as it is while it is read: another save has changed it. Load it again."
         ) from error
+    if before[0] != Path(folder):
+        warnings.warn(
+            f"{folder} is read from its {_SEALED}, which counts until a save puts it in place: the last save was "
+            "stopped before it could. Save again; or remove that directory, if other files are meant.",
+            stacklevel=4,  # whoever loads
+        )
     if error:
         raise error
 

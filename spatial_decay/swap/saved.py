@@ -93,10 +93,12 @@ def load_swapped(
         TypeError: model_class is no class of models.
         ValueError: a file; swap beside the keywords of the folder; the files of the folder do not belong together, or
             one is damaged; the options of the swap are not those of this version; the gates do not fit the model, or it
-            has weights that the folder has not.
+            has weights that the folder has not; an option that is for other folders, or output_loading_info.
         ImportError: without the safetensors package.
         OSError: another process saves to the folder meanwhile.
     """
+    if options.get("output_loading_info"):
+        raise ValueError("output_loading_info must be left out: what it would tell is checked, and the model returned.")
     if Path(folder).is_file():
         raise ValueError(f"folder must be a folder: got the file {folder}. {_BY_HAND}")
     with reading(folder, _OPTIONS) as directory:
