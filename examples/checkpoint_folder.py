@@ -294,7 +294,7 @@ def _sums(files: Iterable[Path]) -> list[str]:
 def _read_settings(path: Path, step: int) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path} must be the JSON of a run's settings: {error}.") from error
     every = settings.get("log_every") if isinstance(settings, dict) else None
     if not isinstance(every, int) or every < 1 or settings.get("step") != step:

@@ -193,7 +193,7 @@ def _options_of_swap(file: Path) -> dict[str, Any]:
         if not isinstance(found, dict) or set(found) - _SIGNATURE != expected:
             raise ValueError(f"it needs {', '.join(sorted(expected))}, and has {', '.join(sorted(found))}.")
         as_kind(found["decay"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is not what this version's save_swapped writes, or is damaged. Load it with the version of "
             f"spatial-decay that has saved it, or swap the model of its folder anew: {error}"

@@ -138,6 +138,7 @@ def test_what_does_not_fit_is_said(tmp_path):
         ({"decay": 1}, "decay must be the name of a kind"),
         (None, "it needs .*, and has 0, 1"),
         ("{", "Expecting property name"),
+        ("[" * 10**5, ""),
     ],
 )
 def test_options_of_another_version_are_refused_before_a_model_is_built(tmp_path, monkeypatch, change, message):
