@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from spatial_decay.checkpoint import load_checkpoint
+from spatial_decay.checkpoint.tensors import reason_against, refusal
 from spatial_decay.folders import check_signed, reading, rivals, signed, weight_files, writing
 from spatial_decay.layers.kinds import KINDS, Kind, as_kind
 from spatial_decay.swap.by_host import load_by_host
@@ -46,8 +47,9 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model is not swapped, or has no save_pretrained; its kind of decay is none of the library's, its
-            parts were swapped with different keywords, it has adapters of PEFT, or it cannot be copied, so that
-            load_swapped could not make it again. Nothing is written then.
+            parts were swapped with different keywords, it has adapters of PEFT, its gates are not in
+            memory (offloaded by accelerate), or it cannot be copied, so that load_swapped could not make it again.
+            Nothing is written then.
         ImportError: without the safetensors package.
         OSError: the folder cannot be written; it is as it was, as after an error of the model's own library.
     """
@@ -64,7 +66,10 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     safetensors = _safetensors()
     plain = _without_decay(model)
     swap = _swap_of(plain, added)
-    weights = {name: value.detach().cpu().contiguous() for name, value in _container(added).state_dict().items()}
+    weights = _container(added).state_dict()
+    if reasons := {name: reason for name, value in weights.items() if (reason := reason_against(value))}:
+        raise refusal("gates must be plain tensors", reasons, "Take off what offloads or shards the model.")
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     with writing(folder) as part:
         cast(Any, plain).save_pretrained(part)
         safetensors.save_file(weights, part / _WEIGHTS)

@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import ClassVar
 
+import accelerate
 import diffusers
 import huggingface_hub
 import pytest
@@ -287,6 +288,14 @@ def test_a_folder_without_its_config_is_refused(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"must belong together .* of another save is config\.json"):
         sd.load_swapped(transformers.ViTModel, tmp_path)
+
+
+def test_gates_that_are_not_in_memory(tmp_path):
+    model = swapped(BY_NAME["transformers ViT"])
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"plain tensors.*(.|\n)*gate.weight: it is on the meta device(.|\n)*offloads"):
+        sd.save_swapped(model, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
 
 
 class OfHub(torch.nn.Module, huggingface_hub.PyTorchModelHubMixin):
