@@ -225,9 +225,7 @@ def read_metadata(path: Path) -> metadata.Metadata:
     file = path / ".metadata"
     try:
         found = _Unpickler(io.BytesIO(file.read_bytes())).load()
-        missing = {info.relative_path for info in found.storage_data.values()} - {
-            *os.listdir(path)
-        }  # or from elsewhere
+        missing = {info.relative_path for info in found.storage_data.values()}.difference(os.listdir(path))
         if missing or not isinstance(found, metadata.Metadata):
             raise ValueError(f"{type(found).__name__} of {sorted(missing)}, which are not in the folder")
     except _ForbiddenError as error:
@@ -282,19 +280,19 @@ class _Planner(DefaultLoadPlanner):
 def _sums(files: Iterable[Path]) -> list[str]:
     """As sha256sum prints them."""
     lines = []
-    for path in sorted(files):
+    for path in files:
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
         lines.append(f"{digest.hexdigest()}  {path.name}")
-    return sorted(lines)
+    return lines
 
 
 def _read_settings(path: Path, step: int) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path} must be the JSON of a run's settings: {error}.") from error
     every = settings.get("log_every") if isinstance(settings, dict) else None
     if not isinstance(every, int) or every < 1 or settings.get("step") != step:

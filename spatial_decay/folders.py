@@ -13,6 +13,7 @@ import secrets
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,9 +47,9 @@ def writing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} must be a folder, or not there yet: it is a file. Save to another place.")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     part = folder / _PART.format(secrets.token_hex(8))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             _remove_parts(folder)
             part.mkdir()
@@ -77,6 +78,9 @@ def writing(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def reading(folder: str | os.PathLike[str], manifest: str) -> Iterator[Path]:
     """The directory that holds the folder's valid files; nothing is written.
 
+    Where a save was stopped before its files took their places, a warning says that it is not the folder itself:
+    whoever has copied other files into it since does not get them.
+
     Args:
         folder: Of writing.
         manifest: Name of a file that every save writes.
@@ -84,25 +88,36 @@ def reading(folder: str | os.PathLike[str], manifest: str) -> Iterator[Path]:
     Raises:
         OSError: another save has changed the folder meanwhile.
     """
-    directory, before = _valid(Path(folder), manifest)
+    before = _valid(Path(folder), manifest)
+    error: Exception | None = None
     try:
-        yield directory
-    except Exception as error:
-        if _valid(Path(folder), manifest) != (directory, before):
-            raise _changed(folder) from error
-        raise
-    if _valid(Path(folder), manifest) != (directory, before):
-        raise _changed(folder)
+        yield before[0]
+    except Exception as raised:
+        error = raised
+    if _valid(Path(folder), manifest) != before:
+        raise OSError(
+            f"{folder} must stay as it is while it is read: another save has changed it. Load it again."
+        ) from error
+    if before[0] != Path(folder):
+        warnings.warn(
+            f"{folder} is read from its {_SEALED}, which counts until a save puts it in place: the last save was "
+            "stopped before it could. Save again; or remove that directory, if other files are meant.",
+            stacklevel=4,  # whoever loads
+        )
+    if error:
+        raise error
 
 
-def signed(content: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+def signed(content: Mapping[str, Any], files: Iterable[Path], *, editable: Iterable[Path] = ()) -> dict[str, Any]:
     """A manifest: what it is to say, with the hashes of the files that belong to it, and its own.
 
     Args:
         content: What goes through JSON.
         files: All in one directory.
+        editable: Those that must be there too, whatever they hold.
     """
-    manifest = {**content, "files": {path.name: _hash_of(path) for path in files}}
+    hashes = {path.name: _hash_of(path) for path in files} | {path.name: None for path in editable}
+    manifest = {**content, "files": hashes}
     return {**manifest, "sha256": _hash_of_json(manifest)}
 
 
@@ -127,7 +142,7 @@ def check_signed(manifest: Mapping[str, Any], name: str, files: Mapping[str, Pat
     different = [] if _hash_of_json(content) == manifest["sha256"] else [name]
     if not different:
         missing = sorted(file for file in hashes if file not in files or not files[file].is_file())
-        different = missing or sorted(file for file in hashes if _hash_of(files[file]) != hashes[file])
+        different = missing or sorted(file for file, old in hashes.items() if old and _hash_of(files[file]) != old)
     if different:
         raise ValueError(
             f"{name} and the files that it names must belong together and be as they were saved: missing, damaged, "
@@ -166,10 +181,6 @@ def _valid(folder: Path, manifest: str) -> tuple[Path, tuple[int, ...]]:
     except OSError:
         return directory, ()
     return directory, (found.st_ino, found.st_mtime_ns, found.st_size)
-
-
-def _changed(folder: str | os.PathLike[str]) -> OSError:
-    return OSError(f"{folder} must stay as it is while it is read: another save has changed it. Load it again.")
 
 
 def _put_in_place(folder: Path) -> None:

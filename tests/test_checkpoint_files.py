@@ -152,6 +152,13 @@ def test_crafted_sizes(what, tmp_path):
         pytest.skip("this release of PyTorch believes what a crafted file says of its storages")
 
 
+def test_an_empty_file(tmp_path):
+    """Python's error for it has no text."""
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(ValueError, match=r"can be read safely: \S"):
+        sd.load_checkpoint(small(), tmp_path / "empty.pt")
+
+
 def refused(path):
     with pytest.raises(ValueError, match="not a checkpoint that can be read safely"):
         sd.load_checkpoint(small(), path)

@@ -149,6 +149,22 @@ def test_two_names_that_become_one(prefix):
     assert_refused(model, source, f"head.bias and {prefix}head.bias|{prefix}head.bias and head.bias")
 
 
+@pytest.mark.parametrize("ema", [False, True])
+def test_weights_in_two_places(ema):
+    model, (one, two) = make(), (state_of(make()), state_of(make()))
+    places = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
+    says = f"weights in one place: got '{places[0]}' and '{places[1]}'"
+    assert_refused(model, dict(zip(places, (one, two), strict=True)), says, ema=ema)
+    assert sd.load_checkpoint(model, {places[1]: two}, ema=ema).is_complete
+
+
+def test_weights_of_which_none_fits():
+    """Under another prefix, as Lightning writes them; or into what DataParallel has put around a model."""
+    model = make()
+    assert_refused(model, {f"net.{name}": value for name, value in state_of(make()).items()}, "0 tensors loaded")
+    assert_refused(nn.DataParallel(model), state_of(make()), "0 tensors loaded")
+
+
 def test_two_names_of_an_origin_that_become_one():
     golden = read("rmt")
     twice = {"head_norm.bias": golden.state["norm.bias"] + 1}

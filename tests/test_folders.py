@@ -2,9 +2,11 @@
 
 import os
 import random
+import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +98,9 @@ def is_same(model: nn.Module, other: nn.Module) -> bool:
 def which(writer: Writer, folder: Path, models: dict[str, nn.Module]) -> str:
     """The name of the model that a folder gives, of those given; else what it gives."""
     try:
-        found = writer.load(folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* is read from its .spatial_decay-sealed")
+            found = writer.load(folder)
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return next((name for name, model in models.items() if is_same(model, found)), "a mixture")
@@ -334,6 +338,28 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     folders._unlock(lock)
     assert os.listdir(tmp_path) == ["file"]
     write(tmp_path, "a")
+    with pytest.raises(OSError, match="too long"):
+        write(tmp_path / "made" / ("x" * 300), "a")
+    assert sorted(os.listdir(tmp_path)) == ["a", "file"]
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=str)
+def test_files_that_somebody_copied_over_a_save_that_was_stopped_are_not_read_silently(writer, tmp_path):
+    models = {"old": writer.make(1), "new": writer.make(2)}
+    for place in ("backup", "folder"):
+        writer.save(models["old"], tmp_path / place)
+
+    def work() -> None:
+        os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # of the process that is killed
+        writer.save(models["new"], tmp_path / "folder")
+
+    assert killed(work)
+    shutil.copytree(tmp_path / "backup", tmp_path / "folder", dirs_exist_ok=True)
+    with pytest.warns(UserWarning, match=r"read from its .spatial_decay-sealed, .* remove that directory, if other"):
+        found = writer.load(tmp_path / "folder")
+    assert is_same(found, models["new"])
+    shutil.rmtree(tmp_path / "folder" / ".spatial_decay-sealed")
+    assert which(writer, tmp_path / "folder", models) == "old"
 
 
 def test_files_that_cannot_take_their_places_are_valid_all_the_same(tmp_path):
@@ -341,7 +367,10 @@ def test_files_that_cannot_take_their_places_are_valid_all_the_same(tmp_path):
     (tmp_path / "a").write_text("old")
     with pytest.raises(OSError, match=r"is saved, and loading finds the new files in .*: .*directory.* Make way"):
         write(tmp_path, "a", "b", "c")
-    with folders.reading(tmp_path, "a") as directory:
+    with (
+        pytest.warns(UserWarning, match=r"read from its .spatial_decay-sealed, which counts until a save puts it"),
+        folders.reading(tmp_path, "a") as directory,
+    ):
         assert sorted(path.name for path in directory.iterdir()) == ["a", "b", "c"]
     (tmp_path / "b").rmdir()
     write(tmp_path, "b")

@@ -37,7 +37,7 @@ def read(path: Path) -> Mapping[str, Any]:
         raise ImportError(f"reading {path.name} needs the safetensors package: pip install safetensors.") from error
     except Exception as error:  # zip, pickle and header errors are of many kinds, and safetensors has its own
         raise ValueError(
-            f"{path} is not a checkpoint that can be read safely: {error or type(error).__name__}"
+            f"{path} is not a checkpoint that can be read safely: {str(error) or type(error).__name__}"
         ) from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{path} must hold a dict of weights: got {type(found).__name__}.")

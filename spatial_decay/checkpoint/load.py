@@ -87,7 +87,8 @@ def load_checkpoint(
         ValueError: unknown origin; a file that is none of these, or damaged; no weights in it, or two for one name;
             tensors on the meta device, sparse, quantized or nested ones, or other kinds of numbers than the model's;
             NaN, or infinite values that the model has not; numbers that the model's dtype cannot hold; a model on the
-            meta device, or not initialised; with strict, any difference. The model is as it was.
+            meta device, or not initialised; with strict, any difference; without it, where nothing fits. The model is
+            as it was.
         ImportError: .safetensors without the safetensors package.
 
     Examples:
@@ -105,11 +106,11 @@ def load_checkpoint(
     weights, derived = translated(weights_of(found, ema=ema), origin)
     _check_kinds(weights, own)
     report = _compared(weights, derived, own, re.compile(NEW.get(origin, "$^")))
-    if strict and not report.is_complete:
+    if not report.is_complete and (strict or not report.loaded):
         raise ValueError(
             f"the checkpoint does not fit the model, which stays as it was: {report}\n"
             "Build the model that the weights were trained with (size, classes, kind of decay, origin), or pass "
-            "strict=False to load what fits."
+            "strict=False to load what fits, where anything does."
         )
     plain = {name: value for name, value in own.items() if not reason_against(value)}
     held = ready(((name, weights[name].tensor()) for name in report.loaded), plain)

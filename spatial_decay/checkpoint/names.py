@@ -56,15 +56,17 @@ Translated: TypeAlias = tuple[list[Weight], list[str]]
 
 def weights_of(found: Mapping[str, Any], *, ema: bool) -> dict[str, Tensor]:
     """The weights of a file, without the prefixes of wrappers."""
-    for key in ("model_ema", "state_dict_ema") if ema else ("model", "state_dict"):
-        if isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    else:
-        if ema:
-            raise ValueError(
-                f"ema=True needs weights under 'model_ema' or 'state_dict_ema': got keys {', '.join(map(str, found))}."
-            )
+    places = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
+    inside = [found[key] for key in places if isinstance(found.get(key), Mapping)]
+    if ema and not inside:
+        raise ValueError(
+            f"ema=True needs weights under 'model_ema' or 'state_dict_ema': got keys {', '.join(map(str, found))}."
+        )
+    if len(inside) > 1:
+        raise ValueError(
+            f"a checkpoint must have its weights in one place: got {' and '.join(map(repr, places))}. Pass one alone."
+        )
+    found = inside[0] if inside else found
     others = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
     if others or not found:
         raise ValueError(

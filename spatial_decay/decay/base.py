@@ -126,9 +126,9 @@ def factor(name: str, *steps: Tensor) -> Tensor:
 
 
 STRONGEST = 256.0
-"""What a gate adds to a path at most, in nats. More changes nothing that float32 can show, unless the scores of two keys
-differ by some 240 (of bidirectional, whose steps are the mean of two gates, 112); and the sums would lose the digits of
-all other gates."""
+"""What a gate adds to a path at most, in nats. More changes nothing that float32 can show, unless the scores of two
+keys differ by some 240 (of bidirectional, whose steps are the mean of two gates, 112); and the sums would lose the
+digits of all other gates."""
 
 
 def check_range(name: str, x: Tensor, layout: Layout, lowest: float, highest: float) -> None:

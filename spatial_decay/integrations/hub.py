@@ -276,7 +276,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """What config.json holds, with a class that is known and its arguments."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of decoding, of JSON
+    except (ValueError, RecursionError) as error:  # of decoding, of JSON
         raise ValueError(f"{path} must be JSON: {error}. Save the model again.") from error
     name, config = (found.get("class"), found.get("config")) if isinstance(found, dict) else (None, None)
     if not isinstance(name, str) or name not in _CLASSES or not isinstance(config, dict):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from spatial_decay.checkpoint import load_checkpoint
+from spatial_decay.checkpoint.tensors import reason_against, refusal
 from spatial_decay.folders import check_signed, reading, rivals, signed, weight_files, writing
 from spatial_decay.layers.kinds import KINDS, Kind, as_kind
 from spatial_decay.swap.by_host import load_by_host
@@ -23,7 +24,7 @@ __all__ = ["load_swapped", "save_swapped"]
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _SIGNATURE = {"files", "sha256"}
-_OPTIONS, _WEIGHTS = "spatial_decay.json", "spatial_decay.safetensors"
+_OPTIONS, _WEIGHTS, _CONFIG = "spatial_decay.json", "spatial_decay.safetensors", "config.json"
 _BY_HAND = (
     "For other files (of Lightning, of accelerate's save_state), build the model, swap_attention with the same "
     "keywords, and load its state_dict."
@@ -46,10 +47,11 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model is not swapped, or has no save_pretrained; its kind of decay is none of the library's, its
-            parts were swapped with different keywords, or it cannot be copied, so that load_swapped could not make it
-            again. Nothing is written then.
+            parts were swapped with different keywords, it has adapters of PEFT, its gates are not in
+            memory (offloaded by accelerate), or it cannot be copied, so that load_swapped could not make it again.
+            Nothing is written then.
         ImportError: without the safetensors package.
-        OSError: the folder cannot be written; it is as it was.
+        OSError: the folder cannot be written; it is as it was, as after an error of the model's own library.
     """
     model = getattr(model, "_orig_mod", model)
     added = added_decays(model)
@@ -58,16 +60,21 @@ def save_swapped(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "the model must have been changed by swap_attention and have a save_pretrained: got "
             f"{type(model).__name__} with {len(added)} decays. Save the state_dict of other models."
         )
+    _check_has_no_adapters(model)
     for core in added.values():
         _check_goes_through_json(core.decay.kind)
     safetensors = _safetensors()
     plain = _without_decay(model)
     swap = _swap_of(plain, added)
-    weights = {name: value.detach().cpu().contiguous() for name, value in _container(added).state_dict().items()}
+    weights = _container(added).state_dict()
+    if reasons := {name: reason for name, value in weights.items() if (reason := reason_against(value))}:
+        raise refusal("gates must be plain tensors", reasons, "Take off what offloads or shards the model.")
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     with writing(folder) as part:
         cast(Any, plain).save_pretrained(part)
         safetensors.save_file(weights, part / _WEIGHTS)
-        (part / _OPTIONS).write_text(json.dumps(signed(swap, weight_files(part)), indent=2))
+        config = [part / _CONFIG] if (part / _CONFIG).exists() else []
+        (part / _OPTIONS).write_text(json.dumps(signed(swap, weight_files(part), editable=config), indent=2))
 
 
 def load_swapped(
@@ -90,10 +97,13 @@ def load_swapped(
         FileNotFoundError: the folder is not one of save_swapped, and swap is left out.
         TypeError: model_class is no class of models.
         ValueError: a file; swap beside the keywords of the folder; the files of the folder do not belong together, or
-            one is damaged; the options of the swap are not those of this version; the gates do not fit the model.
+            one is damaged; the options of the swap are not those of this version; the gates do not fit the model, or it
+            has weights that the folder has not; an option that is for other folders, or output_loading_info.
         ImportError: without the safetensors package.
         OSError: another process saves to the folder meanwhile.
     """
+    if options.get("output_loading_info"):
+        raise ValueError("output_loading_info must be left out: what it would tell is checked, and the model returned.")
     if Path(folder).is_file():
         raise ValueError(f"folder must be a folder: got the file {folder}. {_BY_HAND}")
     with reading(folder, _OPTIONS) as directory:
@@ -106,12 +116,27 @@ def load_swapped(
         saved = _options_of_swap(directory / _OPTIONS)
         _check_reads_what_was_saved(options)
         safetensors = _safetensors()
-        model: _Model = cast(Any, model_class).from_pretrained(directory, **options)
+        model = _from_pretrained(model_class, directory, options)
         _swap_again(model, saved)
         container, weights = _container(added_decays(model)), directory / _WEIGHTS
         if container.state_dict() or safetensors.load_file(weights):  # kinds without gates have none
             load_checkpoint(container, weights)
     return model
+
+
+def _from_pretrained(model_class: type[_Model], directory: Path, options: Mapping[str, Any]) -> _Model:
+    """By the model's own library; what it gives a first value, with a warning, is refused where it says so."""
+    load = cast(Any, model_class).from_pretrained
+    libraries = {cls.__module__.partition(".")[0] for cls in model_class.__mro__}
+    if not libraries & {"diffusers", "transformers"}:
+        return cast(_Model, load(directory, **options))
+    model, info = load(directory, **{**options, "output_loading_info": True})
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"the folder must have every weight of the model: {directory} has none for {', '.join(missing[:4])}"
+            f"{', ...' * (len(missing) > 4)}. Load it with the class and the options that the model was built with."
+        )
+    return cast(_Model, model)
 
 
 def _swap_again(model: nn.Module, saved: dict[str, Any]) -> None:
@@ -173,7 +198,7 @@ def _options_of_swap(file: Path) -> dict[str, Any]:
         if not isinstance(found, dict) or set(found) - _SIGNATURE != expected:
             raise ValueError(f"it needs {', '.join(sorted(expected))}, and has {', '.join(sorted(found))}.")
         as_kind(found["decay"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is not what this version's save_swapped writes, or is damaged. Load it with the version of "
             f"spatial-decay that has saved it, or swap the model of its folder anew: {error}"
@@ -184,7 +209,7 @@ def _options_of_swap(file: Path) -> dict[str, Any]:
 
 def _check_whole(file: Path, manifest: dict[str, Any]) -> None:
     """Raise where the weights in a manifest's directory are not those that were saved with it."""
-    files = {path.name: path for path in weight_files(file.parent)}
+    files = {path.name: path for path in file.parent.iterdir()}
     check_signed(manifest, str(file), files)
     if others := [path.name for path in rivals(file.parent, manifest["files"])]:
         raise ValueError(
@@ -202,6 +227,16 @@ def _check_reads_what_was_saved(options: dict[str, Any]) -> None:
             f"load_swapped must read the weights that save_swapped wrote: got {', '.join(given)}, which may name "
             "others. Leave it out."
         )
+
+
+def _check_has_no_adapters(model: nn.Module) -> None:
+    """PEFT changes the names of the weights, so that from_pretrained would give those below adapters first values."""
+    for name, module in model.named_modules():
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise ValueError(
+                f"the model must be as its own library builds it: got {type(module).__name__} of PEFT at "
+                f"{name or 'the root'!r}. Save what merge_and_unload() returns; or the state_dict, with the adapters."
+            )
 
 
 def _check_goes_through_json(kind: Kind) -> None:

@@ -161,6 +161,7 @@ def test_a_copy_of_another_name_is_no_checkpoint(newest, run, latents, unbroken)
         ("settings.json", '"step": 16', '"step": 12', 'settings.json must be a mapping with "step": 16 and'),
         ("settings.json", '"log_every": 1', '"log_every": 0', 'must be a mapping with .*"log_every" >= 1'),
         ("settings.json", "{", "[", "settings.json must be the JSON of a run's settings"),
+        ("settings.json", "{", "[" * 10**5, "settings.json must be the JSON of a run's settings"),
     ],
 )
 def test_sealed_nonsense(name, old, new, message, newest, refused):

@@ -194,6 +194,7 @@ def truncate(folder):
             "missing from the checkpoint: norm.bias",
         ),
         (edit_weights(lambda w: w | {"ghost": torch.ones(1)}), ValueError, "not in the model: ghost"),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), ValueError, "must be JSON: .*Save the model again"),
         (truncate, ValueError, "as they were saved: missing, damaged, edited or of another save is model.safetensors"),
         (
             lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("prr", "avg")),

@@ -6,7 +6,9 @@ import threading
 from dataclasses import dataclass
 from typing import ClassVar
 
+import accelerate
 import diffusers
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -70,7 +72,7 @@ def sign(folder, **change):
     found = json.loads(file.read_text()) | change
     names = found.pop("files")
     del found["sha256"]
-    file.write_text(json.dumps(signed(found, [folder / name for name in names])))
+    file.write_text(json.dumps(signed(found, [folder / name for name, hash_of in names.items() if hash_of])))
 
 
 def test_weights_of_gates_that_the_kind_has_not_are_refused(tmp_path):
@@ -137,6 +139,7 @@ def test_what_does_not_fit_is_said(tmp_path):
         ({"decay": 1}, "decay must be the name of a kind"),
         (None, "it needs .*, and has 0, 1"),
         ("{", "Expecting property name"),
+        ("[" * 10**5, ""),
     ],
 )
 def test_options_of_another_version_are_refused_before_a_model_is_built(tmp_path, monkeypatch, change, message):
@@ -168,8 +171,10 @@ def test_calls_while_it_is_saved_are_right(name, saves, tmp_path):
     threads = [threading.Thread(target=call) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(saves):
+    num_saves = 0
+    while (num_saves < saves or len(outs) <= 4 * saves) and all(thread.is_alive() for thread in threads):
         sd.save_swapped(model, tmp_path)
+        num_saves += 1
     stop.set()
     for thread in threads:
         thread.join()
@@ -235,6 +240,76 @@ def test_the_decay_that_a_partial_restore_has_left_comes_back(kind, tmp_path):
     ]
     with torch.no_grad():
         assert torch.equal(host.run(again, images), host.run(model, images))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of transformers, which PEFT still asks
+@pytest.mark.parametrize("how", ["wrapped", "inside", "put in place", "added by transformers"])
+def test_adapters_of_peft_are_refused_until_they_are_merged(how, tmp_path):
+    """Their weights have other names, under which from_pretrained finds none, and makes them up with a warning."""
+    peft = pytest.importorskip("peft")
+    host = BY_NAME["transformers ViT"]
+    model = swapped(host)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    if how == "added by transformers":
+        model.add_adapter(config)
+    elif how == "put in place":
+        model = peft.inject_adapter_in_model(config, model)
+    else:
+        wrapped = peft.get_peft_model(model, config)
+        model = wrapped if how == "wrapped" else model
+    with pytest.raises(ValueError, match=r"must be as its own library builds it: got .* of PEFT at .*merge_and_unload"):
+        sd.save_swapped(model, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+    if how == "wrapped":
+        merged = wrapped.merge_and_unload()
+        sd.save_swapped(merged, tmp_path)
+        again, images = sd.load_swapped(transformers.ViTModel, tmp_path).eval(), host.images((64, 64))
+        with torch.no_grad():
+            assert torch.equal(host.run(again, images), host.run(merged, images))
+
+
+def test_weights_that_the_folder_has_not_are_refused(tmp_path):
+    """transformers makes them up, with a warning."""
+    config = BY_NAME["transformers ViT"].make().config
+    models = {"layers.0.mlp.fc1": transformers.ViTModel(config), "pooler.dense": transformers.ViTModel(config, False)}
+    models["layers.0.mlp.fc1"].layers[0].mlp.fc1 = torch.nn.Sequential(models["layers.0.mlp.fc1"].layers[0].mlp.fc1)
+    for name, model in models.items():
+        sd.swap_attention(model, "full")
+        sd.save_swapped(model, tmp_path)
+        with pytest.raises(ValueError, match=rf"has none for {name}.bias, {name}.weight\. Load it with the class"):
+            sd.load_swapped(transformers.ViTModel, tmp_path)
+    again = sd.load_swapped(transformers.ViTModel, tmp_path, add_pooling_layer=False)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_folder_without_its_config_is_refused(tmp_path):
+    """transformers takes the default one: an activation and an epsilon of one's own are lost where the sizes fit."""
+    sd.save_swapped(swapped(BY_NAME["transformers ViT"]), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"must belong together .* of another save is config\.json"):
+        sd.load_swapped(transformers.ViTModel, tmp_path)
+
+
+def test_gates_that_are_not_in_memory(tmp_path):
+    model = swapped(BY_NAME["transformers ViT"])
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"plain tensors.*(.|\n)*gate.weight: it is on the meta device(.|\n)*offloads"):
+        sd.save_swapped(model, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+class OfHub(torch.nn.Module, huggingface_hub.PyTorchModelHubMixin):
+    def __init__(self):
+        super().__init__()
+        self.vit = BY_NAME["timm vit_tiny_patch16_224"].make()
+
+
+def test_a_model_of_huggingface_hubs_mixin(tmp_path):
+    model = OfHub()
+    sd.swap_attention(model, "full")
+    sd.save_swapped(model, tmp_path)
+    again = sd.load_swapped(OfHub, tmp_path).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
 
 def test_parts_that_were_swapped_differently_are_refused(tmp_path):
@@ -317,6 +392,8 @@ def test_the_hosts_config_may_be_edited_and_other_weights_may_not_be_named(tmp_p
     for option in ({"variant": "fp16"}, {"subfolder": "old"}, {"use_safetensors": False}):
         with pytest.raises(ValueError, match=rf"got {next(iter(option))}, which may name others"):
             sd.load_swapped(transformers.ViTModel, tmp_path, **option)
+    with pytest.raises(ValueError, match="output_loading_info must be left out"):
+        sd.load_swapped(transformers.ViTModel, tmp_path, output_loading_info=True)
 
 
 def test_a_folder_without_hashes_is_refused(tmp_path):
