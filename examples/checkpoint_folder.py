@@ -192,8 +192,8 @@ def read(path: Path) -> Checkpoint:
         raise DamagedError(f"{path} must be a folder of files that its {SUMS} lists: {error}.") from error
     if wrong := sorted({line[66:] or line for line in {*stated} ^ {*found}}):
         raise DamagedError(
-            f"{path} must hold the files that its {SUMS} lists, as they were written: got others, or none, for "
-            f"{', '.join(wrong)}."
+            f"{path} must hold the files that its {SUMS} lists, as they were written: "
+            f"{', '.join(wrong)} is missing, changed or not listed."
         )
     read_metadata(path)
     settings = _read_settings(path / "settings.json", step=int(path.name[5:]))

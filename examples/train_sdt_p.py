@@ -194,12 +194,12 @@ def newest_checkpoint(arguments: argparse.Namespace, settings: dict[str, Any]) -
     if newest is None:
         if (out / "ema.safetensors").exists():
             raise ValueError(
-                f"{out} must have checkpoints to go on from: got a finished run without. Pass another --out."
+                f"{out} must have checkpoints to go on from: got a finished run without any. Pass another --out."
             )
         return None
     if newest.step > arguments.steps:
         raise ValueError(
-            f"--steps must be >= {newest.step}, which {newest.path} has behind it: got {arguments.steps}. Pass more."
+            f"--steps must be >= {newest.step}, where {newest.path} is already: got {arguments.steps}. Pass more."
         )
     saved = newest.settings
     names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]

@@ -137,7 +137,7 @@ def check_signed(manifest: Mapping[str, Any], name: str, files: Mapping[str, Pat
     if not isinstance(hashes, dict) or "sha256" not in manifest:
         raise ValueError(
             f'{name} must have "files" and "sha256", with which loading sees that it and the weights belong together: '
-            "a version before them has written it. Load it with that version, and save it again with this one."
+            "an older version has written it. Load it with that version, and save it again with this one."
         )
     different = [] if _hash_of_json(content) == manifest["sha256"] else [name]
     if not different:
@@ -145,9 +145,9 @@ def check_signed(manifest: Mapping[str, Any], name: str, files: Mapping[str, Pat
         different = missing or sorted(file for file, old in hashes.items() if old and _hash_of(files[file]) != old)
     if different:
         raise ValueError(
-            f"{name} and the files that it names must belong together and be as they were saved: missing, damaged, "
-            f"edited or of another save is {', '.join(different)}. Save the model again. To take single files as they "
-            "are, build the model and use load_checkpoint."
+            f"{name} and the files that it names must belong together and be as they were saved: "
+            f"{', '.join(different)} is missing, damaged, edited or from another save. Save the model again. To "
+            "take single files as they are, build the model and use load_checkpoint."
         )
 
 
@@ -208,7 +208,7 @@ def _put_in_place(folder: Path) -> None:
     except OSError as error:
         raise OSError(
             f"{folder} is saved, and loading finds the new files in {sealed.name}, but they could not take the places "
-            f"of the old ones: {error}. Make way for them, and save again to put them in place."
+            f"of the old ones: {error}. Remove what is in their places, and save again."
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -365,7 +365,7 @@ def test_files_that_somebody_copied_over_a_save_that_was_stopped_are_not_read_si
 def test_files_that_cannot_take_their_places_are_valid_all_the_same(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "a").write_text("old")
-    with pytest.raises(OSError, match=r"is saved, and loading finds the new files in .*: .*directory.* Make way"):
+    with pytest.raises(OSError, match=r"is saved, and loading finds .*: .*directory.* Remove what is in their places"):
         write(tmp_path, "a", "b", "c")
     with (
         pytest.warns(UserWarning, match=r"read from its .spatial_decay-sealed, which counts until a save puts it"),

@@ -26,7 +26,7 @@ def read(path: Path) -> Mapping[str, Any]:
         ImportError: .safetensors without the safetensors package.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}.")
+        raise FileNotFoundError(f"source must be a file of weights: there is none at {path}.")
     try:
         if path.suffix == ".safetensors":
             found = importlib.import_module("safetensors.torch").load_file(path)
@@ -37,7 +37,8 @@ def read(path: Path) -> Mapping[str, Any]:
         raise ImportError(f"reading {path.name} needs the safetensors package: pip install safetensors.") from error
     except Exception as error:  # zip, pickle and header errors are of many kinds, and safetensors has its own
         raise ValueError(
-            f"{path} is not a checkpoint that can be read safely: {str(error) or type(error).__name__}"
+            f"{path} is not a checkpoint that can be read safely: {str(error) or type(error).__name__}. Download or "
+            "save it again, and compare it with the hash that its authors give."
         ) from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{path} must hold a dict of weights: got {type(found).__name__}.")

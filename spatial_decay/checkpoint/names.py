@@ -60,7 +60,8 @@ def weights_of(found: Mapping[str, Any], *, ema: bool) -> dict[str, Tensor]:
     inside = [found[key] for key in places if isinstance(found.get(key), Mapping)]
     if ema and not inside:
         raise ValueError(
-            f"ema=True needs weights under 'model_ema' or 'state_dict_ema': got keys {', '.join(map(str, found))}."
+            f"ema=True needs weights under 'model_ema' or 'state_dict_ema': got keys {', '.join(map(str, found))}. "
+            "Leave ema out for the weights themselves."
         )
     if len(inside) > 1:
         raise ValueError(
@@ -94,8 +95,8 @@ def _check_one_each(names: Iterable[tuple[str, list[str]]]) -> None:
         if len(several) > 1:
             both = " and ".join(", ".join(theirs) for theirs in several)
             raise ValueError(
-                f"a checkpoint must have each weight once: got {both}, which are one name in the model, {ours}. It "
-                "stays as it was. Leave out those that are not meant."
+                f"a checkpoint must have each weight once: got {both}, which are one name in the model, {ours}. "
+                "The model stays as it was. Leave all but one out."
             )
 
 

@@ -45,7 +45,7 @@ def check_model(model: nn.Module, own: Mapping[str, object]) -> None:
         elif value.is_meta:
             reasons[name] = "it is on the meta device"
         elif name in own and not reason_against(value) and _repeats(value):
-            reasons[name] = "it repeats its own memory, having been expanded"
+            reasons[name] = "it is an expanded tensor, whose rows share memory"
     if reasons:
         raise refusal(
             "weights can be copied only into a model with memory of its own",

@@ -146,8 +146,8 @@ def check_range(name: str, x: Tensor, layout: Layout, lowest: float, highest: fl
     least, most = (value.item() for value in x.aminmax())
     if least < lowest or most > highest:
         raise ValueError(
-            f"{name} must lie in {lowest:.2g} .. {highest:g}: got {least:g} .. {most:g}. A gate is the logarithm of a "
-            "number between 0 and 1, for instance F.logsigmoid(x)."
+            f"{name} must lie in {lowest:.2g} .. {highest:g}: got {least:g} .. {most:g}. Take it from a gate, which is "
+            "the logarithm of a number between 0 and 1, for instance F.logsigmoid(x)."
         )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from spatial_decay.swap.decayed import added_decays
 from spatial_decay.swap.swap import swap_attention
 
-__all__ = ["load_by_host"]
+__all__ = ["added_names", "load_by_host"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -46,10 +46,10 @@ def load_by_host(
     # What the library itself has been told to ignore are its own weights, never ours.
     mismatched = [name for name, *_ in info["mismatched_keys"]]
     if options.get("ignore_mismatched_sizes"):
-        mismatched = _ours(mismatched)
+        mismatched = added_names(mismatched)
     problems = {
-        "missing": _ours(info["missing_keys"]),
-        "without a place": _ours(info["unexpected_keys"]),
+        "missing": added_names(info["missing_keys"]),
+        "not in the swapped model": added_names(info["unexpected_keys"]),
         "of another shape": sorted(mismatched),
     }
     if any(problems.values()):
@@ -71,8 +71,8 @@ def _swapping(model_class: type[_Model], swap: Mapping[str, Any]) -> type[_Model
         model_class.__init__(self, *args, **kwargs)
         if added_decays(self):
             raise ValueError(
-                f"{model_class.__name__} must not swap by itself where swap= says how: it does so as it is built. Use "
-                f"{model_class.__name__}.from_pretrained."
+                f"{model_class.__name__} must not swap by itself beside swap=: it does so in its own __init__. Leave "
+                f"swap= out, or use {model_class.__name__}.from_pretrained."
             )
         swap_attention(self, **swap)
 
@@ -83,5 +83,6 @@ def _swapping(model_class: type[_Model], swap: Mapping[str, Any]) -> type[_Model
     return cast("type[_Model]", type(model_class.__name__, (model_class,), members))
 
 
-def _ours(names: Iterable[str]) -> list[str]:
+def added_names(names: Iterable[str]) -> list[str]:
+    """Of names of weights, those that swap_attention has added."""
     return sorted(name for name in names if ".spatial_decay." in f".{name}")

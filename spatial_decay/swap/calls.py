@@ -112,6 +112,11 @@ class Calls:
 
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the part of the model that has both the patch embedding and its attention."""
+        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "a swapped model must be exported with torch.export or torch.onnx.export(dynamo=True): torch.jit.trace "
+                "would keep the layout of the image that it saw for images of every size."
+            )
         slot = self._source()._thread.slot
         slot.outer = (*slot.outer, (slot.call, slot.num_videos))
         slot.call = slot.num_videos = None
@@ -197,10 +202,13 @@ class Calls:
         if call is None or not (torch.compiler.is_compiling() or call.is_of(again)):
             raise RuntimeError(
                 "no image has come through the patch embedding in this pass, so attention with decay does not know "
-                "where its tokens lie. Call the model rather than its blocks; pass swap_attention the name of the "
-                "patch embedding that runs before them as patch_embed; swap again where it was replaced since; "
-                "compile the whole model rather than blocks inside gradient checkpointing; checkpoint patch dropout "
-                "together with the patch embedding; and pickle the whole model rather than a part."
+                "where its tokens lie. One of these helps:\n"
+                "  call the model rather than its blocks;\n"
+                "  pass swap_attention the name of the patch embedding that runs before them as patch_embed;\n"
+                "  swap again where the patch embedding was replaced since;\n"
+                "  compile the whole model rather than blocks inside gradient checkpointing;\n"
+                "  checkpoint patch dropout together with the patch embedding;\n"
+                "  pickle the whole model rather than a part."
             )
         return call
 
@@ -217,7 +225,7 @@ class Calls:
             raise RuntimeError(
                 "gradient checkpointing computes attention again, and must know the one image whose tokens these are: "
                 f"got L = {num_tokens} tokens, and in the forward pass of this checkpoint "
-                + (f"{len(fitting)} that differ, {', '.join(layouts)}. " if fitting else "none of so many. ")
+                + (f"{len(fitting)} that differ, {', '.join(layouts)}. " if fitting else "no image of so many. ")
                 + "Give each pass through the model a checkpoint of its own, with torch.utils.checkpoint.checkpoint, "
                 "and compile the whole model rather than its blocks."
             )

@@ -15,7 +15,7 @@ from spatial_decay.checkpoint import load_checkpoint
 from spatial_decay.checkpoint.tensors import reason_against, refusal
 from spatial_decay.folders import check_signed, reading, rivals, signed, weight_files, writing
 from spatial_decay.layers.kinds import KINDS, Kind, as_kind
-from spatial_decay.swap.by_host import load_by_host
+from spatial_decay.swap.by_host import added_names, load_by_host
 from spatial_decay.swap.decayed import AddedDecay, added_decays
 from spatial_decay.swap.swap import able_to_swap, restore_attention, swap_attention
 
@@ -131,7 +131,7 @@ def _from_pretrained(model_class: type[_Model], directory: Path, options: Mappin
     if not libraries & {"diffusers", "transformers"}:
         return cast(_Model, load(directory, **options))
     model, info = load(directory, **{**options, "output_loading_info": True})
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted({*info["missing_keys"]} - {*added_names(info["missing_keys"])}):  # gates lie beside them
         raise ValueError(
             f"the folder must have every weight of the model: {directory} has none for {', '.join(missing[:4])}"
             f"{', ...' * (len(missing) > 4)}. Load it with the class and the options that the model was built with."
@@ -148,7 +148,7 @@ def _swap_again(model: nn.Module, saved: dict[str, Any]) -> None:
         if json.dumps(core.options, sort_keys=True) != json.dumps(saved, sort_keys=True):
             raise ValueError(
                 f"{type(model).__name__} swaps as it is built, and must do so with the keywords that were saved, "
-                f"{saved}: got {core.options}. Build it as it was, or load the folder with the class inside."
+                f"{saved}: got {core.options}. Build it as it was, or load the folder with the library's own class."
             )
 
 

@@ -98,7 +98,9 @@ def swap_attention(
             f"kind 'none' keeps the model's own softmax, so that backend must be 'auto': got {backend!r}. Leave it out."
         )
     if isinstance(num_suffix_tokens, bool) or not isinstance(num_suffix_tokens, int) or num_suffix_tokens < 0:
-        raise ValueError(f"num_suffix_tokens must be a number >= 0: got {num_suffix_tokens!r}. Leave it out for none.")
+        raise ValueError(
+            f"num_suffix_tokens must be a whole number >= 0: got {num_suffix_tokens!r}. Leave it out for none."
+        )
     _check_not_wrapped(model)
     if added_decays(model):
         raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")

@@ -338,7 +338,7 @@ def test_gates_that_make_no_decay_are_refused():
     grid, gate = Grid(2, 2, 1), -torch.rand(1, 2, 5)
     wrong = gate.clone()
     wrong[0, 1, 3] = 0.25
-    says = "must lie in -inf .. 0: got .* 0.25. A gate is the logarithm of a number between 0 and 1"
+    says = "must lie in -inf .. 0: got .* 0.25. Take it from a gate, which is the logarithm of a number"
     for build in (
         lambda g: ManhattanDecay.from_gate(g, grid),
         lambda g: PathDecay.from_gate(g, grid),

@@ -226,7 +226,7 @@ def test_resume_without_a_checkpoint_begins(latents, tmp_path, capsys):
     ("flags", "options", "message"),
     [
         ([], {}, "--out must be new: got a run with .*step-00000016. Pass --resume"),
-        (["--resume"], {"steps": 8}, "--steps must be >= 16, which .*: got 8"),
+        (["--resume"], {"steps": 8}, "--steps must be >= 16, where .* is already: got 8"),
         (
             ["--resume"],
             {"lr": 0.1, "decay": "none"},
@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(finished, late
     newest = finished / "checkpoints" / "step-00000016"
     for path in newest.glob("*.distcp"):
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(RuntimeError, match=r"got others, or none, for __0_0.distcp, .*: remove \S+step-00000016 to go"):
+    with pytest.raises(RuntimeError, match=r"__0_0.distcp, .* is missing, .*: remove \S+step-00000016 to go"):
         train_sdt_p.main(arguments(latents, finished, "--resume"))
     assert losses(finished) == before
     shutil.rmtree(newest)

@@ -195,16 +195,20 @@ def truncate(folder):
         ),
         (edit_weights(lambda w: w | {"ghost": torch.ones(1)}), ValueError, "not in the model: ghost"),
         (lambda f: (f / "config.json").write_text("[" * 10**5), ValueError, "must be JSON: .*Save the model again"),
-        (truncate, ValueError, "as they were saved: missing, damaged, edited or of another save is model.safetensors"),
+        (
+            truncate,
+            ValueError,
+            "as they were saved: model.safetensors is missing, damaged",
+        ),
         (
             lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("prr", "avg")),
             ValueError,
-            "missing, damaged, edited or of another save is .*config.json",
+            "as they were saved: .*config.json is missing, damaged, edited or from another save",
         ),
         (
             lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("sha256", "sha1")),
             ValueError,
-            "a version before them has written it. Load it with that version, and save it again",
+            "an older version has written it. Load it with that version, and save it again",
         ),
     ],
 )
@@ -243,7 +247,7 @@ def test_files_of_two_commits_are_refused(tmp_path, monkeypatch):
     hub.save_pretrained(build("ViT"), tmp_path / "new")
     commits = {"config.json": "old", "model.safetensors": "new"}
     monkeypatch.setattr(hub, "hf_hub_download", lambda _, name, **options: str(tmp_path / commits[name] / name))
-    with pytest.raises(ValueError, match="missing, damaged, edited or of another save is model.safetensors"):
+    with pytest.raises(ValueError, match="model.safetensors is missing, damaged, edited or from another save"):
         hub.from_pretrained("someone/model")
 
 

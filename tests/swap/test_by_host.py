@@ -214,10 +214,13 @@ def test_the_state_of_accelerate(tmp_path):
     ("swap", "message"),
     [
         (SWAP | {"lpe_kernel_size": 5}, r"of another shape: layers\.0\.attention\.spatial_decay\.lpe\.conv\.weight"),
-        (SWAP | {"gate_rank": 0}, r"without a place: layers\.0\.attention\.spatial_decay\.output_gate\.down"),
-        (SWAP | {"decay": "bidirectional"}, r"missing: .*gate_backward\.bias.*without a place: .*\.decay\.gate\.bias"),
-        (SWAP | {"layers": [0]}, r"without a place: layers\.1\.attention"),
-        ({"decay": "none"}, "without a place: .*Pass the keywords that it was swapped with"),
+        (SWAP | {"gate_rank": 0}, r"not in the swapped model: layers\.0\.attention\.spatial_decay\.output_gate\.down"),
+        (
+            SWAP | {"decay": "bidirectional"},
+            r"missing: .*gate_backward\.bias.*not in the swapped model: .*\.decay\.gate\.bias",
+        ),
+        (SWAP | {"layers": [0]}, r"not in the swapped model: layers\.1\.attention"),
+        ({"decay": "none"}, "not in the swapped model: .*Pass the keywords that it was swapped with"),
         ({"alpha": 0.2}, "must hold keywords of swap_attention .* got alpha"),
         ({"decay": "steep"}, "kind of decay must be one of"),
     ],

@@ -173,7 +173,7 @@ class Append(nn.Module):
 def test_patch_dropout_with_tokens_behind():
     model = prompted("behind", patch_drop_rate=0.5).train()
     sd.swap_attention(model, STRONG, num_suffix_tokens=NUM_PROMPTS)
-    with pytest.raises(RuntimeError, match="got 29 tokens behind the prefix for 24 patches. Add suffix tokens behind"):
+    with pytest.raises(RuntimeError, match="got 29 tokens behind the prefix for 24 patches. Add the suffix"):
         model(images())
 
     outputs = []
@@ -197,7 +197,7 @@ def test_patch_dropout_with_tokens_behind():
 @pytest.mark.parametrize("given", [-1, True, 2.0, None])
 def test_what_is_no_number_of_tokens(given):
     model = timm.create_model("vit_tiny_patch16_224", **VIT)
-    with pytest.raises(ValueError, match="num_suffix_tokens must be a number >= 0"):
+    with pytest.raises(ValueError, match="num_suffix_tokens must be a whole number >= 0"):
         sd.swap_attention(model, num_suffix_tokens=given)
     with pytest.raises(ValueError, match="belong to no row or column"):
         sd.swap_attention(prompted("behind", class_token=False, global_pool="avg"), "decomposed", num_suffix_tokens=5)

@@ -6,6 +6,7 @@ import threading
 from functools import partial
 from random import Random
 
+import peft
 import pytest
 import timm
 import torch
@@ -283,7 +284,7 @@ def test_what_is_no_known_checkpoint_is_refused(unknown):
     model = vit()
     x = model._pos_embed(model.patch_embed(images(WIDE)))
     out = unknown.apply(model.blocks[0], x)
-    with pytest.raises(RuntimeError, match="none of so many.*with torch.utils.checkpoint.checkpoint"):
+    with pytest.raises(RuntimeError, match="no image of so many.*with torch.utils.checkpoint.checkpoint"):
         out.sum().backward()
 
 
@@ -317,7 +318,7 @@ def test_a_checkpoint_that_has_ended_says_nothing_of_one_that_is_not_known(use_r
 
     unknown = HiddenCheckpoint.apply(model.blocks[0], model._pos_embed(model.patch_embed(images(WIDE))))
     known = checkpoint(first, images(HIGH).requires_grad_(), use_reentrant=use_reentrant)
-    with pytest.raises(RuntimeError, match="none of so many"):
+    with pytest.raises(RuntimeError, match="no image of so many"):
         (unknown.sum() + known.sum()).backward()
 
 
@@ -387,24 +388,6 @@ def stop_at_pos_drop(model):
     return run
 
 
-class ModulesToSave(nn.Module):
-    """What PEFT puts in a module's place for modules_to_save: the module, a copy that is trained, and a way to both."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.original_module = module
-        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module)})
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["modules_to_save"]["default"], name)
-
-    def forward(self, *args, **kwargs):
-        return self.modules_to_save["default"](*args, **kwargs)
-
-
 @pytest.mark.parametrize("part", ["blocks.0", "blocks.0.attn", "blocks.0.attn.spatial_decay", "patch_embed", "blocks"])
 def test_a_copied_part_works_in_the_model_that_it_came_from(part):
     model = vit(patch_drop_rate=0.0).eval()
@@ -426,22 +409,31 @@ def check(condition):
     assert condition
 
 
-@pytest.mark.parametrize("wrapped", ["blocks.0.attn.spatial_decay", "patch_embed"])
+@pytest.mark.parametrize("wrapped", ["spatial_decay", "patch_embed"])
 def test_modules_to_save_of_peft(wrapped):
+    """PEFT puts a copy of the part beside it, and calls the copy."""
     model = vit()
     found = traces(timm.create_model("vit_tiny_patch16_224", **SMALL, num_classes=10, img_size=64))
     expected = model(images(WIDE)).detach()
-    model.set_submodule(wrapped, ModulesToSave(model.get_submodule(wrapped)))
-    assert torch.equal(model(images(WIDE)), expected)
-    both = copy.deepcopy(model)
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=[wrapped])  # starts as if it were not there
+    adapted = peft.get_peft_model(model, config)
+    assert torch.equal(adapted(images(WIDE)), expected)
+    both = copy.deepcopy(adapted)
     assert torch.equal(both(images(WIDE)), expected)
-    model(images(WIDE)).sum().backward()
-    names = {name for name, weight in model.get_submodule(wrapped).named_parameters() if weight.grad is not None}
-    assert {name.split(".")[0] for name in names} == {"modules_to_save"}
-    if wrapped != "patch_embed":
-        sd.restore_attention(model)
+    adapted(images(WIDE)).sum().backward()
+    trained = [name for name, weight in adapted.named_parameters() if f"{wrapped}." in name and weight.grad is not None]
+    assert trained
+    assert all(".modules_to_save." in name for name in trained)
+    with torch.no_grad():
+        for weight in both.parameters():
+            weight.add_(0.01 * weight.requires_grad)
+    before, merged = both(images(WIDE)), both.merge_and_unload()
+    assert not torch.equal(before, expected)
+    torch.testing.assert_close(merged(images(WIDE)), before)
+    sd.restore_attention(merged)
+    if wrapped == "spatial_decay":
+        sd.restore_attention(adapted.unload())
         assert traces(model) == found
-    assert torch.equal(both(images(WIDE)), expected)
 
 
 def test_a_copy_keeps_the_hooks_that_it_needs():
@@ -462,6 +454,12 @@ def test_a_copy_keeps_the_hooks_that_it_needs():
         assert sd.restore_attention(model) == ()
         assert traces(model) == found
     sd.swap_attention(model, "fixed")
+
+
+def test_torch_jit_trace_is_refused():
+    """It would keep the layout of the image that it saw, and say so in warnings of its own alone."""
+    with pytest.raises(RuntimeError, match=r"must be exported with torch.export or torch.onnx.export\(dynamo=True\)"):
+        torch.jit.trace(vit().eval(), images(WIDE))
 
 
 def test_a_pickled_part_has_lost_its_model():

@@ -279,7 +279,7 @@ def test_a_replaced_patch_embedding_is_no_stale_grid():
     sd.swap_attention(model)
     model(torch.randn(1, 3, 64, 96))
     model.set_input_size(img_size=64, patch_size=8)
-    with pytest.raises(RuntimeError, match="swap again where it was replaced"):
+    with pytest.raises(RuntimeError, match="swap again where the patch embedding was replaced"):
         model(torch.randn(1, 3, 32, 48))
 
 

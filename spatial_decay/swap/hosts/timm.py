@@ -83,7 +83,8 @@ def _note_kept(calls: Calls, module: nn.Module, args: Any, output: tuple[Tensor,
     if calls.num_suffix_tokens and num_patches != calls.num_patches():
         raise RuntimeError(
             "patch dropout must choose among the patches alone, so that their positions are known: got "
-            f"{num_patches} tokens behind the prefix for {calls.num_patches()} patches. Add suffix tokens behind it."
+            f"{num_patches} tokens behind the prefix for {calls.num_patches()} patches. Add the "
+            "suffix tokens after the dropout."
         )
     calls.keep_only(indices)
 
