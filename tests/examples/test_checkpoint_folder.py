@@ -137,9 +137,7 @@ def test_a_folder_of_a_step_that_is_empty_or_no_folder(run, refused):
 def test_none_is_whole(run, refused):
     for path in (run / "checkpoints").iterdir():
         (path / "losses.csv").unlink()
-    refused(
-        "losses.csv is missing, changed or not listed. Nothing was changed. There is no whole one. Pass another --out to start again"
-    )
+    refused("losses.csv is missing, changed or not listed. Nothing was changed. There is no whole one. Pass another")
 
 
 def test_a_copy_of_another_name_is_no_checkpoint(newest, run, latents, unbroken):
