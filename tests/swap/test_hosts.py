@@ -204,7 +204,7 @@ def test_copies_and_pickles_are_models_of_their_own(host):
 @pytest.mark.parametrize(
     "host",
     [
-        pytest.param(host, marks=() if str(host).startswith("timm") else pytest.mark.slow)
+        pytest.param(host, marks=() if str(host).startswith("timm vit") else pytest.mark.slow)
         for host in HOSTS
         if host.name in SOME
     ],
