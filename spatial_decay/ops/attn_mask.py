@@ -8,22 +8,11 @@ from spatial_decay.features import to_columns, to_rows
 from spatial_decay.layout import Grid
 from spatial_decay.values import are_readable
 
-__all__ = [
-    "LARGEST_SCORE",
-    "added_by",
-    "checked_mask",
-    "columns_of_mask",
-    "rows_of_mask",
-    "says_the_same_as_it_is",
-    "without",
-]
+__all__ = ["added_by", "checked_mask", "columns_of_mask", "rows_of_mask", "without"]
 
 _MAY_NOT_ATTEND = {torch.float64: -1e5, torch.float32: -1e5, torch.bfloat16: -99840.0, torch.float16: -32752.0}
 """By dtype, the largest value that means "may not attend": -1e5 as it is written there; of float16, which ends at
 -65504, half of its lowest number."""
-
-LARGEST_SCORE = 1e4
-"""For says_the_same_as_it_is."""
 
 
 def checked_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
@@ -46,46 +35,40 @@ def checked_mask(attn_mask: Tensor, q: Tensor) -> Tensor:
     return attn_mask.reshape(sizes).expand(-1, -1, -1, num_tokens)
 
 
-def added_by(attn_mask: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
-    """What a mask adds to the scores, in dtype; whole rows (..., L) of it, bool or float; into out, where that fits.
+def added_by(attn_mask: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a mask adds to the scores.
 
     -inf where a query may not attend: by False, or by a value of at most -1e5 or half of its own dtype's lowest number.
     Whatever else is finite is added, less the largest value of its row: the softmax is the same, and rows that are
     wholly at -10000 keep the digits of the scores.
+
+    Args:
+        attn_mask: Whole rows of it, (..., L), bool or float.
+        dtype: Of what is added.
+        out: Memory for it, used where it fits.
+
+    Returns:
+        What is added, (..., L), and which rows may attend to nothing, bool, (..., 1).
     """
     if attn_mask.dtype == torch.bool:
         may, may_not = (torch.full((), x, dtype=dtype, device=attn_mask.device) for x in (0.0, float("-inf")))
-        return torch.where(attn_mask, may, may_not, out=out)
+        return torch.where(attn_mask, may, may_not, out=out), ~attn_mask.any(-1, keepdim=True)
     limit, wide = _MAY_NOT_ATTEND[attn_mask.dtype], torch.promote_types(attn_mask.dtype, dtype)
     if out is None or wide != dtype:
         added = F.threshold(attn_mask, limit, float("-inf")).to(wide)  # no more than the limit: -inf
     else:
         added = torch.ops.aten.threshold.out(attn_mask, limit, float("-inf"), out=out)
     largest = added.detach().amax(-1, keepdim=True)
-    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    is_empty = largest == float("-inf")
+    largest = largest.masked_fill(is_empty, 0.0)
     if not are_readable(largest) or largest.any():  # else it is a copy less
         added = added - largest
-    return added.to(dtype)
+    return added.to(dtype), is_empty
 
 
 def without(attn_mask: Tensor, hidden: Tensor) -> Tensor:
     """The mask, and no query may attend to what is hidden from it, bool, broadcastable to (B, N, L, L)."""
     return attn_mask & ~hidden if attn_mask.dtype == torch.bool else attn_mask.masked_fill(hidden, float("-inf"))
-
-
-def says_the_same_as_it_is(attn_mask: Tensor, dtype: torch.dtype) -> bool:
-    """Whether F.scaled_dot_product_attention makes the same of a mask as of added_by(attn_mask, dtype), at the price
-    of reading it once: each row has something to attend to, and its largest value is small.
-
-    Beside scores of at most LARGEST_SCORE a forbidden value is then so far below that its exponential is 0, whatever
-    PyTorch takes it for.
-    """
-    if attn_mask.dtype == torch.bool:
-        return bool(attn_mask.any(-1).all())
-    if attn_mask.dtype != dtype:
-        return False
-    lowest, highest = attn_mask.amax(-1).aminmax()
-    return bool((lowest >= -1) & (highest <= 1))
 
 
 def rows_of_mask(attn_mask: Tensor, batch_size: int, grid: Grid) -> Tensor:

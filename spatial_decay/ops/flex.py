@@ -73,7 +73,7 @@ def _score_mod(inputs: Inputs) -> ScoreMod | None:
     add_decay = None if inputs.decay is None else score_mod(inputs.decay)
     if inputs.attn_mask is None:
         return add_decay
-    mask = added_by(inputs.attn_mask, torch.promote_types(inputs.q.dtype, torch.float32))
+    mask, _ = added_by(inputs.attn_mask, torch.promote_types(inputs.q.dtype, torch.float32))
     by_image, by_head, by_query = (size > 1 for size in mask.shape[:3])
 
     def add_decay_and_mask(score: Tensor, batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:

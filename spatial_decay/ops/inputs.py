@@ -178,16 +178,15 @@ def total_mask(inputs: Inputs, *, dtype: torch.dtype, row_multiple: int = 1) -> 
     if inputs.attn_mask is None:  # a decay alone leaves each query itself
         return None if decay is None else dense(decay, dtype=dtype, row_multiple=row_multiple), None
     wide = torch.promote_types(dtype, torch.float32)
-    total = added_by(inputs.attn_mask, wide)
+    total, is_empty = added_by(inputs.attn_mask, wide)
     if decay is not None:
         total = dense(decay, dtype=wide, row_multiple=row_multiple) + total
-    largest = total.detach().amax(-1, keepdim=True)
-    is_empty = largest == float("-inf")
-    has_none = are_readable(largest) and not is_empty.any()
-    if not has_none:  # else it is a copy less
-        total, largest = (x.masked_fill(is_empty, 0.0) for x in (total, largest))
-    if dtype != wide:  # what is left of a row may be far away: half precision keeps its digits near 0 only
-        total = (total - largest).to(dtype)
+        largest = total.detach().amax(-1, keepdim=True)
+        is_empty = largest == float("-inf")  # the decay may hide keys as well
+        if dtype != wide:  # what is left of a row may be far away: half precision keeps its digits near 0 only
+            total = total - largest.masked_fill(is_empty, 0.0)
+    has_none = are_readable(is_empty) and not is_empty.any()
+    total = (total if has_none else total.masked_fill(is_empty, 0.0)).to(dtype)  # where there is none, a copy less
     padding = -total.shape[-1] % row_multiple  # the sum has lost the alignment of the decay
     return F.pad(total, (0, padding))[..., :-padding] if padding else total, None if has_none else is_empty
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spatial_decay.ops.attn_mask import LARGEST_SCORE, says_the_same_as_it_is
 from spatial_decay.ops.inputs import Inputs, total_mask
 from spatial_decay.ops.math import avoid_reasons_on_small_inputs
 from spatial_decay.values import are_readable
@@ -53,17 +52,28 @@ def attention(inputs: Inputs) -> Tensor:
     return out if is_empty is None else out.masked_fill(is_empty, 0.0)
 
 
+# Beside scores of at most so much a value that forbids is so far below what a row allows that its exponential is 0.
+_LARGEST_SCORE = 1e4
+
+
 def _can_take_the_mask_as_it_is(inputs: Inputs) -> bool:
-    """A mask over pairs, without a decay: to judge it in a copy would take as long as the attention."""
+    """A mask over pairs, without a decay, of which PyTorch makes the same as of added_by, at the price of reading it.
+
+    Each row has something to attend to, its largest value is small, and so are the scores: whatever PyTorch takes a
+    forbidden value for. To judge it in a copy would take as long as the attention.
+    """
     q, k, mask = inputs.q.detach(), inputs.k.detach(), inputs.attn_mask
     if inputs.decay is not None or mask is None or mask.shape[2] == 1 or not all(map(are_readable, (q, k, mask))):
         return False
-    if not q.numel() or not says_the_same_as_it_is(mask, q.dtype):
-        return False
     if mask.dtype == torch.bool:
-        return True
+        return q.numel() > 0 and bool(mask.any(-1).all())
+    if not q.numel() or mask.dtype != q.dtype:
+        return False
+    lowest, highest = mask.amax(-1).aminmax()
+    if not bool((lowest >= -1) & (highest <= 1)):
+        return False
     longest_q, longest_k = (torch.linalg.vector_norm(x, dim=-1).max().item() for x in (q, k))
-    return abs(inputs.scale) * longest_q * longest_k <= LARGEST_SCORE
+    return abs(inputs.scale) * longest_q * longest_k <= _LARGEST_SCORE
 
 
 def row_multiple(device: torch.device) -> int:

@@ -233,20 +233,16 @@ class _Blocks:
     ) -> None:
         """P of a block into out, (s, i, L); scores is scratch of that shape, q is scaled."""
         self.decay.write(s, i, slice(0, self.length), f, scores)
-        added = None
+        is_empty = None
         if mask is not None:
             mask = mask[:, i] if mask.shape[1] > 1 else mask
-            added = added_by(mask, self.dtype, out=out[: mask.shape[0], : mask.shape[1]])
+            added, is_empty = added_by(mask, self.dtype, out=out[: mask.shape[0], : mask.shape[1]])
             scores.add_(added)
         if self.hides_later:
             assert f is not None
             scores.masked_fill_(f > 0, float("-inf"))
         scores.baddbmm_(q[s, i], self.k[s].transpose(1, 2))
-        if added is None:
-            _softmax(scores, out=out)
-            return
-        is_empty = added.amax(-1, keepdim=True) == float("-inf")
-        if not is_empty.any():
+        if is_empty is None or not is_empty.any():
             _softmax(scores, out=out)
             return
         _softmax(scores.masked_fill_(is_empty, 0.0), out=out)

@@ -117,7 +117,7 @@ def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
     else:
         layout = inputs.decay.layout
         numbers = FORMULAS[formula].lowered(tuple(x.to(torch.float32) for x in inputs.decay.numbers))
-    key_mask = None if inputs.attn_mask is None else added_by(inputs.attn_mask, q.dtype)
+    key_mask = None if inputs.attn_mask is None else added_by(inputs.attn_mask, q.dtype)[0]
     arguments = (
         *(q, k, v, formula, numbers, key_mask, positions_of(layout, formula, q)),
         *(layout.num_prefix_tokens, inputs.scale, tunes),
