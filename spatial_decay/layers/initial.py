@@ -64,7 +64,7 @@ class Initialised(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was_on_meta = self._is_on_meta()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has not typed it
         is_emptied = was_on_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
         if self._is_on_meta():
             self._has_values = False

@@ -37,15 +37,11 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_cpu():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # here already: runs are compared bit for bit
+def _without_rests(one_cpu):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        if torch.__version__ >= "2.8":  # whose gloo needs no rest
+        if torch.__version__ >= "2.8":  # whose gloo needs none
             patch.setattr(train_sdt_p.time, "sleep", lambda seconds: None)
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

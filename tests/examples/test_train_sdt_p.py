@@ -40,14 +40,7 @@ TINY = {
 STEPS = TINY["steps"]  # three epochs of the 22 latents
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cpu():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # two wait for each other where another program has the second core
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 @pytest.fixture(scope="module")

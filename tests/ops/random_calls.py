@@ -254,9 +254,7 @@ def check(call: Call) -> str:
     batch_size, num_heads, length, head_dim = call.q.shape
     leaves = [x.detach().clone().requires_grad_(call.needs_grad) for x in (call.q, call.k, call.v, *call.gates)]
     q, k, v, *gates = leaves
-    out = decay_attention(
-        q, k, v, call.decay(gates), attn_mask=call.attn_mask, scale=call.scale, backend=call.backend
-    )  # fmt: skip
+    out = decay_attention(q, k, v, call.decay(gates), attn_mask=call.attn_mask, scale=call.scale, backend=call.backend)
     if out.dtype != call.dtype:
         return f"the output is {out.dtype}"
     added = torch.zeros((), dtype=torch.float64) if call.attn_mask is None else added_values(call.attn_mask)

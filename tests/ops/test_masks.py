@@ -207,9 +207,7 @@ def test_queries_that_a_mask_and_a_causal_axis_leave_nothing(axis, backend):
     attn_mask = torch.ones(12, 12, dtype=torch.bool)
     attn_mask[0, 0] = False  # nothing is before it
     with torch.no_grad():
-        out = decay_attention(
-            *inputs()[:3], AxialDecay(**decays, layout=GRID), attn_mask=attn_mask, backend=backend
-        )  # fmt: skip
+        out = decay_attention(*inputs()[:3], AxialDecay(**decays, layout=GRID), attn_mask=attn_mask, backend=backend)
     assert out.isfinite().all()
     assert (out[:, :, 0] == 0).all() == (axis == "columns")  # else its column adds what the others took
 

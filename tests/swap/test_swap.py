@@ -320,7 +320,7 @@ def test_class_tokens_that_the_model_does_not_tell_of():
 @torch.no_grad()
 def test_attention_without_parameters():
     """PyTorch's quantized layers hold their weights packed; the gates read the same tokens as ever."""
-    quantization = pytest.importorskip("torch.ao.quantization")
+    quantization = pytest.importorskip("torch.ao.quantization")  # torch is about to leave it to torchao
     model = quantization.quantize_dynamic(vit().eval(), {nn.Linear})
     assert not list(model.blocks[0].attn.parameters())
     images = torch.randn(2, 3, 32, 32)
