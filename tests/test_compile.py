@@ -101,6 +101,7 @@ def test_layer_is_one_graph_under_autocast(dtype):
         torch.testing.assert_close(compiled, attn(x), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_sdt_h_is_one_graph_in_training_with_checkpointing():
     model = sd.sdt_h_tiny(num_classes=10, depths=[1, 1, 1, 1], drop_path_rate=0.0)
     model.set_grad_checkpointing()

@@ -152,7 +152,14 @@ def run_onnx(program, inputs):
     return torch.from_numpy(session.run(None, feeds)[0])
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "vit_full"])  # which is the next test's
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "sdt_h" else pytest.mark.slow)
+        for name in MODELS
+        if name != "vit_full"  # which is the next test's
+    ],
+)
 def test_one_onnx_file_for_all_sizes(name, exported):
     model, program = exported(name)
     onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
