@@ -242,6 +242,20 @@ def test_a_build_that_is_killed_while_the_compiler_is_slow(room, compiler):
     assert "was compiled from other source files" in build.fault(room)
 
 
+def test_what_two_builds_made_is_put_in_place_one_after_the_other(room, compiler):
+    compiler(f"{GOOD}\necho done >>{shlex.quote(str(room.parent))}/steps\n")
+    with build._alone(room):
+        done = start(room)
+        while not (room.parent / "steps").exists() or len((room.parent / "steps").read_text().splitlines()) < len(build._variants()) + 2:
+            time.sleep(0.01)  # the variants, the text, and what links them
+        time.sleep(0.1)
+        assert done.poll() is None
+        assert files(room) == {".kernels.lock"}
+    said = done.communicate()[0]
+    assert done.returncode == 0, said
+    assert build.fault(room) is None
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user who may not write everywhere")
 def test_a_folder_that_cannot_be_written(room, compiler):
     compiler(GOOD)

@@ -143,7 +143,7 @@ def test_an_editable_installation_without_a_compiler_goes_through(tree, compiler
 def test_two_installations_at_once(tree):
     """Of one tree, by compilers that make different objects; nobody sees anything half."""
     (tree.parent / "dist").mkdir()
-    for round_ in range(5):
+    for round_ in range(3):
         (tree / NATIVE / "source" / "products.h").write_text(f"// products {round_}\n")
         for done in [start(tree, "editable", CXX=compiler) for compiler in ("c++", "c++ -g")]:
             finish(done)
@@ -153,7 +153,7 @@ def test_two_installations_at_once(tree):
 @needs_compiler
 def test_two_compilations_at_once(room):
     """The same by the command, which keeps nothing."""
-    for _ in range(10):
+    for _ in range(5):
         both = [
             subprocess.Popen(
                 [sys.executable, str(room / "build.py")],
