@@ -66,6 +66,7 @@ void backward(int64_t, int64_t, void* context) {
     take_tokens(scratch, padded + BACKWARD_KEYS, &tokens);
   });
   if (!has_memory) return task.fail();
+  NoSubnormals no_subnormals;
 
   int64_t image = -1, sequence = -1;
   for (int64_t item; (item = task.take()) < num_sequences * task.parts;) {
