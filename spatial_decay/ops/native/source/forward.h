@@ -31,15 +31,17 @@ struct Task {
 
 // Adds the decay to the scores (GROUP, n) of the keys from j on and finds the largest of each row.
 template <Formula F>
-void add_decay(float* s, int64_t lds, const Row* rows, int64_t j, int64_t n, const Tokens& tokens, float max_step,
-               float* peaks) {
+void add_decay(float* s, int64_t lds, const Row* rows, int64_t j, int64_t n, const Tokens& tokens,
+               const Shapes& shapes, float* peaks) {
   vf peak[GROUP];
   Row row[GROUP];
   UNROLL for (int r = 0; r < GROUP; r++) peak[r] = splat(NOTHING), row[r] = rows[r];
   for (int64_t x = 0; x < n; x += W) {
     const Keys keys = keys_at(tokens, j + x);
     UNROLL for (int r = 0; r < GROUP; r++) {
-      const vf m = F == NONE ? vf{} : shape<F>(row[r], keys, step_to(row[r], keys), splat(max_step));
+      const vf m = F == NONE       ? vf{}
+                   : F == GAUSSIAN ? load(shapes.data + r * shapes.stride + x)
+                                   : shape<F>(row[r], keys);
       const vf y = with_decay<F>(load(s + r * lds + x), row[r], keys, m);
       peak[r] = maximum(peak[r], y);
       if (F != NONE) store(s + r * lds + x, y);
@@ -75,16 +77,18 @@ void forward(int64_t, int64_t, void* context) {
   const int64_t num_blocks = (padded + Arithmetic::KEYS - 1) / Arithmetic::KEYS;
   const int64_t keys = up((padded + num_blocks - 1) / num_blocks, PANEL), lds = keys + W;  // no power of two apart
   const int64_t queries = up((L + task.parts - 1) / task.parts, ROWS);                     // of a part
-  const float scale = (float)(p.scale * LOG2E), max_step = (float)p.max_step;
+  const float scale = (float)(p.scale * LOG2E), max_square = (float)(p.max_step * p.max_step);
 
   float *o, *peak, *total, *s, *mask;
   Tokens tokens;
+  Shapes shapes;
   Scratch scratch;
   const bool has_memory = scratch.allocate([&](Scratch& scratch) {
     products.lay(scratch, FORWARD_QUERIES);
     o = scratch.take(FORWARD_QUERIES * dp), peak = scratch.take(FORWARD_QUERIES), total = scratch.take(FORWARD_QUERIES);
     s = scratch.take(ROWS * lds), mask = scratch.take(lds);
     take_tokens(scratch, padded + FORWARD_QUERIES, &tokens);
+    take_shapes(scratch, p, GROUP, keys, &shapes);
   });
   if (!has_memory) return task.fail();
   NoSubnormals no_subnormals;
@@ -119,8 +123,12 @@ void forward(int64_t, int64_t, void* context) {
           float peaks[ROWS];
           for (int64_t r = 0; r < ROWS; r += GROUP) {
             Row group[GROUP];
-            for (int64_t g = 0; g < GROUP; g++) group[g] = row_of(p, at, tokens, least(first + i + r + g, L - 1));
-            add_decay<F>(s + r * lds, lds, group, j, n, tokens, max_step, peaks + r);
+            for (int64_t g = 0; g < GROUP; g++) {
+              group[g] = row_of(p, at, tokens, least(first + i + r + g, L - 1));
+              if (F == GAUSSIAN)
+                fill_shapes(p, group[g], tokens, j, n, max_square, shapes, shapes.data + g * shapes.stride);
+            }
+            add_decay<F>(s + r * lds, lds, group, j, n, tokens, shapes, peaks + r);
           }
           const int64_t ldp = products.row_of_weights(lds);
           typename Arithmetic::Weight* weights = products.weights(s, lds);
