@@ -43,8 +43,21 @@ FULL, PATH, GAUSSIAN = (next(case for case in KINDS if case.name == name) for na
 
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch):
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if DEVICE != "cpu":
+        return
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # At each call of a helper the interpreter puts its own language in the place of Triton's once more, which takes
+    # half of its time. Once a launch is enough.
+    replace_language = interpreter._patch_lang
+
+    def replace_once(function):
+        languages = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        return replace_language(function) if any(tl.core.is_builtin(x.load) for x in languages) else None
+
+    monkeypatch.setattr(interpreter, "_patch_lang", replace_once)
 
 
 def error(actual, expected):
