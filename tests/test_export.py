@@ -89,7 +89,13 @@ def exported():
     return get
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The largest model, whose tracing takes longest, is slow.
+EVERY_MODEL = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "sdt_h" else ()) for name in MODELS]
+)
+
+
+@EVERY_MODEL
 def test_one_compiled_graph_for_all_sizes(name):
     """From the first call, where it is told that sizes vary; the size of the positions is none of its own."""
     torch.compiler.reset()
@@ -118,7 +124,7 @@ def test_without_being_told_it_compiles_twice():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("name", MODELS)
+@EVERY_MODEL
 def test_one_exported_program_for_all_sizes(name, exported):
     model, program = exported(name)
     for size in [*OTHERS, (1, 4, 4)]:
@@ -152,14 +158,8 @@ def run_onnx(program, inputs):
     return torch.from_numpy(session.run(None, feeds)[0])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "sdt_h" else pytest.mark.slow)
-        for name in MODELS
-        if name != "vit_full"  # which is the next test's
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "vit_full"])  # which is the next test's
 def test_one_onnx_file_for_all_sizes(name, exported):
     model, program = exported(name)
     onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)

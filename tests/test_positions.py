@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 import spatial_decay as sd
 from spatial_decay.decay import AxialDecay, dense
 from spatial_decay.layout import Grid, Positions
-from spatial_decay.ops import BACKENDS, decay_attention
+from spatial_decay.ops import BACKENDS, decay_attention, flex
 from tests import references
 from tests.cases import PAIRWISE, case_id, make_gates, reference_mask_of_positions, relative_error
 
@@ -44,22 +45,35 @@ def test_dense_is_the_equation_over_the_tokens_that_are_there(case):
         assert all(gate.grad.isfinite().all() for gate in gates)
 
 
-def case_and_backend(case, backend):
-    """FlexAttention takes 8 seconds to compile: one kind in every run."""
-    marks = [pytest.mark.slow] if backend == "flex" and case.name != "full" else []
-    return pytest.param(case, backend, marks=marks, id=f"{case}-{backend}")
+@pytest.fixture
+def _written_out(monkeypatch):
+    """FlexAttention, whose kernel takes 8 seconds to compile, writes the scores out."""
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, backend="eager", dynamic=False, fullgraph=True)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
 
 
+@pytest.mark.slow
+def test_the_compiled_kernel_of_flex():
+    torch.compiler.reset()
+    check_backend(PAIRWISE[0], "flex")
+
+
+@pytest.mark.usefixtures("_written_out")
 @pytest.mark.parametrize(
     ("case", "backend"),
     [
-        case_and_backend(case, backend)
+        pytest.param(case, backend, id=f"{case}-{backend}")
         for case in PAIRWISE
         for backend in BACKENDS
         if not backend.startswith("triton")  # ops/test_triton.py
     ],
 )
 def test_backends_agree_or_say_why_not(case, backend):
+    check_backend(case, backend)
+
+
+def check_backend(case, backend):
     positions = placed()
     dtype = torch.float32 if backend == "flex" else torch.float64
     gates = make_gates(case, 2, 2, positions.num_tokens, dtype=dtype)

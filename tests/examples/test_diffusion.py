@@ -96,6 +96,7 @@ def test_main_writes_pictures_and_state(tmp_path, capsys):
     assert "20 of 20 steps are done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_killed_run_ends_as_one_that_was_not(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, env=environment, capture_output=True)

@@ -26,6 +26,7 @@ def test_gates_of_a_timm_vit(capsys):
     assert "training 588 of 117,526 parameters (0.50 %)" in text  # 4 layers x 3 heads x (48 weights + 1 bias)
 
 
+@pytest.mark.slow
 def test_gates_of_a_diffusers_dit_through_a_folder(capsys):
     swap_diffusers_dit.main(["--epochs", "1"])
     text = capsys.readouterr().out
