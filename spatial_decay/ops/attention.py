@@ -44,9 +44,10 @@ def decay_attention(
             not training.
         scale: Multiplies Q K^T, a number. None means d ** -0.5.
         backend: "auto", the fastest that can run the inputs (explain_backend says which), or the name of one: "triton"
-            (fused kernels, for CUDA), "tiled" (by blocks, without the mask in memory; for CPUs), "sdpa" (the mask in
-            memory), "math" (written out), and, never chosen by "auto", "flex" (FlexAttention, compiled) or
-            "triton_autotune" (triton with tiles timed at the first call for each shape).
+            (fused kernels, for CUDA), "native" (a compiled kernel, for CPUs), "tiled" (by blocks in PyTorch, without
+            the mask in memory; for CPUs), "sdpa" (the mask in memory), "math" (written out), and, never chosen by
+            "auto", "flex" (FlexAttention, compiled) or "triton_autotune" (triton with tiles timed at the first call for
+            each shape).
 
     Returns:
         (B, N, L, d), dtype of q; under autocast, its dtype.

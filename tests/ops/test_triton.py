@@ -22,7 +22,7 @@ from spatial_decay.ops import choice, decay_attention
 from spatial_decay.ops import triton as room
 from spatial_decay.ops.inputs import checked_inputs
 from spatial_decay.ops.triton import launch, operators, schedule
-from spatial_decay.ops.triton.formulas import formula_of
+from spatial_decay.ops.formulas import formula_of
 from spatial_decay.ops.triton.schedule import Schedule
 from tests.cases import AXIAL, PAIRWISE, case_id, make_gates
 
