@@ -42,17 +42,9 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
         reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
     if inputs.is_inside_torch_func:
         reasons.append("inside a torch.func transform (needs none)")
-    if (reason := _reason_of_the_library()) is not None:
+    if (reason := library.reason()) is not None:
         reasons.append(reason)
     return reasons
-
-
-def _reason_of_the_library() -> str | None:
-    return library.reason()
-
-
-# As in inputs.py: what a compiler traces holds on this machine, and it need not look into files.
-_reason_of_the_library._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function
 
 
 def avoid_reasons(inputs: Inputs) -> list[str]:

@@ -1,0 +1,287 @@
+"""Compiles the kernel in `source/` into one shared object, and says whether the one that is there may be loaded.
+
+    python -m spatial_decay.ops.native.build      # or, where torch is not installed: python PATH/build.py
+
+It needs the standard library and a C++ compiler with GCC's vector types: GCC, Clang or clang-cl. hatch_build.py loads
+this file by its path and runs it at installation. Two files are left beside it: the object, and a record of what
+happened, which says why not where there is no object. A failed or killed build leaves no half file.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+__all__ = ["OBJECT", "RECORD", "CompileError", "attempt", "build", "compile_object", "fault", "machine", "rebuild_command"]
+
+FOLDER = Path(__file__).resolve().parent
+OBJECT = "kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+RECORD = "kernels.json"
+
+_IS_WINDOWS = sys.platform == "win32"
+# What each instruction set adds. Its name is what torch.backends.cpu.get_cpu_capability() calls it, and the macro
+# VARIANT. A processor that is not listed has DEFAULT alone; that is NEON on arm64.
+_VARIANTS = {
+    "x86_64": {
+        "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+        "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+        "DEFAULT": [],
+    }
+}
+_FAST = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+if _IS_WINDOWS:
+    _COMPILERS = ["clang-cl"]  # MSVC's own compiler has no vector types
+    _COMPILE = ["/nologo", "/c", "/std:c++17", "/O2", "/MT", "/GR-", *(f"/clang:{flag}" for flag in ("-O3", *_FAST))]
+    _LINK = ["/nologo", "/LD", "/MT"]
+else:
+    _COMPILERS = ["c++", "g++", "clang++"]
+    _COMPILE = ["-c", "-std=c++17", "-O3", *_FAST, "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden"]
+    # As needed: the driver names the C++ library to the linker, and the kernel uses nothing of it.
+    _LINK = ["-shared"] if sys.platform == "darwin" else ["-shared", "-Wl,--as-needed"]
+
+_TEXT = re.compile(rb"spatial-decay native kernel: source ([0-9a-f]{64}) machine ([\w.-]+) variants ([\w,]+)\0")
+
+
+class CompileError(RuntimeError):
+    """Why there is no object, in one line; `output` is all that the compiler said."""
+
+    def __init__(self, why: str, output: str = ""):
+        super().__init__(why)
+        self.output = output
+
+
+def machine() -> str:
+    """System and processor that this Python runs on, such as linux-x86_64."""
+    # On Windows platform.machine() is the processor itself, also where it emulates another one for this Python.
+    processor = sysconfig.get_platform().removeprefix("win-") if _IS_WINDOWS else platform.machine()
+    processor = {"amd64": "x86_64", "arm64": "aarch64"}.get(processor.lower(), processor.lower())
+    return f"{'windows' if _IS_WINDOWS else sys.platform}-{processor}"
+
+
+def _variants() -> dict[str, list[str]]:
+    return _VARIANTS.get(machine().split("-")[1], {"DEFAULT": []})
+
+
+def _source_hash(folder: Path) -> str:
+    """Of the names and contents of the source files, and of the flags."""
+    digest = hashlib.sha256(json.dumps([_COMPILE, _LINK, _variants()]).encode())
+    for path in sorted((folder / "source").glob("*")):
+        if path.suffix in (".cpp", ".h"):
+            content = path.read_bytes()
+            digest.update(f"\n{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def rebuild_command(folder: Path = FOLDER) -> str:
+    """What compiles the kernel of this copy of the package anew."""
+    return f"python {shlex.quote(str(folder / 'build.py'))}"
+
+
+def fault(folder: Path = FOLDER) -> str | None:
+    """Why the object in the folder may not be loaded, and what to do; None where it may. Nothing of it is run."""
+    path, again = folder / OBJECT, f"run: {rebuild_command(folder)}"
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        is_built, why, expected = record["built"], record.get("why"), record.get("sha256")
+    except FileNotFoundError:
+        if not path.exists():
+            return f"the kernel was not compiled for this copy of the package; with a C++ compiler on PATH, {again}"
+        return f"{RECORD} is missing beside {path}: {again}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder / RECORD} cannot be read ({type(error).__name__}: {error}): {again}"
+    if not is_built:
+        return f"the kernel was not compiled at installation: {why}; with a C++ compiler on PATH, {again}"
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return f"{path} is missing, though the installation compiled it: {again}"
+    except OSError as error:
+        return f"{path} cannot be read ({error}): {again}"
+    text = _TEXT.search(content)
+    if text is None:
+        return f"{path} is damaged (it does not say what it was compiled from): {again}"
+    source, built_for, _ = (part.decode() for part in text.groups())
+    if built_for != machine():
+        return f"{path} was compiled for {built_for}, and this is {machine()}: {again}"
+    if source != (current := _source_hash(folder)):
+        return f"{path} was compiled from other source files ({source[:8]}, and here are {current[:8]}): {again}"
+    if hashlib.sha256(content).hexdigest() != expected:
+        return f"{path} is damaged (its sha256 is not the one in {RECORD}): {again}"
+    return None
+
+
+def _compiler() -> list[str]:
+    """The command of the C++ compiler: CXX, else the first on PATH."""
+    if named := shlex.split(os.environ.get("CXX", ""), posix=not _IS_WINDOWS):
+        if shutil.which(named[0]) is None:
+            raise CompileError(f"the compiler that CXX names was not found: {named[0]}")
+        return named
+    for name in _COMPILERS:
+        if shutil.which(name):
+            return [name]
+    raise CompileError(f"no C++ compiler was found (looked on PATH for {', '.join(_COMPILERS)})")
+
+
+def _run(command: Sequence[str]) -> str:
+    """What a command says; a command that fails raises CompileError with its first error."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},  # errors are looked for in English
+        )
+    except OSError as error:
+        raise CompileError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode == 0:
+        return done.stdout
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+    ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+    first = (errors or lines or [ended])[0][:300]
+    raise CompileError(f"{command[0]} failed: {first}", f"{shlex.join(command)}\n{done.stdout}\n{ended}")
+
+
+def compile_object(target: Path, folder: Path = FOLDER, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Compile the variants of this processor side by side and link them.
+
+    Args:
+        target: The shared object to write.
+        folder: Where `source/` is.
+        flags: For the compiler besides its own, at compiling and linking, such as -fsanitize=address.
+
+    Returns:
+        The record of it: compiler, variants, hashes.
+
+    Raises:
+        CompileError: there is no compiler, or it failed.
+    """
+    compiler, variants, source = _compiler(), _variants(), _source_hash(folder)
+    text = f"spatial-decay native kernel: source {source} machine {machine()} variants {','.join(variants)}"
+    export = "__declspec(dllexport)" if _IS_WINDOWS else '__attribute__((visibility("default")))'
+    version = (_run([*compiler, "--version"]).splitlines() or ["unknown"])[0]
+    with tempfile.TemporaryDirectory(prefix="spatial-decay-") as scratch:
+        says = Path(scratch, "text.cpp")
+        says.write_text(f'extern "C" {{ {export} extern const char spatial_decay_build[] = "{text}"; }}\n')
+        files = [(says, "text.o", [])]
+        files += [
+            (folder / "source" / "attention.cpp", f"{name}.o", [*machine_flags, f"-DVARIANT={name}"])
+            for name, machine_flags in variants.items()
+        ]
+        objects = [str(Path(scratch, name)) for _, name, _ in files]
+        output = "/Fo" if _IS_WINDOWS else "-o"
+        commands = [
+            [*compiler, *_COMPILE, *own, *flags, str(path), *([output + to] if _IS_WINDOWS else [output, to])]
+            for (path, _, own), to in zip(files, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(len(commands)) as pool:
+            list(pool.map(_run, commands))
+        linked = Path(scratch, OBJECT)
+        output = [f"/Fe{linked}"] if _IS_WINDOWS else ["-o", str(linked), "-lm"]
+        _run([*compiler, *_LINK, *flags, *objects, *output])
+        content = linked.read_bytes()
+        if _TEXT.search(content) is None:
+            raise CompileError(f"{compiler[0]} made no usable object: it does not hold the text {text!r}")
+    _write(target, content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return {"built": True, "compiler": version, "variants": list(variants), "source": source, "sha256": sha256}
+
+
+def build(folder: Path = FOLDER, *, keeps_current: bool = False) -> dict[str, Any]:
+    """Compile the kernel into its folder, and leave a record of that or of why not.
+
+    An object that may be loaded stays where a new build fails: two installations may share one folder, and only one of
+    them a compiler. One that may not be loaded goes.
+
+    Args:
+        folder: Where this file and `source/` are.
+        keeps_current: Compile only where what is there may not be loaded.
+
+    Returns:
+        The record: "built", and "why" where not.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if keeps_current and fault(folder) is None:
+        return json.loads((folder / RECORD).read_bytes())
+    with tempfile.TemporaryDirectory(prefix="spatial-decay-") as scratch:
+        compiled = Path(scratch, OBJECT)
+        record = attempt(compiled, folder)
+        with _alone(folder):
+            if record["built"]:
+                _write(folder / OBJECT, compiled.read_bytes())
+            elif fault(folder) is None:
+                return record
+            else:
+                (folder / OBJECT).unlink(missing_ok=True)
+            _write(folder / RECORD, json.dumps(record, indent=2).encode() + b"\n")
+    return record
+
+
+def attempt(target: Path, folder: Path = FOLDER) -> dict[str, Any]:
+    """compile_object, with its error as a record too."""
+    try:
+        return compile_object(target, folder)
+    except CompileError as error:
+        return {"built": False, "why": str(error), "output": error.output}
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, so that object and record are of one build. A process that ends has no lock."""
+    with open(folder / ".kernels.lock", "a") as file:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all; who has loaded the old file keeps it."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def main() -> int:
+    """Compile the kernel anew; 0 where that worked."""
+    try:
+        record = build()
+    except OSError as error:  # on Windows also where a running process has loaded the old object
+        print(f"{FOLDER} cannot be written: {error}", file=sys.stderr)
+        return 1
+    if not record["built"]:
+        print(f"{record['output']}\nThe kernel was not compiled: {record['why']}", file=sys.stderr)
+        return 1
+    print(f"{FOLDER / OBJECT}: {', '.join(record['variants'])}, by {record['compiler']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
