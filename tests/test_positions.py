@@ -8,9 +8,17 @@ import torch
 import spatial_decay as sd
 from spatial_decay.decay import AxialDecay, dense
 from spatial_decay.layout import Grid, Positions
-from spatial_decay.ops import BACKENDS, decay_attention
+from spatial_decay.ops import decay_attention
 from tests import references
-from tests.cases import PAIRWISE, case_id, make_gates, reference_mask_of_positions, relative_error
+from tests.cases import (
+    EXACT_BACKENDS,
+    PAIRWISE,
+    case_id,
+    make_gates,
+    needs_native,
+    reference_mask_of_positions,
+    relative_error,
+)
 
 SIZE = (4, 5)
 SUBSETS = [[17, 3, 8, 0, 12, 19, 4], [2, 11, 10, 1, 16, 9, 18]]  # of 20 patches, in no order
@@ -45,8 +53,9 @@ def test_dense_is_the_equation_over_the_tokens_that_are_there(case):
 
 
 def case_and_backend(case, backend):
-    """FlexAttention takes 8 seconds to compile: one kind in every run."""
+    """FlexAttention takes 8 seconds to compile: one kind in every run. Triton's: ops/test_triton.py."""
     marks = [pytest.mark.slow] if backend == "flex" and case.name != "full" else []
+    marks += [needs_native] if backend == "native" else []
     return pytest.param(case, backend, marks=marks, id=f"{case}-{backend}")
 
 
@@ -55,13 +64,12 @@ def case_and_backend(case, backend):
     [
         case_and_backend(case, backend)
         for case in PAIRWISE
-        for backend in BACKENDS
-        if not backend.startswith("triton")  # ops/test_triton.py
+        for backend in ("native", *EXACT_BACKENDS, "flex")
     ],
 )
 def test_backends_agree_or_say_why_not(case, backend):
     positions = placed()
-    dtype = torch.float32 if backend == "flex" else torch.float64
+    dtype = torch.float32 if backend in ("native", "flex") else torch.float64
     gates = make_gates(case, 2, 2, positions.num_tokens, dtype=dtype)
     q, k, v = torch.randn(3, 2, 2, positions.num_tokens, 8, dtype=dtype)
     decay = case.build(gates, 2, positions)
@@ -76,7 +84,7 @@ def test_backends_agree_or_say_why_not(case, backend):
         for n in range(2):
             head = [x[b, n].double().tolist() for x in (q, k, v)]
             expected = tensor(references.attention(*head, mask[b, n].tolist(), 8**-0.5))
-            assert relative_error(out[b, n], expected) < (1e-5 if backend == "flex" else 1e-12)
+            assert relative_error(out[b, n], expected) < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["full", "fixed", "1d", "bidirectional", "none"])

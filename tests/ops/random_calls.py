@@ -301,7 +301,7 @@ def check(call: Call) -> str:
     return ""
 
 
-BACKENDS = ["auto", "math", "sdpa", "tiled"] * 24 + ["triton"] * 3 + ["flex"]
+BACKENDS = ["auto", "math", "sdpa", "tiled", "native"] * 20 + ["triton"] * 3 + ["flex"]
 
 
 def main() -> int:
