@@ -76,7 +76,10 @@ def draw(seed: int, number: int, backends: list[str]) -> Call:
     case = None if rng.random() < 0.07 else pick(CASES)
     if backend == "flex":
         case = pick([None, *(case for case in CASES if case.name in ("full", "1d", "gaussian"))])
-    dtype = torch.float32 if backend == "flex" else pick(list(TOLERANCE))
+    dtypes = list(TOLERANCE)
+    if backend in ("native", "flex"):  # without float64; flex is compiled for each
+        dtypes = dtypes[1:] if backend == "native" else [torch.float32]
+    dtype = pick(dtypes)
     size = (int(rng.integers(1, 7)), int(rng.integers(1, 6)))
     num_prefix = 0 if case is not None and case.is_axial else pick([0, 0, 1, 3])
     batch_size, num_heads, head_dim = int(rng.integers(1, 4)), int(rng.integers(1, 4)), pick([1, 2, 4, 8, 16])
@@ -84,6 +87,8 @@ def draw(seed: int, number: int, backends: list[str]) -> Call:
         size, num_prefix, batch_size, num_heads, head_dim = (3, 4), 0, 2, 2, 8
     elif backend == "triton":
         head_dim = 16
+    elif backend == "native" and rng.random() < 0.2:  # vectors, and tiles of them, that are full or not
+        size, head_dim = (int(rng.integers(1, 13)), int(rng.integers(1, 13))), int(rng.integers(1, 257))
     elif rng.random() < 0.01:  # where `tiled` goes by other ways
         size, batch_size, num_heads, head_dim = pick([(18, 18), (1, 330), (23, 23)]), 1, 1, 2
     layout: Grid | Positions = Grid(*size, num_prefix)

@@ -1,0 +1,316 @@
+"""Backend `native`: its operators, what they refuse, its reasons, its memory; and a run under the sanitizers."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spatial_decay import SpatialDecayAttention, explain_backend
+from spatial_decay.decay import GaussianDecay, ManhattanDecay, PathDecay
+from spatial_decay.layout import Grid, Positions
+from spatial_decay.ops import decay_attention
+from spatial_decay.ops.native import build, call, library, operators
+from tests.cases import needs_native, relative_error
+
+ROOT = Path(__file__).parents[3]
+
+
+def good(**changes):
+    """Inputs of the operators: 2 images, 3 heads, 13 tokens."""
+    q, k, v = torch.randn(3, 2, 1, 3, 13, 8)
+    inputs = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "formula": "path",
+        "numbers": torch.rand(1, 2, 3, 13).cumsum(-1),
+        "mask": None,
+        "mask_tops": None,
+        "positions": None,
+        "grid": [3, 4, 1],
+        "scale": 0.3,
+        "max_step": float("inf"),
+    }
+    return {**inputs, **changes}
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"mask": torch.randn(2, 3, 13, 13), "mask_tops": torch.randn(2, 3, 13)}, id="float mask"),
+        pytest.param({"formula": "none", "numbers": torch.empty(0, 1, 3, 13)}, id="none", marks=pytest.mark.slow),
+        pytest.param({"formula": "gaussian", "numbers": torch.rand(3, 1, 3, 13)}, id="gaussian", marks=pytest.mark.slow),
+        pytest.param(
+            {"mask": torch.rand(1, 1, 1, 13) > 0.2, "positions": torch.rand(2, 3, 13).round(), "grid": [1, 13, 0]},
+            id="bool mask, positions",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_operators_are_well_made(changes):
+    inputs = good(**changes)
+    for name in ("q", "k", "v", "numbers"):
+        inputs[name].requires_grad_()
+    torch.library.opcheck(operators.forward, tuple(inputs.values()))
+    with torch.no_grad():
+        out, rows = operators.forward(*inputs.values())
+        torch.library.opcheck(operators.backward, (torch.randn_like(out), out, rows, *inputs.values()))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": torch.randn(2, 1, 3, 13, 9)},
+        {"q": torch.randn(2, 3, 13, 8)},
+        {"k": torch.randn(2, 1, 3, 12, 8)},
+        {"v": torch.randn(1, 1, 3, 13, 8)},
+        {"v": torch.randn(2, 1, 3, 13, 8).half()},
+        dict(zip("qkv", torch.randn(3, 2, 1, 3, 13, 8, dtype=torch.float64), strict=True)),
+        dict(zip("qkv", torch.randn(3, 2, 1, 3, 13, 257), strict=True)),
+        {"formula": "video"},
+        {"formula": "gaussian"},
+        {"numbers": torch.rand(1, 2, 3, 12)},
+        {"numbers": torch.rand(1, 3, 3, 13)},
+        {"numbers": torch.rand(2, 3, 13)},
+        {"numbers": torch.rand(1, 2, 3, 13).double()},
+        {"mask": torch.randn(2, 3, 13, 13)},
+        {"mask": torch.randn(2, 3, 13, 12), "mask_tops": torch.randn(2, 3, 13)},
+        {"mask": torch.randn(2, 2, 13, 13), "mask_tops": torch.randn(2, 3, 13)},
+        {"mask": torch.randn(13, 13), "mask_tops": torch.randn(2, 3, 13)},
+        {"mask": torch.ones(13, 13, dtype=torch.int64)[None, None]},
+        {"mask": torch.randn(2, 3, 13, 13), "mask_tops": torch.randn(2, 3, 12)},
+        {"mask": torch.randn(2, 3, 13, 13), "mask_tops": torch.randn(2, 3, 13).double()},
+        {"mask": torch.ones(2, 3, 13, 13) > 0, "mask_tops": torch.randn(2, 3, 13)},
+        {"mask_tops": torch.randn(2, 3, 13)},
+        {"grid": [3, 4, 0]},
+        {"grid": [3, 4]},
+        {"grid": [-3, -4, 1]},
+        {"positions": torch.rand(2, 2, 13)},
+        {"positions": torch.rand(3, 3, 13)},
+        {"positions": torch.rand(2, 13, 3).mT},
+        {"positions": torch.rand(2, 3, 13).double()},
+    ],
+    ids=lambda changes: ", ".join(f"{name} {getattr(x, 'shape', x)}" for name, x in changes.items()),
+)
+def test_what_would_read_outside_is_refused(changes):
+    with pytest.raises(ValueError, match=r"the operator spatial_decay::native needs"):
+        operators.forward(*good(**changes).values())
+    out, rows = operators.forward(*good().values())
+    with pytest.raises(ValueError, match=r"the operator spatial_decay::native needs"):
+        operators.backward(out, out, rows, *good(**changes).values())
+
+
+@needs_native
+def test_what_would_write_outside_is_refused():
+    out, rows = operators.forward(*good().values())
+    for wrong in (out[:1], out.half()):
+        with pytest.raises(ValueError, match="grad and out must be as q"):
+            operators.backward(wrong, out, rows, *good().values())
+        with pytest.raises(ValueError, match="grad and out must be as q"):
+            operators.backward(out, wrong, rows, *good().values())
+    for wrong in (rows[:1], rows.double(), rows.mT.contiguous().mT):
+        with pytest.raises(ValueError, match="rows must be"):
+            operators.backward(out, out, wrong, *good().values())
+
+
+@pytest.mark.parametrize(("code", "error"), [(1, MemoryError), (2, RuntimeError)])
+def test_what_the_kernel_returns(monkeypatch, code, error):
+    monkeypatch.setattr(library, "kernel", lambda: lambda *arguments: code)
+    with pytest.raises(error, match="backend 'native'"):
+        operators.forward(*good().values())
+
+
+def test_the_problem_is_the_one_of_the_source():
+    """Names and order of the fields, and that all have 8 bytes."""
+    source = (build.FOLDER / "source" / "problem.h").read_text()
+    body = re.sub("//.*", "", re.search(r"struct Problem \{(.*?)\n\};", source, re.DOTALL)[1])
+    found = {}
+    for declaration in body.split(";"):
+        kind, *names = re.findall(r"\w+(?:\[\d\])?", declaration.replace("const ", "")) or [""]
+        for name in names:
+            code = {"int64_t": "q", "double": "d", "void": "P", "float": "P"}[kind]
+            assert code != "P" or "*" in declaration
+            found[name.split("[")[0]] = name.partition("[")[2].rstrip("]") + code
+    fields = {name: code for names, code in call._FIELDS.items() for name in names.split()}
+    assert list(found.items()) == list(fields.items())
+    assert call._PROBLEM.size == 8 * sum(int(code[:-1] or 1) for code in fields.values())
+
+
+@needs_native
+@pytest.mark.parametrize("with_mask", [False, True], ids=["", "mask"])
+def test_it_is_one_graph(with_mask):
+    q, k, v = (torch.randn(2, 2, 30, 8, requires_grad=True) for _ in range(3))
+    gate = (-torch.rand(2, 2, 30)).requires_grad_()
+    attn_mask = torch.randn(2, 1, 1, 30) if with_mask else None
+
+    def attend(q, k, v, gate):
+        decay = PathDecay.from_gate(gate, Grid(5, 6))
+        return decay_attention(q, k, v, decay, attn_mask=attn_mask, backend="native").square().sum()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(q, k, v, gate), [q, k, v, gate]) for f in (compiled, attend)]
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@needs_native
+@pytest.mark.slow
+def test_one_graph_for_many_sizes():
+    attn = SpatialDecayAttention(32, 4, backend="native")
+    compiled = torch.compile(attn, fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((2, 5, 6), (3, 7, 4), (4, 9, 9)):
+            x = torch.randn(*size, 32)
+            torch.testing.assert_close(compiled(x), attn(x), rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["native", "auto"])
+def test_exported_programs(backend):
+    """By name it is one operator of the program; auto leaves it out, so that the program needs no package."""
+    attn = SpatialDecayAttention(16, 2, backend=backend).eval()
+    x = torch.randn(2, 18, 19, 16)
+    program = torch.export.export(attn, (x,), strict=False)
+    torch.testing.assert_close(program.module()(x), attn(x), rtol=1e-5, atol=1e-6)
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert ("spatial_decay.native.default" in operators) == (backend == "native")
+
+
+@needs_native
+def test_inference_mode():
+    with torch.inference_mode():
+        q = torch.randn(1, 2, 12, 8)
+        decay = ManhattanDecay(-torch.rand(1, 2, 12), Grid(3, 4))
+        out = decay_attention(q, q, q, decay, backend="native")
+        assert relative_error(out, decay_attention(q, q, q, decay, backend="math")) < 1e-5
+
+
+def reasons(q, decay=None, **options):
+    with pytest.raises(NotImplementedError) as caught:
+        decay_attention(q, q, q, decay, backend="native", **options)
+    first, *found, _ = str(caught.value).splitlines()
+    assert first == "backend='native' cannot run these inputs:"
+    return {reason.removeprefix("  - ") for reason in found}
+
+
+class Doubled(ManhattanDecay):
+    pass
+
+
+def test_it_says_all_that_it_cannot(monkeypatch):
+    monkeypatch.setattr(library, "reason", lambda: "no compiler was found")
+    q = torch.randn(1, 1, 4, 257, dtype=torch.float64)
+    decay = Doubled(torch.zeros(1, 1, 4), Grid(2, 2))
+    assert reasons(q, decay, attn_mask=torch.zeros(4, 4, requires_grad=True), dropout_p=0.1) == {
+        "Doubled (needs None or a ManhattanDecay, PathDecay, GaussianDecay)",
+        "torch.float64 (needs float32, bfloat16 or float16)",
+        "head_dim=257 (needs 1 to 256)",
+        "dropout_p=0.1 (needs 0)",
+        "attn_mask requires grad (needs one without)",
+        "no compiler was found",
+    }
+    assert "q is on meta (needs cpu)" in reasons(torch.empty(1, 1, 4, 8, device="meta"))
+    q = torch.randn(1, 1, 4, 8)
+    assert "  native cannot: no compiler was found" in explain_backend(q, q, q).splitlines()
+
+
+@needs_native
+def test_function_transforms_are_refused():
+    q = torch.randn(2, 1, 1, 4, 8)
+    with pytest.raises(NotImplementedError, match="inside a torch.func transform"):
+        torch.func.vmap(lambda q: decay_attention(q, q, q, backend="native"))(q)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "decay",
+    [
+        None,
+        GaussianDecay(*torch.ones(3, 1, 1, 9), Grid(3, 3), max_distance=1.0),
+        PathDecay(torch.arange(9.0)[None, None], Positions(*torch.ones(2, 1, 9)), causal=True),
+    ],
+    ids=["none", "Gaussian with a limit", "causal at one place"],
+)
+def test_what_others_refuse_it_takes(decay):
+    q = torch.randn(1, 1, 9, 4)
+    out = decay_attention(q, q, q, decay, backend="native")
+    assert relative_error(out, decay_attention(q, q, q, decay, backend="math")) < 1e-5
+
+
+@needs_native
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak memory from Linux's /proc")
+@pytest.mark.parametrize("mask", ["None", "torch.zeros(1, 1, 1, 128 * 128)"], ids=["", "key mask"])
+def test_memory_is_bounded(mask):
+    """128 x 128 tokens train in less than 64 MiB beyond inputs, outputs and gradients; a mask of theirs is 1 GiB."""
+    code = f"""
+import pathlib, torch
+from spatial_decay.decay import ManhattanDecay
+from spatial_decay.layout import Grid
+from spatial_decay.ops import decay_attention
+
+def run(side, attn_mask=None):
+    q, k, v = (torch.randn(1, 2, side * side, 32, requires_grad=True) for _ in range(3))
+    a = (-torch.rand(1, 2, side * side)).requires_grad_()
+    out = decay_attention(q, k, v, ManhattanDecay(a, Grid(side, side)), attn_mask=attn_mask, backend="native")
+    out.backward(torch.ones_like(out))
+
+def resident(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+torch.set_num_threads(2)
+for warm in (20, 40):
+    run(warm)
+before = resident("VmRSS")
+run(128, {mask})
+print(resident("VmHWM") - before)
+"""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    tensors = 9 * 2 * 128**2 * 32 * 4 / 2**20  # q, k, v, out, their gradients and the output's
+    assert float(done.stdout) - tensors < 64, done.stdout
+
+
+@needs_native
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' library is loaded as Linux does")
+def test_under_the_sanitizers(tmp_path):
+    """Random calls of every instruction set: nothing is read or written outside, nothing is undefined."""
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
+    build.compile_object(tmp_path / "kernels.so", flags=flags)
+    code = f"""
+import ctypes, sys
+import torch
+from spatial_decay.ops.native import library
+
+sanitized = ctypes.CDLL({str(tmp_path / "kernels.so")!r})
+name = library.variants()[int(sys.argv.pop(1))]
+kernel = getattr(sanitized, "spatial_decay_attention_" + name)
+kernel.argtypes, kernel.restype = library.kernel().argtypes, library.kernel().restype
+library.kernel = lambda: kernel
+torch.set_num_threads(3)
+from tests.ops import random_calls
+sys.exit(random_calls.main())
+"""
+    asan = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = os.environ | {"LD_PRELOAD": asan.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    for number in range(len(library.variants())):
+        command = [sys.executable, "-c", code, str(number), "--calls", "150", "--seed", "11", "--backends", "native"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_native
+@pytest.mark.slow
+def test_random_shapes():
+    command = [sys.executable, "-m", "tests.ops.random_calls", "--calls", "2000", "--seed", "15", "--backends", "native"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "2000 calls of seed 15: 0 wrong" in done.stdout, done.stdout + done.stderr
