@@ -303,7 +303,7 @@ sys.exit(random_calls.main())
     asan = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = os.environ | {"LD_PRELOAD": asan.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
     for number in range(len(library.variants())):
-        command = [sys.executable, "-c", code, str(number), "--calls", "150", "--seed", "11", "--backends", "native"]
+        command = [sys.executable, "-c", code, str(number), "--calls", "60", "--seed", "11", "--backends", "native"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
 
