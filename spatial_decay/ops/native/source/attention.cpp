@@ -37,8 +37,14 @@ int64_t parts_of_keys(const Problem& p, int64_t num_sequences) {
 }
 
 int64_t run_forward(const Problem& p, ParallelFor parallel, int64_t num_sequences) {
-  static const Body bodies[] = {forward<NONE>, forward<MANHATTAN>, forward<PATH>, forward<CAUSAL_PATH>,
-                                forward<GAUSSIAN>};
+  static const Body in_floats[] = {forward<NONE, Floats>, forward<MANHATTAN, Floats>, forward<PATH, Floats>,
+                                   forward<CAUSAL_PATH, Floats>, forward<GAUSSIAN, Floats>};
+  const Body* bodies = in_floats;
+#if defined(__AMX_BF16__)
+  static const Body by_tiles[] = {forward<NONE, Tiles>, forward<MANHATTAN, Tiles>, forward<PATH, Tiles>,
+                                  forward<CAUSAL_PATH, Tiles>, forward<GAUSSIAN, Tiles>};
+  if (p.dtype == BFLOAT16) bodies = by_tiles;
+#endif
   Task task = {p, parts_of_queries(p, num_sequences)};
   const int64_t threads = least(p.threads, num_sequences * task.parts);
   if (parallel(0, threads, 1, bodies[p.formula], &task)) return NO_THREADS;

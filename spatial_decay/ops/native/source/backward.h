@@ -18,8 +18,8 @@ constexpr int64_t BACKWARD_KEYS = 256, BACKWARD_QUERIES = 48;
 // P and dS of GROUP queries and the keys from j on: s holds S without decay and becomes P, ds holds dP and becomes dS.
 template <Formula F>
 void differentiate(float* s, float* ds, int64_t lds, const Row* rows, const float* peak, const float* log_sum,
-                   const float* delta, int64_t j, int64_t n, const Tokens& tokens, float max_step, Slope<F>* slopes,
-                   float* of_keys) {
+                   const float* delta, int64_t j, int64_t n, const Tokens& tokens, const Shapes& shapes,
+                   float max_square, Slope<F>* slopes, float* of_keys) {
   Row row[GROUP];
   Slope<F> slope[GROUP];
   UNROLL for (int r = 0; r < GROUP; r++) row[r] = rows[r];
@@ -27,14 +27,15 @@ void differentiate(float* s, float* ds, int64_t lds, const Row* rows, const floa
     const Keys keys = keys_at(tokens, j + x);
     vf down = vf{};
     UNROLL for (int r = 0; r < GROUP; r++) {
-      const Step step = step_to(row[r], keys);
-      const vf m = F == NONE ? vf{} : shape<F>(row[r], keys, step, splat(max_step));
+      const vf m = F == NONE       ? vf{}
+                   : F == GAUSSIAN ? load(shapes.data + r * shapes.stride + x)
+                                   : shape<F>(row[r], keys);
       const vf y = with_decay<F>(load(s + r * lds + x), row[r], keys, m);
       const vf p = exp2v((y - peak[r]) - log_sum[r]);
       const vf g = p * (load(ds + r * lds + x) - delta[r]);
       store(s + r * lds + x, p);
       store(ds + r * lds + x, g);
-      if (F != NONE) slope[r].add(g, m, step, splat(max_step), &down);
+      if (F != NONE) slope[r].add(g, m, row[r], keys, max_square, &down);
     }
     if (F != NONE && F != GAUSSIAN) store(of_keys + x, load(of_keys + x) + down);
   }
@@ -51,10 +52,11 @@ void backward(int64_t, int64_t, void* context) {
   const int64_t wanted = task.parts * up(padded / task.parts, BACKWARD_KEYS) / BACKWARD_KEYS;  // blocks of keys
   const int64_t keys = up((padded + wanted - 1) / wanted, W), lds = keys + W, num_blocks = (padded + keys - 1) / keys;
   const float scale = (float)p.scale, scale2 = (float)(p.scale * LOG2E), one = 1, ln2 = LN2;
-  const float max_step = (float)p.max_step;
+  const float max_square = (float)(p.max_step * p.max_step);
 
   float *q, *grad, *dq, *peak, *log_sum, *delta, *kt, *vt, *k, *dk, *dv, *s, *ds, *of_keys, *of_rows[3];
   Tokens tokens;
+  Shapes shapes;
   Scratch scratch;
   const bool has_memory = scratch.allocate([&](Scratch& scratch) {
     q = scratch.take(rows * dp), grad = scratch.take(rows * dp), dq = scratch.take(rows * dp);
@@ -64,8 +66,10 @@ void backward(int64_t, int64_t, void* context) {
     dk = scratch.take(keys * dp), dv = scratch.take(keys * dp), of_keys = scratch.take(keys);
     s = scratch.take(QB * lds), ds = scratch.take(QB * lds);
     take_tokens(scratch, padded + BACKWARD_KEYS, &tokens);
+    take_shapes(scratch, p, GROUP, keys, &shapes);
   });
   if (!has_memory) return task.fail();
+  NoSubnormals no_subnormals;
 
   int64_t image = -1, sequence = -1;
   for (int64_t item; (item = task.take()) < num_sequences * task.parts;) {
@@ -114,9 +118,13 @@ void backward(int64_t, int64_t, void* context) {
         for (int64_t r = 0; r < m; r += GROUP) {
           Row group[GROUP];
           Slope<F> slopes[GROUP];
-          for (int64_t g = 0; g < GROUP; g++) group[g] = row_of(p, at, tokens, least(i + r + g, L - 1));
+          for (int64_t g = 0; g < GROUP; g++) {
+            group[g] = row_of(p, at, tokens, least(i + r + g, L - 1));
+            if (F == GAUSSIAN)
+              fill_shapes(p, group[g], tokens, j, n, max_square, shapes, shapes.data + g * shapes.stride);
+          }
           differentiate<F>(s + r * lds, ds + r * lds, lds, group, peak + i + r, log_sum + i + r, delta + i + r, j, n,
-                           tokens, max_step, slopes, of_keys);
+                           tokens, shapes, max_square, slopes, of_keys);
           for (int64_t g = 0; g < GROUP && M > 0; g++) {
             of_rows[0][i + r + g] += sum(slopes[g].t);
             if (M < 3) continue;

@@ -34,24 +34,16 @@ INLINE Keys keys_at(const Tokens& tokens, int64_t j) {
   return {load(tokens.h + j), load(tokens.w + j), load(tokens.t + j), load(tokens.lies + j)};
 }
 
-struct Step {
-  vf h, w;
-};
+INLINE vf step_h(const Row& row, const Keys& keys) { return keys.h - row.h; }
+INLINE vf step_w(const Row& row, const Keys& keys) { return keys.w - row.w; }
+INLINE vf square_up_to(vf x, float most) { return minimum(x * x, splat(most)); }
 
-// From the query to the keys; where one of them lies nowhere, what comes of it is masked later.
-INLINE Step step_to(const Row& row, const Keys& keys) { return {keys.h - row.h, keys.w - row.w}; }
-
-INLINE vf size_up_to(vf x, vf most) { return minimum((vf)((vi)x & 0x7fffffff), most); }
-
+// Where one of the two lies nowhere: 0. A Gaussian's come from fill_shapes.
 template <Formula F>
-INLINE vf shape(const Row& row, const Keys& keys, Step step, vf max_step) {
+INLINE vf shape(const Row& row, const Keys& keys) {
   const vi both = keys.lies & row.lies;
-  if (F == MANHATTAN) return masked(step.h, both) + masked(step.w, both);  // `lies` has no sign: |dh| + |dw|
-  if (F == GAUSSIAN) {
-    const vf h = size_up_to(step.h, max_step), w = size_up_to(step.w, max_step);
-    return masked(exp2v(-(h * h * row.u + w * w * row.v)), both);
-  }
-  return masked(maximum(splat(-1.0f), minimum(splat(1.0f), step.w)), both);  // places are whole numbers
+  if (F == MANHATTAN) return masked(step_h(row, keys), both) + masked(step_w(row, keys), both);  // `lies` has no sign
+  return masked(maximum(splat(-1.0f), minimum(splat(1.0f), step_w(row, keys))), both);  // places are whole numbers
 }
 
 template <Formula F>
@@ -74,15 +66,56 @@ INLINE vf with_decay(vf score, const Row& row, const Keys& keys, vf shape) {
 template <Formula F>
 struct Slope {
   vf t = vf{}, u = vf{}, v = vf{};
-  // Adds dS; the sum over queries for each key goes to of_keys.
-  __attribute__((always_inline)) void add(vf ds, vf shape, Step step, vf max_step, vf* of_keys) {
+  // Adds dS; what falls to the keys is added to of_keys.
+  __attribute__((always_inline)) void add(vf ds, vf shape, const Row& row, const Keys& keys, float max_square,
+                                          vf* of_keys) {
     const vf z = ds * shape;
     t += z;
-    if (F != GAUSSIAN) *of_keys += z;
-    if (F != GAUSSIAN) return;
-    const vf h = size_up_to(step.h, max_step), w = size_up_to(step.w, max_step);
-    u += z * (h * h), v += z * (w * w);
+    if (F == GAUSSIAN) {
+      u += z * square_up_to(step_h(row, keys), max_square);
+      v += z * square_up_to(step_w(row, keys), max_square);
+    } else {
+      *of_keys += z;
+    }
   }
 };
+
+// A Gaussian's shapes are dear: each row has them in memory, (GROUP, n), with what they are made from.
+struct Shapes {
+  float *data, *counts, *h, *w;  // 0, 1, 2, ...; the factors of the rows and of the columns of a grid
+  int64_t stride;
+};
+
+INLINE void take_shapes(Scratch& scratch, const Problem& p, int64_t rows, int64_t keys, Shapes* out) {
+  const int64_t stride = keys + 2 * W, longest = (p.height > p.width ? p.height : p.width) + 2 * W;
+  const bool is_needed = p.formula == GAUSSIAN;
+  *out = {scratch.take(is_needed ? rows * stride : 0), scratch.take(is_needed ? longest : 0),
+          scratch.take(is_needed ? longest : 0), scratch.take(is_needed ? longest : 0), stride};
+  for (int64_t i = 0; is_needed && scratch.memory && i < longest; i++) out->counts[i] = (float)i;
+}
+
+// exp(-(u dh^2 + v dw^2)) of a query and the keys j .. j + n - 1. On a grid it is a product: H + W exponentials a query.
+void fill_shapes(const Problem& p, const Row& row, const Tokens& tokens, int64_t j, int64_t n, float max_square,
+                 const Shapes& shapes, float* out) {
+  if (!row.lies || p.positions) {
+    for (int64_t x = 0; x < n; x += W) {
+      const Keys keys = keys_at(tokens, j + x);
+      const vf h = square_up_to(step_h(row, keys), max_square), w = square_up_to(step_w(row, keys), max_square);
+      store(out + x, masked(exp2v(-(h * row.u + w * row.v)), keys.lies & row.lies));
+    }
+    return;
+  }
+  for (int64_t y = 0; y < p.height; y += W)
+    store(shapes.h + y, exp2v(square_up_to(load(shapes.counts + y) - row.h, max_square) * -row.u));
+  for (int64_t y = 0; y < p.width; y += W)
+    store(shapes.w + y, exp2v(square_up_to(load(shapes.counts + y) - row.w, max_square) * -row.v));
+  int64_t x = 0;
+  for (; x < n && j + x < p.prefix; x++) out[x] = 0;
+  int64_t h = (j + x - p.prefix) / p.width, w = (j + x - p.prefix) % p.width;
+  for (; x < n && h < p.height; x += p.width - w, w = 0, h++)  // the rest of a line, and up to W more that the next one has
+    for (int64_t y = w; y < p.width && x + y - w < n; y += W)
+      store(out + x + y - w, load(shapes.w + y) * shapes.h[h]);
+  for (x = least(x, n); x < n; x++) out[x] = 0;
+}
 
 }  // namespace

@@ -6,16 +6,17 @@
 //     peak' = max(peak, rows of S)            P = 2^(S - peak')
 //     sum = sum * 2^(peak - peak') + rows of P         O = O * 2^(peak - peak') + P V
 //
-// and at the end O / sum. No L x L matrix is stored: a tile of S, ROWS x FORWARD_KEYS, stays in the first cache.
+// and at the end O / sum. No L x L matrix is stored: a tile of S, ROWS x KEYS, stays in the first cache. floats.h and
+// tiles.h compute the products.
 #pragma once
 #include "decays.h"
-#include "products.h"
+#include "floats.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int64_t ROWS = 12;   // queries of a tile: whole tiles of products
-constexpr int64_t GROUP = 4;   // queries that share what a pass loads of the keys
-constexpr int64_t FORWARD_KEYS = 512, FORWARD_QUERIES = 96;
+constexpr int64_t GROUP = 4;             // queries that share what a pass loads of the keys
+constexpr int64_t FORWARD_QUERIES = 96;  // whose outputs are at work together
 
 struct Task {
   const Problem& p;
@@ -30,15 +31,17 @@ struct Task {
 
 // Adds the decay to the scores (GROUP, n) of the keys from j on and finds the largest of each row.
 template <Formula F>
-void add_decay(float* s, int64_t lds, const Row* rows, int64_t j, int64_t n, const Tokens& tokens, float max_step,
-               float* peaks) {
+void add_decay(float* s, int64_t lds, const Row* rows, int64_t j, int64_t n, const Tokens& tokens,
+               const Shapes& shapes, float* peaks) {
   vf peak[GROUP];
   Row row[GROUP];
   UNROLL for (int r = 0; r < GROUP; r++) peak[r] = splat(NOTHING), row[r] = rows[r];
   for (int64_t x = 0; x < n; x += W) {
     const Keys keys = keys_at(tokens, j + x);
     UNROLL for (int r = 0; r < GROUP; r++) {
-      const vf m = F == NONE ? vf{} : shape<F>(row[r], keys, step_to(row[r], keys), splat(max_step));
+      const vf m = F == NONE       ? vf{}
+                   : F == GAUSSIAN ? load(shapes.data + r * shapes.stride + x)
+                                   : shape<F>(row[r], keys);
       const vf y = with_decay<F>(load(s + r * lds + x), row[r], keys, m);
       peak[r] = maximum(peak[r], y);
       if (F != NONE) store(s + r * lds + x, y);
@@ -47,37 +50,48 @@ void add_decay(float* s, int64_t lds, const Row* rows, int64_t j, int64_t n, con
   UNROLL for (int r = 0; r < GROUP; r++) peaks[r] = largest(peak[r]);
 }
 
-// s = 2^(s - peak); the sum.
-INLINE float exponentiate(float* s, int64_t n, float peak) {
+// s = scale * s + bias, of a row of n.
+INLINE void scale_and_mask(float* s, int64_t n, float scale, const float* bias) {
+  for (int64_t x = 0; x < n; x += W) store(s + x, load(s + x) * scale + load(bias + x));
+}
+
+// 2^(s - peak); the sum.
+template <class Arithmetic>
+INLINE float exponentiate(const float* s, int64_t n, float peak, typename Arithmetic::Weight* weights) {
   vf total = vf{};
   for (int64_t x = 0; x < n; x += W) {
     const vf p = exp2v(load(s + x) - peak);
     total += p;
-    store(s + x, p);
+    Arithmetic::store_weights(weights + x, p);
   }
   return sum(total);
 }
 
-template <Formula F>
+template <Formula F, class Arithmetic>
 void forward(int64_t, int64_t, void* context) {
+  constexpr int64_t ROWS = Arithmetic::ROWS;
   Task& task = *(Task*)context;
   const Problem& p = task.p;
-  const int64_t L = p.length, d = p.dim, dp = up(d, W), padded = up(L, W), num_sequences = p.batch * p.lines * p.heads;
-  const int64_t num_blocks = (padded + FORWARD_KEYS - 1) / FORWARD_KEYS;
+  Arithmetic products(p.dim, p.length);
+  const int64_t L = p.length, dp = products.dp, padded = products.padded, num_sequences = p.batch * p.lines * p.heads;
+  const int64_t num_blocks = (padded + Arithmetic::KEYS - 1) / Arithmetic::KEYS;
   const int64_t keys = up((padded + num_blocks - 1) / num_blocks, PANEL), lds = keys + W;  // no power of two apart
   const int64_t queries = up((L + task.parts - 1) / task.parts, ROWS);                     // of a part
-  const float scale = (float)(p.scale * LOG2E), max_step = (float)p.max_step;
+  const float scale = (float)(p.scale * LOG2E), max_square = (float)(p.max_step * p.max_step);
 
-  float *kt, *v, *q, *o, *peak, *total, *s;
+  float *o, *peak, *total, *s, *mask;
   Tokens tokens;
+  Shapes shapes;
   Scratch scratch;
   const bool has_memory = scratch.allocate([&](Scratch& scratch) {
-    kt = scratch.take(padded * dp), v = scratch.take(padded * dp);
-    q = scratch.take(FORWARD_QUERIES * dp), o = scratch.take(FORWARD_QUERIES * dp);
-    peak = scratch.take(FORWARD_QUERIES), total = scratch.take(FORWARD_QUERIES), s = scratch.take(ROWS * lds);
+    products.lay(scratch, FORWARD_QUERIES);
+    o = scratch.take(FORWARD_QUERIES * dp), peak = scratch.take(FORWARD_QUERIES), total = scratch.take(FORWARD_QUERIES);
+    s = scratch.take(ROWS * lds), mask = scratch.take(lds);
     take_tokens(scratch, padded + FORWARD_QUERIES, &tokens);
+    take_shapes(scratch, p, GROUP, keys, &shapes);
   });
   if (!has_memory) return task.fail();
+  NoSubnormals no_subnormals;
 
   int64_t image = -1, sequence = -1;
   for (int64_t item; (item = task.take()) < num_sequences * task.parts;) {
@@ -86,39 +100,48 @@ void forward(int64_t, int64_t, void* context) {
     if (image != at.image) read_positions(p, at, padded + FORWARD_QUERIES, tokens), image = at.image;
     if (sequence != item / task.parts) {
       sequence = item / task.parts;
-      pack(features(p, p.k, p.k_strides, at), 0, L, padded, d, dp, 1.0f, v);
-      pack_transposed(v, padded, d, dp, kt);
-      pack(features(p, p.v, p.v_strides, at), 0, L, padded, d, dp, 1.0f, v);
+      products.pack_keys(features(p, p.k, p.k_strides, at), features(p, p.v, p.v_strides, at), L);
       read_tokens(p, at, padded, tokens);
     }
     const int64_t stop = least(L, (part + 1) * queries);
     for (int64_t first = part * queries; first < stop; first += FORWARD_QUERIES) {
       const int64_t count = least(FORWARD_QUERIES, stop - first), rows = up(count, ROWS);
-      pack(features(p, p.q, p.q_strides, at), first, count, rows, d, dp, scale, q);
+      products.pack_queries(features(p, p.q, p.q_strides, at), first, count, rows, scale);
       for (int64_t j = 0; j < padded; j += keys) {
         const int64_t n = least(keys, padded - j);
         for (int64_t i = 0; i < rows; i += ROWS) {
           Start start = {tokens.bias + j, 0};
-          if (has_pair_mask(p)) {
+          if (has_pair_mask(p) && !Arithmetic::SCALES_LATER) {
             for (int64_t r = 0; r < ROWS; r++) read_mask(p, at, least(first + i + r, L - 1), j, n, s + r * lds);
             start = {s, lds};
           }
-          product_with_panels(ROWS, n, d, q + i * dp, dp, kt + j * d, start, s, lds);
+          products.scores(i, j, n, start, s, lds);
+          for (int64_t r = 0; r < ROWS && Arithmetic::SCALES_LATER; r++) {
+            if (has_pair_mask(p)) read_mask(p, at, least(first + i + r, L - 1), j, n, mask);
+            scale_and_mask(s + r * lds, n, scale, has_pair_mask(p) ? mask : tokens.bias + j);
+          }
           float peaks[ROWS];
           for (int64_t r = 0; r < ROWS; r += GROUP) {
             Row group[GROUP];
-            for (int64_t g = 0; g < GROUP; g++) group[g] = row_of(p, at, tokens, least(first + i + r + g, L - 1));
-            add_decay<F>(s + r * lds, lds, group, j, n, tokens, max_step, peaks + r);
+            for (int64_t g = 0; g < GROUP; g++) {
+              group[g] = row_of(p, at, tokens, least(first + i + r + g, L - 1));
+              if (F == GAUSSIAN)
+                fill_shapes(p, group[g], tokens, j, n, max_square, shapes, shapes.data + g * shapes.stride);
+            }
+            add_decay<F>(s + r * lds, lds, group, j, n, tokens, shapes, peaks + r);
           }
+          const int64_t ldp = products.row_of_weights(lds);
+          typename Arithmetic::Weight* weights = products.weights(s, lds);
           for (int64_t r = 0; r < ROWS; r++) {
             const float old = j ? peak[i + r] : NOTHING, now = peaks[r] > old ? peaks[r] : old;
-            const float mine = exponentiate(s + r * lds, n, now), shrink = j ? exp2_of(old - now) : 0;
+            const float mine = exponentiate<Arithmetic>(s + r * lds, n, now, weights + r * ldp);
+            const float shrink = j ? exp2_of(old - now) : 0;
             total[i + r] = j ? total[i + r] * shrink + mine : mine;
             peak[i + r] = now;
             if (j && now != old)
               for (int64_t x = 0; x < dp; x += W) store(o + (i + r) * dp + x, load(o + (i + r) * dp + x) * shrink);
           }
-          product<false>(ROWS, dp, n, s, lds, v + j * dp, dp, j ? Start{o + i * dp, dp} : FROM_ZERO, o + i * dp, dp);
+          products.mix(weights, ldp, j, n, o + i * dp);
         }
       }
       float *peaks = p.rows + sequence * L + first, *sums = peaks + num_sequences * L;
@@ -128,7 +151,7 @@ void forward(int64_t, int64_t, void* context) {
         sums[i] = is_empty ? 0 : __builtin_log2f(total[i]);
         total[i] = is_empty ? 0 : 1 / total[i];
       }
-      unpack(o, dp, count, d, total, 1, features(p, p.out, p.out_strides, at), first);
+      unpack(o, dp, count, p.dim, total, 1, features(p, p.out, p.out_strides, at), first);
     }
   }
 }
