@@ -12,10 +12,13 @@ def with_features_together(x: Tensor) -> Tensor:
 
 
 def empty_heads(q: Tensor) -> Tensor:
-    """(B, O, N, L, d) as q, all features of a token together in memory, as the output projection wants them.
+    """(B, N, L, d) or (B, O, N, L, d) as q, all features of a token together in memory, as the output projection wants.
 
     Columns, (B, W, N, H, d), lie as maps (B, H, W, N, d) do: see to_columns.
     """
+    if q.ndim == 4:
+        batch_size, num_heads, length, head_dim = q.shape
+        return q.new_empty((batch_size, length, num_heads, head_dim)).transpose(1, 2)
     batch_size, lines, num_heads, length, head_dim = q.shape
     if q.stride(3) > q.stride(1):
         return q.new_empty((batch_size, length, lines, num_heads, head_dim)).permute(0, 2, 3, 1, 4)

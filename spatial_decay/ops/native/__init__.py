@@ -56,15 +56,12 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
 
 def attention(inputs: Inputs) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in float32 inside, in the dtype and shape of q outside."""
-    decay, mask, is_axial = inputs.decay, inputs.attn_mask, inputs.q.ndim == 5
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if not is_axial:
-        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)  # (B, O, N, L, d)
+    q, decay, mask = inputs.q, inputs.decay, inputs.attn_mask
     formula = formula_of(decay)
     assert formula is not None  # else there is a reason
     positions, grid = None, [1, inputs.length, 0]
     if decay is None:
-        numbers = q.new_empty((0, 1, *q.shape[2:4]), dtype=torch.float32)
+        numbers = q.new_empty((0, 1, *q.shape[-3:-1]), dtype=torch.float32)
     else:
         numbers = FORMULAS[formula].lowered(tuple(x.to(torch.float32) for x in decay.numbers))
         if isinstance(decay.layout, Grid):
@@ -73,5 +70,6 @@ def attention(inputs: Inputs) -> Tensor:
             positions = position_table(decay.layout, formula, q.device)
     max_step = decay.max_distance if isinstance(decay, GaussianDecay) else math.inf
     tops = None if mask is None or mask.dtype == torch.bool else tops_of(mask)[0].squeeze(-1).to(torch.float32)
-    out, _ = operators.forward(q, k, v, formula, numbers, mask, tops, positions, grid, inputs.scale, max_step)
-    return out if is_axial else out[:, 0]
+    return operators.attend(
+        q, inputs.k, inputs.v, formula, numbers, mask, tops, positions, grid, inputs.scale, max_step
+    )

@@ -39,7 +39,7 @@ class Operands(NamedTuple):
     """What both operators take, in the order of their schemas.
 
     Args:
-        q: Queries, (B, O, N, L, d): O rows or columns of a grid where these are the sequences, else 1; any strides.
+        q: Queries, (B, N, L, d); or (B, O, N, L, d), the O rows or columns of a grid; any strides. O is 1 else.
         k: Keys, the same.
         v: Values, the same.
         formula: A name in ops/formulas.py.
@@ -66,7 +66,7 @@ class Operands(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the backward pass reads and writes besides: dO, and (B, O, N, L, d) thrice, (M, B*O, N, L)."""
+    """What the backward pass reads, dO as O, and writes: dQ, dK and dV as Q, dnumbers, (M, B*O, N, L), contiguous."""
 
     grad: Tensor
     dq: Tensor
@@ -82,12 +82,13 @@ def checked(operands: Operands) -> Operands:
         ValueError: shapes or dtypes are not those of Operands.
     """
     q, k, v, formula, numbers, mask, tops, positions, grid, _, _ = operands
-    if q.ndim != 5 or k.shape != q.shape or v.shape != q.shape or not 1 <= q.shape[4] <= MAX_HEAD_DIM:
-        _refuse(f"q, k and v of one shape (B, O, N, L, d), d in 1 .. {MAX_HEAD_DIM}", q, k, v)
+    shape = q.shape
+    if len(shape) not in (4, 5) or k.shape != shape or v.shape != shape or not 1 <= shape[-1] <= MAX_HEAD_DIM:
+        _refuse(f"q, k and v of one shape, (B, N, L, d) or (B, O, N, L, d), d in 1 .. {MAX_HEAD_DIM}", q, k, v)
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         _refuse("q, k and v of one dtype, float32, bfloat16 or float16", q, k, v)
-    batch_size, lines, num_heads, length, _ = q.shape
-    count = batch_size * lines
+    num_heads, length = shape[-3:-1]
+    count = shape[0] if len(shape) == 4 else shape[0] * shape[1]
     if formula not in FORMULAS:
         _refuse(f"a formula among {', '.join(FORMULAS)}, not {formula!r}")
     wanted = (FORMULAS[formula].num_numbers, numbers.shape[1] if numbers.ndim == 4 else 1, num_heads, length)
@@ -109,11 +110,11 @@ def checked(operands: Operands) -> Operands:
             _refuse(f"a grid [H, W, P] with H * W + P = L = {length}, not {grid}")
     elif (
         positions.dtype != torch.float32
-        or positions.shape not in ((batch_size, 3, length), (1, 3, length))
+        or positions.shape not in ((count, 3, length), (1, 3, length))
         or not positions.is_contiguous()
-        or lines != 1
+        or len(shape) != 4
     ):
-        _refuse(f"positions of float32, contiguous, ({batch_size} or 1, 3, {length}), and O = 1", positions)
+        _refuse(f"positions of float32, contiguous, ({count} or 1, 3, {length}), and no O", positions)
     return operands
 
 
@@ -122,8 +123,9 @@ def run(operands: Operands, out: Tensor, rows: Tensor, gradients: Gradients | No
 
     Args:
         operands: Read.
-        out: O, (B, O, N, L, d) as q; written forward, read backward.
-        rows: (2, B, O, N, L) float32, contiguous: what the softmax of each query was; as out.
+        out: O, as q; written forward, read backward.
+        rows: (2, B, N, L) or (2, B, O, N, L) float32, contiguous: of each query the largest score and log2 of the sum
+            of exponentials beside it; as out.
         gradients: Backward, what is read and written besides.
 
     Raises:
@@ -134,22 +136,22 @@ def run(operands: Operands, out: Tensor, rows: Tensor, gradients: Gradients | No
     if q.numel() == 0:
         return
     if gradients is None:
-        of_gradients, dnumbers, gradient_strides = (0, 0, 0, 0), 0, _NO_STRIDES * 4
+        of_gradients, dnumbers, gradient_strides = _NO_STRIDES, 0, _NO_STRIDES * 4
     else:
         grad, dq, dk, dv, of_numbers = gradients
         of_gradients = (grad.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
         dnumbers = of_numbers.data_ptr()
-        gradient_strides = (*grad.stride()[:4], *dq.stride()[:4], *dk.stride()[:4], *dv.stride()[:4])
+        gradient_strides = (*_of_heads(grad), *_of_heads(dq), *_of_heads(dk), *_of_heads(dv))
     problem = _PROBLEM.pack(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), *of_gradients),
         *(numbers.data_ptr(), dnumbers, rows.data_ptr()),
         *(0 if x is None else x.data_ptr() for x in (positions, mask, tops)),
-        *(*q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], *gradient_strides),
+        *(*_of_heads(q), *_of_heads(k), *_of_heads(v), *_of_heads(out), *gradient_strides),
         *(_shared(numbers) if len(numbers) else _NO_STRIDES),
         0 if positions is None or len(positions) == 1 else positions.stride(0),
         *(_NO_STRIDES if mask is None else _shared(mask)),
         *(_NO_STRIDES[:3] if tops is None else _shared(tops)),
-        *(*q.shape, grid[2], grid[0], grid[1]),
+        *(*(q.shape if q.ndim == 5 else (len(q), 1, *q.shape[1:])), grid[2], grid[0], grid[1]),
         *(_FORMULAS[formula], DTYPES[q.dtype], 0 if mask is None else _MASK_DTYPES[mask.dtype]),
         torch.get_num_threads(),
         *(scale, 0.0 if tops is None or mask is None else limit_of(mask.dtype), max_step),
@@ -159,6 +161,12 @@ def run(operands: Operands, out: Tensor, rows: Tensor, gradients: Gradients | No
         raise MemoryError("backend 'native' found no memory for its scratch, some MB a thread. Use a smaller batch.")
     if code != 0:
         raise RuntimeError(f"backend 'native' could not use the threads of PyTorch (code {code}). Use backend='tiled'.")
+
+
+def _of_heads(x: Tensor) -> tuple[int, ...]:
+    """Strides of image, line, head and token."""
+    strides = x.stride()
+    return strides[:4] if len(strides) == 5 else (strides[0], 0, strides[1], strides[2])
 
 
 def _shared(x: Tensor) -> tuple[int, ...]:
