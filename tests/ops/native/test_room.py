@@ -57,7 +57,12 @@ def test_where_there_is_a_compiler_there_is_a_kernel():
             {"formula": "gaussian", "numbers": torch.rand(3, 1, 3, 13)}, id="gaussian", marks=pytest.mark.slow
         ),
         pytest.param(
-            {"mask": torch.rand(1, 1, 1, 13) > 0.2, "positions": torch.rand(2, 3, 13).round(), "grid": [1, 13, 0]},
+            {
+                **dict(zip("qkv", torch.randn(3, 2, 3, 13, 8), strict=True)),
+                "mask": torch.rand(1, 1, 1, 13) > 0.2,
+                "positions": torch.rand(2, 3, 13).round(),
+                "grid": [1, 13, 0],
+            },
             id="bool mask, positions",
             marks=pytest.mark.slow,
         ),
@@ -102,6 +107,7 @@ def test_the_operators_are_well_made(changes):
         {"grid": [3, 4, 0]},
         {"grid": [3, 4]},
         {"grid": [-3, -4, 1]},
+        {"positions": torch.rand(2, 3, 13)},  # with an axis of lines
         {"positions": torch.rand(2, 2, 13)},
         {"positions": torch.rand(3, 3, 13)},
         {"positions": torch.rand(2, 13, 3).mT},
