@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,11 +12,23 @@ from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathD
 from spatial_decay.layers.kinds import KINDS
 from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import BACKENDS
+from spatial_decay.ops.native import library
 from tests import references
 
-# Backends that do all that `math` does. The others have no float64, among others: see ops/test_flex.py and
-# ops/test_triton.py.
-EXACT_BACKENDS = [name for name in BACKENDS if name not in ("flex", "triton", "triton_autotune")]
+# Backends that do all that `math` does. The others have no float64, among others: see ops/native/test_native.py,
+# ops/test_flex.py and ops/test_triton.py.
+EXACT_BACKENDS = [name for name in BACKENDS if name not in ("native", "flex", "triton", "triton_autotune")]
+
+needs_native = pytest.mark.skipif(library.reason() is not None, reason=f"backend 'native': {library.reason()}")
+
+# To be tested in the widest dtype that they have.
+CPU_BACKENDS = [pytest.param("native", marks=needs_native), *EXACT_BACKENDS]
+
+
+def widest_dtype(backend: str) -> torch.dtype:
+    """That a backend of CPU_BACKENDS has."""
+    return torch.float32 if backend == "native" else torch.float64
+
 
 GRIDS = [(1, 1), (1, 7), (7, 1), (5, 9), (14, 14)]
 

@@ -179,7 +179,7 @@ def test_onnx_from_the_model_itself():
         assert_close(run_onnx(onnx_program, inputs), model, inputs)
 
 
-@pytest.mark.parametrize("backend", ["tiled", "triton"])
+@pytest.mark.parametrize("backend", ["native", "tiled", "triton"])
 def test_a_named_backend_that_onnx_cannot_hold_says_so(backend):
     model = sd.ViT(5, decay="full", backend=backend, **VIT).eval()
     with pytest.raises(Exception, match="ONNX has no such operator") as caught:

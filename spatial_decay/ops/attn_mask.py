@@ -8,7 +8,7 @@ from spatial_decay.features import to_columns, to_rows
 from spatial_decay.layout import Grid
 from spatial_decay.values import are_readable
 
-__all__ = ["added_by", "checked_mask", "columns_of_mask", "rows_of_mask", "without"]
+__all__ = ["added_by", "checked_mask", "columns_of_mask", "limit_of", "rows_of_mask", "tops_of", "without"]
 
 _MAY_NOT_ATTEND = {torch.float64: -1e5, torch.float32: -1e5, torch.bfloat16: -99840.0, torch.float16: -32752.0}
 """By dtype, the largest value that means "may not attend": -1e5 as it is written there; of float16, which ends at
@@ -53,17 +53,31 @@ def added_by(attn_mask: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
     if attn_mask.dtype == torch.bool:
         may, may_not = (torch.full((), x, dtype=dtype, device=attn_mask.device) for x in (0.0, float("-inf")))
         return torch.where(attn_mask, may, may_not, out=out), ~attn_mask.any(-1, keepdim=True)
-    limit, wide = _MAY_NOT_ATTEND[attn_mask.dtype], torch.promote_types(attn_mask.dtype, dtype)
+    limit, wide = limit_of(attn_mask.dtype), torch.promote_types(attn_mask.dtype, dtype)
     if out is None or wide != dtype:
         added = F.threshold(attn_mask, limit, float("-inf")).to(wide)  # no more than the limit: -inf
     else:
         added = torch.ops.aten.threshold.out(attn_mask, limit, float("-inf"), out=out)
-    largest = added.detach().amax(-1, keepdim=True)
-    is_empty = largest == float("-inf")
-    largest = largest.masked_fill(is_empty, 0.0)
+    largest, is_empty = tops_of(added)
     if not are_readable(largest) or largest.any():  # else it is a copy less
         added = added - largest
     return added.to(dtype), is_empty
+
+
+def limit_of(dtype: torch.dtype) -> float:
+    """The largest value of a float mask of this dtype that means "may not attend"."""
+    return _MAY_NOT_ATTEND[dtype]
+
+
+def tops_of(attn_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value of each row of a float mask (..., L), (..., 1), which is 0 where the row has nothing.
+
+    Returns:
+        The values, and which rows have nothing, bool.
+    """
+    largest = attn_mask.detach().amax(-1, keepdim=True)
+    is_empty = largest <= limit_of(attn_mask.dtype)
+    return largest.masked_fill(is_empty, 0.0), is_empty
 
 
 def without(attn_mask: Tensor, hidden: Tensor) -> Tensor:

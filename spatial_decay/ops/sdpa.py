@@ -63,7 +63,7 @@ def _can_take_the_mask_as_it_is(inputs: Inputs) -> bool:
     forbidden value for. To judge it in a copy would take as long as the attention.
     """
     q, k, mask = inputs.q.detach(), inputs.k.detach(), inputs.attn_mask
-    if inputs.decay is not None or mask is None or mask.shape[2] == 1 or not all(map(are_readable, (q, k, mask))):
+    if inputs.decay is not None or mask is None or mask.shape[2] == 1 or not are_readable(q, k, mask):
         return False
     if mask.dtype == torch.bool:
         return q.numel() > 0 and bool(mask.any(-1).all())

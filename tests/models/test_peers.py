@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import spatial_decay as sd
+from tests.cases import CPU_BACKENDS
 from tests.golden import make_locatvit, make_rmt, read
-
-BACKENDS = ["tiled", "sdpa", "math"]
 
 
 def close(actual, expected):
@@ -18,7 +17,7 @@ def close(actual, expected):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_rmt_equals_the_authors_code(backend):
     golden = read("rmt")
     model = make_rmt(golden, backend=backend).eval()
@@ -30,7 +29,9 @@ def test_rmt_equals_the_authors_code(backend):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["sdpa", "math"])  # tiled is for decays: PRR has none
+@pytest.mark.parametrize(
+    "backend", [name for name in CPU_BACKENDS if name != "tiled"]
+)  # tiled is for decays: PRR has none
 def test_locatvit_equals_the_authors_code(backend):
     golden = read("locat")
     model = make_locatvit(golden).eval()

@@ -76,7 +76,10 @@ def draw(seed: int, number: int, backends: list[str]) -> Call:
     case = None if rng.random() < 0.07 else pick(CASES)
     if backend == "flex":
         case = pick([None, *(case for case in CASES if case.name in ("full", "1d", "gaussian"))])
-    dtype = torch.float32 if backend == "flex" else pick(list(TOLERANCE))
+    dtypes = list(TOLERANCE)
+    if backend in ("native", "flex"):  # without float64; flex is compiled for each
+        dtypes = dtypes[1:] if backend == "native" else [torch.float32]
+    dtype = pick(dtypes)
     size = (int(rng.integers(1, 7)), int(rng.integers(1, 6)))
     num_prefix = 0 if case is not None and case.is_axial else pick([0, 0, 1, 3])
     batch_size, num_heads, head_dim = int(rng.integers(1, 4)), int(rng.integers(1, 4)), pick([1, 2, 4, 8, 16])
@@ -84,6 +87,8 @@ def draw(seed: int, number: int, backends: list[str]) -> Call:
         size, num_prefix, batch_size, num_heads, head_dim = (3, 4), 0, 2, 2, 8
     elif backend == "triton":
         head_dim = 16
+    elif backend == "native" and rng.random() < 0.2:  # vectors, and tiles of them, that are full or not
+        size, head_dim = (int(rng.integers(1, 13)), int(rng.integers(1, 13))), int(rng.integers(1, 257))
     elif rng.random() < 0.01:  # where `tiled` goes by other ways
         size, batch_size, num_heads, head_dim = pick([(18, 18), (1, 330), (23, 23)]), 1, 1, 2
     layout: Grid | Positions = Grid(*size, num_prefix)
@@ -116,6 +121,7 @@ def draw(seed: int, number: int, backends: list[str]) -> Call:
         own = dtype if backend == "flex" else pick([dtype, dtype, *TOLERANCE, torch.bool])
         attn_mask, about = draw_mask(rng, pick, shape, own, only_forbids=is_strong)
     scale = pick([None, None, None, 0.3, 1.0, -0.5])
+    scale = scale if head_dim <= 16 else None  # so that one key has not all the weight
     needs_grad = backend != "flex" and rng.random() < 0.6
     if attn_mask is not None and backend != "flex":
         if rng.random() < 0.3:  # keys that nobody may attend to may be anything
@@ -301,7 +307,7 @@ def check(call: Call) -> str:
     return ""
 
 
-BACKENDS = ["auto", "math", "sdpa", "tiled"] * 24 + ["triton"] * 3 + ["flex"]
+BACKENDS = ["auto", "math", "sdpa", "tiled", "native"] * 20 + ["triton"] * 3 + ["flex"]
 
 
 def main() -> int:

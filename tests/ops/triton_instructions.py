@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
+from spatial_decay.ops.formulas import FORMULAS
 from spatial_decay.ops.triton import launch, operators
-from spatial_decay.ops.triton.formulas import FORMULAS
 
 TABLE = Path(__file__).with_suffix(".json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -130,7 +130,7 @@ def row(name, kernel, constants, shape):
 
 
 COMPILED = [
-    *[Shape(90, formula, 64) for formula in FORMULAS],
+    *[Shape(90, name, 64) for name, formula in FORMULAS.items() if not formula.hides_later],
     *[Shape(90, formula, 64, 196, 1) for formula in ("manhattan", "path", "gaussian")],
     Shape(90, "manhattan", 64, 196, 1, has_key_mask=True),
     *[Shape(90, formula, 64, 196, has_flags=True) for formula in ("manhattan", "path")],

@@ -3,9 +3,9 @@
     O = softmax(scale * Q K^T + M) V
 
 operators.py has the operators of torch.library, launch.py and schedule.py say how their kernels are launched,
-formulas.py which decays they know, and kernels/ has the mathematics. Memory beyond inputs, outputs and their gradients
-is two numbers a token and head. Nothing is added atomically: results repeat bit for bit. No second derivatives, no
-torch.func transforms. Triton itself, which is large, is imported at the first call.
+ops/formulas.py which decays there are, and kernels/ has the mathematics. Memory beyond inputs, outputs and their
+gradients is two numbers a token and head. Nothing is added atomically: results repeat bit for bit. No second
+derivatives, no torch.func transforms. Triton itself, which is large, is imported at the first call.
 """
 
 import os
@@ -14,11 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
+from spatial_decay.decay import GaussianDecay, PairwiseDecay
 from spatial_decay.layout import Grid, Layout
 from spatial_decay.ops.attn_mask import added_by
+from spatial_decay.ops.formulas import FORMULAS, formula_of, reasons_of_decay
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.triton import operators
-from spatial_decay.ops.triton.formulas import FORMULAS, formula_of
 from spatial_decay.ops.triton.launch import is_short, positions_of
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
@@ -72,11 +73,7 @@ def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
         reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
     if inputs.scale <= 0:
         reasons.append(f"scale={inputs.scale} (needs one above 0)")
-    if (formula := formula_of(decay)) is None:
-        known = ", ".join(row.decay.__name__ for row in FORMULAS.values() if row.decay is not None)
-        reasons.append(f"{type(decay).__name__} (needs None or a {known})")
-    else:
-        reasons += FORMULAS[formula].reasons(decay)
+    reasons += reasons_of_decay(decay) or _reasons_of_a_known(decay)
     if mask is not None and mask.requires_grad:
         reasons.append("attn_mask requires grad (needs one without)")
     if inputs.is_exporting_to_onnx:
@@ -88,6 +85,15 @@ def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
     if inputs.is_inside_torch_func:
         reasons.append("inside a torch.func transform (needs none)")
     return reasons
+
+
+def _reasons_of_a_known(decay: PairwiseDecay | None) -> list[str]:
+    """Of what ops/formulas.py has, the kernels do not do all."""
+    if getattr(decay, "hides_later", False):
+        return ["a causal PathDecay (needs causal=False)"]
+    if isinstance(decay, GaussianDecay) and decay.layout.largest_step > decay.max_distance:
+        return [f"{decay.layout} with max_distance={decay.max_distance} (needs a Grid within it, or none)"]
+    return []
 
 
 def _reaches_too_far(inputs: Inputs) -> bool:

@@ -7,15 +7,14 @@ from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spatial_decay.layout import Layout
+from spatial_decay.ops.formulas import FORMULAS, position_table
 from spatial_decay.ops.triton import schedule as schedules
-from spatial_decay.ops.triton.formulas import FORMULAS
 from spatial_decay.ops.triton.schedule import Schedule, Step, Work, power_of_two
 
-__all__ = ["Launch", "dense", "is_short", "positions_of"]
+__all__ = ["Launch", "is_short", "positions_of"]
 
 _Strided: TypeAlias = tuple[torch.Size, tuple[int, ...]]  # shape and strides
 
@@ -27,7 +26,7 @@ class Launch:
         step: Which.
         features: The tensors (B, O, N, L, d) in its order, q first.
         rows: Those of one number or a few a token and head, contiguous, in its order.
-        formula: Of the decay, a name in formulas.py.
+        formula: Of the decay, a name in ops/formulas.py.
         numbers: (num_numbers, B*O|1, N, L).
         key_mask: (B*O|1, N|1, 1, L).
         positions: Of positions_of.
@@ -207,25 +206,15 @@ def _kernels() -> SimpleNamespace:
     return SimpleNamespace(attention=attention, are_interpreted=not isinstance(attention, triton.runtime.JITFunction))
 
 
-def dense(x: Tensor) -> Tensor:
-    """x with neighbouring features beside each other in memory; a copy only where they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def positions_of(layout: Layout, formula: str, q: Tensor) -> Tensor:
-    """Where each token lies, for the kernels: reading a table is cheaper than dividing by W for each score.
-
-    Returns:
-        (1, 2, L) float32: row and column; for a path 0 and the place along it. Of Positions (B|1, 3, L): also a flag,
-        1.0 for tokens that lie somewhere.
-    """
-    key = (layout, FORMULAS[formula].is_path, q.device)
+    """The position_table of tokens, kept: reading a table is cheaper than dividing by W for each score."""
     # What is a part of a graph, or not real, or belongs to one batch, is not kept.
     if not layout.is_grid or torch.compiler.is_compiling() or type(q) is not Tensor:
-        return _positions(*key)
+        return position_table(layout, formula, q.device)
+    key = (layout, FORMULAS[formula].is_path, q.device)
     if (kept := _KEPT.get(key)) is not None:
         return kept
-    positions = _positions(*key)
+    positions = position_table(layout, formula, q.device)
     if q.is_cuda:
         if torch.cuda.is_current_stream_capturing():
             return positions  # empty until the graph is replayed: its own
@@ -235,18 +224,6 @@ def positions_of(layout: Layout, formula: str, q: Tensor) -> Tensor:
 
 
 _KEPT: dict[tuple[Layout, bool, torch.device], Tensor] = {}  # for good: CUDA graphs may hold their addresses
-
-
-def _positions(layout: Layout, is_path: bool, device: torch.device) -> Tensor:
-    if is_path:
-        w = layout.raster_numbers(device=device, dtype=torch.float32)
-        h = torch.zeros_like(w)
-    else:
-        h, w = layout.positions(device=device, dtype=torch.float32)
-    if layout.is_grid:
-        return F.pad(torch.stack([h, w])[None], (layout.num_prefix_tokens, 0))
-    flags = torch.ones_like(h) if layout.known is None else layout.known[:, None].to(h).expand_as(h)
-    return torch.cat([h, w, flags], 1)
 
 
 def _parts(head_dim: int) -> tuple[int, int]:

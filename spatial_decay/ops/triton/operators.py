@@ -6,8 +6,8 @@
 All take the same inputs, here in the order of their schemas:
 
     q, k, v       (B, O, N, L, d): O rows or columns of a grid where these are the sequences, else 1; any strides
-    formula       a name in formulas.py
-    numbers       (num_numbers, B * O | 1, N, L) float32, as its row in formulas.py makes them; (1, ...) without decay
+    formula       a name in ops/formulas.py
+    numbers       (num_numbers, B * O | 1, N, L) float32, as its row there makes them; (1, ...) without decay
     key_mask      added to all scores of a key, (B * O | 1, N | 1, 1, L); or None
     positions     of launch.positions_of: (1, 2, L), or (B | 1, 3, L) of Positions
     num_prefix    tokens without a position, first in the sequence
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatial_decay.ops.triton.formulas import FORMULAS
-from spatial_decay.ops.triton.launch import Launch, dense
+from spatial_decay.ops.formulas import FORMULAS
+from spatial_decay.ops.operands import empty_heads, summed_as, with_features_together
+from spatial_decay.ops.triton.launch import Launch
 
 __all__ = ["backward", "forward", "short_backward", "short_forward"]
 
@@ -36,8 +37,13 @@ _INPUTS = (
 @torch.library.custom_op("spatial_decay::triton", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """Of sequences of any length O, (B, O, N, L, d), and lse, (B, O, N, L)."""
-    out, lse = _empty_like(q), _empty_rows(q)
-    launch = Launch("forward", (dense(q), dense(k), dense(v), out), (lse,), *others)
+    out, lse = empty_heads(q), _empty_rows(q)
+    launch = Launch(
+        "forward",
+        (with_features_together(q), with_features_together(k), with_features_together(v), out),
+        (lse,),
+        *others,
+    )
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return out, lse
@@ -52,8 +58,8 @@ def backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, formula: str, numbers: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
-    dq, dk, dv = (_empty_like(q) for _ in range(3))
-    q, k, v, grad = (dense(x) for x in (q, k, v, grad))
+    dq, dk, dv = (empty_heads(q) for _ in range(3))
+    q, k, v, grad = (with_features_together(x) for x in (q, k, v, grad))
     delta, dnumbers = torch.empty_like(lse), _empty_gradient(q, formula, numbers)
     row_tensors, inputs = (lse, delta, dnumbers), (formula, numbers, *others)
     rows = Launch("backward rows", (q, k, v, out, grad, dq), row_tensors, *inputs)
@@ -63,14 +69,19 @@ def backward(
         of_rows, of_columns = rows.schedule(), columns.schedule()
         rows(of_rows)
         columns(of_columns)
-    return dq, dk, dv, _summed_as(dnumbers, numbers)
+    return dq, dk, dv, summed_as(dnumbers, numbers)
 
 
 @torch.library.custom_op("spatial_decay::triton_short", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def short_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
     """O of short sequences without prefix tokens, (B, O, N, L, d)."""
-    out = _empty_like(q)
-    launch = Launch("short forward", (dense(q), dense(k), dense(v), out), (), *others)
+    out = empty_heads(q)
+    launch = Launch(
+        "short forward",
+        (with_features_together(q), with_features_together(k), with_features_together(v), out),
+        (),
+        *others,
+    )
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return out
@@ -85,23 +96,23 @@ def short_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, formula: str, numbers: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
-    dq, dk, dv = (_empty_like(q) for _ in range(3))
-    q, k, v, grad = (dense(x) for x in (q, k, v, grad))
+    dq, dk, dv = (empty_heads(q) for _ in range(3))
+    q, k, v, grad = (with_features_together(x) for x in (q, k, v, grad))
     dnumbers = _empty_gradient(q, formula, numbers)
     launch = Launch("short backward", (q, k, v, grad, dq, dk, dv), (dnumbers,), formula, numbers, *others)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
-    return dq, dk, dv, _summed_as(dnumbers, numbers)
+    return dq, dk, dv, summed_as(dnumbers, numbers)
 
 
 @forward.register_fake
 def _(q, *others):  # type: ignore[no-untyped-def]
-    return _empty_like(q), _empty_rows(q)
+    return empty_heads(q), _empty_rows(q)
 
 
 @short_forward.register_fake
 def _(q, *others):  # type: ignore[no-untyped-def]
-    return _empty_like(q)
+    return empty_heads(q)
 
 
 @backward.register_fake
@@ -115,7 +126,7 @@ def _(grad, *inputs):  # type: ignore[no-untyped-def]
 
 
 def _fake_gradients(q: Tensor, k: Tensor, v: Tensor, formula: str, numbers: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return _empty_like(q), _empty_like(q), _empty_like(q), torch.empty(numbers.shape, device=numbers.device)
+    return empty_heads(q), empty_heads(q), empty_heads(q), torch.empty(numbers.shape, device=numbers.device)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -138,16 +149,6 @@ forward.register_autograd(_differentiate, setup_context=_save)
 short_forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _empty_like(q: Tensor) -> Tensor:
-    """(B, O, N, L, d) with all features of a token together in memory, as the output projection wants them.
-
-    Columns, (B, W, N, H, d), lie as maps (B, H, W, N, d) do: see to_columns.
-    """
-    order = (0, 3, 1, 2, 4) if q.stride(3) > q.stride(1) else (0, 1, 3, 2, 4)
-    new = q.new_empty([q.shape[i] for i in order])
-    return new.permute([order.index(i) for i in range(5)])
-
-
 def _empty_rows(q: Tensor) -> Tensor:
     """A number a query, (B, O, N, L)."""
     return q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -158,8 +159,3 @@ def _empty_gradient(q: Tensor, formula: str, numbers: Tensor) -> Tensor:
     if FORMULAS[formula].num_numbers == 0:
         return torch.zeros_like(numbers)
     return numbers.new_empty((numbers.shape[0], q.shape[0] * q.shape[1], *q.shape[2:4]))
-
-
-def _summed_as(dnumbers: Tensor, numbers: Tensor) -> Tensor:
-    """Over the sequences where they share their numbers."""
-    return dnumbers.sum(1, keepdim=True) if numbers.shape[1] == 1 and dnumbers.shape[1] > 1 else dnumbers

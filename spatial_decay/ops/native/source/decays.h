@@ -19,7 +19,8 @@ struct Keys {
   vi lies;
 };
 
-// Numbers are base 2 here, so that 2^(score + M) needs no product more.
+// Numbers are base 2 here, so that 2^(score + M) needs no product more. Those of a path are not: they are sums of many
+// tokens, and the difference of two neighbours' is exact, that of two rounded products is not.
 INLINE Row row_of(const Problem& p, Sequence s, const Tokens& tokens, int64_t i) {
   Row row = {tokens.h[i], tokens.w[i], tokens.t[i], 0, 0, tokens.lies[i]};
   if (p.formula == GAUSSIAN && row.lies) {
@@ -54,7 +55,7 @@ INLINE vf amount(const Row& row, const Keys& keys) {
 template <Formula F>
 INLINE vf with_decay(vf score, const Row& row, const Keys& keys, vf shape) {
   if (F == NONE) return score;
-  const vf y = score + amount<F>(row, keys) * shape;
+  const vf y = score + amount<F>(row, keys) * (F == PATH || F == CAUSAL_PATH ? shape * LOG2E : shape);
   return F == CAUSAL_PATH ? select((vi)(shape > vf{}), splat(NOTHING), y) : y;
 }
 

@@ -89,7 +89,7 @@ void unpack(const float* x, int64_t dp, int64_t n, int64_t d, const float* facto
 // What the passes know of each token, in arrays that end in a few more than L.
 struct Tokens {
   float *h, *w;   // position; of a path: the place along it in w
-  float* t;       // the first number, base 2; 0 for tokens that lie nowhere
+  float* t;       // the first number, base 2 but of a path; 0 for tokens that lie nowhere
   int32_t* lies;  // all bits where the token lies somewhere (of Manhattan but the sign), else none
   float* bias;    // where the scores of a key begin: the mask over keys, base 2; NOTHING past the last key
 };
@@ -144,7 +144,8 @@ INLINE bool has_pair_mask(const Problem& p) { return p.mask && p.mask_strides[2]
 // What differs from sequence to sequence; the positions stay those of the image.
 void read_tokens(const Problem& p, Sequence s, int64_t padded, const Tokens& out) {
   const float* t = numbers(p, s, 0);
-  for (int64_t j = 0; j < padded; j++) out.t[j] = out.lies[j] && p.formula ? t[j * p.number_strides[3]] * LOG2E : 0.0f;
+  const float factor = p.formula == PATH || p.formula == CAUSAL_PATH ? 1 : LOG2E;
+  for (int64_t j = 0; j < padded; j++) out.t[j] = out.lies[j] && p.formula ? t[j * p.number_strides[3]] * factor : 0.0f;
   if (p.mask && !has_pair_mask(p))
     read_mask(p, s, 0, 0, padded, out.bias);
   else
