@@ -1,4 +1,4 @@
-"""Backend `native`: its memory, a run under the sanitizers, and random shapes by the thousand; all in the tier `slow`."""
+"""Backend `native`: its memory, a run under the sanitizers, and thousands of random shapes; all in the tier `slow`."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spatial_decay.ops.native import build
+from spatial_decay.ops.native import build, library
 from tests.cases import needs_native
 
 ROOT = Path(__file__).parents[3]
