@@ -59,21 +59,20 @@ INLINE vi splat(int32_t x) { return x - vi{}; }
 INLINE vf masked(vf x, vi mask) { return (vf)((vi)x & mask); }
 INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 
-// b where either is NaN.
-INLINE vf maximum(vf a, vf b) {
+// b where either is NaN. Named instructions: of `a > b ? a : b` GCC makes a comparison and a choice.
 #if defined(__AVX512F__)
-  return (vf)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
+INLINE vf maximum(vf a, vf b) { return (vf)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b); }
+INLINE vf minimum(vf a, vf b) { return (vf)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+INLINE vf maximum(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vf minimum(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#elif defined(__SSE__)
+INLINE vf maximum(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
+INLINE vf minimum(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
 #else
-  return a > b ? a : b;
+INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
 #endif
-}
-INLINE vf minimum(vf a, vf b) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b);
-#else
-  return a < b ? a : b;
-#endif
-}
 
 INLINE float sum(vf x) {
   float lanes[W];
