@@ -25,21 +25,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OBJECT", "RECORD", "CompileError", "attempt", "build", "compile_object", "fault", "machine", "rebuild_command"]
+__all__ = [
+    "OBJECT",
+    "RECORD",
+    "CompileError",
+    "attempt",
+    "build",
+    "compile_object",
+    "fault",
+    "machine",
+    "rebuild_command",
+]
 
 FOLDER = Path(__file__).resolve().parent
 OBJECT = "kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 RECORD = "kernels.json"
 
 _IS_WINDOWS = sys.platform == "win32"
-# What each instruction set adds. Its name is what torch.backends.cpu.get_cpu_capability() calls it, and the macro
-# VARIANT. A processor that is not listed has DEFAULT alone; that is NEON on arm64.
-_VARIANTS = {
-    "x86_64": {
-        "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
-        "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-        "DEFAULT": [],
-    }
+# What each instruction set adds to the flags. Its name is the macro VARIANT, and what torch calls it in
+# torch.backends.cpu.get_cpu_capability(), which knows AMX as AVX512. A machine that is not listed has DEFAULT alone;
+# on arm64 that is NEON.
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+_X86 = {"AVX512": _AVX512, "AVX2": ["-mavx2", "-mfma", "-mf16c"], "DEFAULT": []}
+_AMX = [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+_VARIANTS: dict[str, dict[str, list[str]]] = {
+    "linux-x86_64": {"AMX": _AMX, **_X86},  # other systems have another way to ask for the tiles
+    "windows-x86_64": _X86,
+    "darwin-x86_64": _X86,
 }
 _FAST = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 if _IS_WINDOWS:
@@ -72,7 +84,7 @@ def machine() -> str:
 
 
 def _variants() -> dict[str, list[str]]:
-    return _VARIANTS.get(machine().split("-")[1], {"DEFAULT": []})
+    return _VARIANTS.get(machine(), {"DEFAULT": []})
 
 
 def _source_hash(folder: Path) -> str:
@@ -159,6 +171,11 @@ def _run(command: Sequence[str]) -> str:
     raise CompileError(f"{command[0]} failed: {first}", f"{shlex.join(command)}\n{done.stdout}\n{ended}")
 
 
+def _to(windows: str, path: str) -> list[str]:
+    """How a compiler is told what to write."""
+    return [windows + path] if _IS_WINDOWS else ["-o", path]
+
+
 def compile_object(target: Path, folder: Path = FOLDER, flags: Sequence[str] = ()) -> dict[str, Any]:
     """Compile the variants of this processor side by side and link them.
 
@@ -180,23 +197,19 @@ def compile_object(target: Path, folder: Path = FOLDER, flags: Sequence[str] = (
     with tempfile.TemporaryDirectory(prefix="spatial-decay-") as scratch:
         says = Path(scratch, "text.cpp")
         says.write_text(f'extern "C" {{ {export} extern const char spatial_decay_build[] = "{text}"; }}\n')
-        files = [(says, "text.o", [])]
-        files += [
-            (folder / "source" / "attention.cpp", f"{name}.o", [*machine_flags, f"-DVARIANT={name}"])
-            for name, machine_flags in variants.items()
-        ]
-        objects = [str(Path(scratch, name)) for _, name, _ in files]
-        output = "/Fo" if _IS_WINDOWS else "-o"
+        objects = [str(Path(scratch, f"{name}.o")) for name in ("text", *variants)]
+        kernel = str(folder / "source" / "attention.cpp")
+        own = [[str(says)], *([*those, f"-DVARIANT={name}", kernel] for name, those in variants.items())]
         commands = [
-            [*compiler, *_COMPILE, *own, *flags, str(path), *([output + to] if _IS_WINDOWS else [output, to])]
-            for (path, _, own), to in zip(files, objects, strict=True)
+            [*compiler, *_COMPILE, *flags, *arguments, *_to("/Fo", path)]
+            for arguments, path in zip(own, objects, strict=True)
         ]
         with ThreadPoolExecutor(len(commands)) as pool:
             list(pool.map(_run, commands))
         linked = Path(scratch, OBJECT)
-        output = [f"/Fe{linked}"] if _IS_WINDOWS else ["-o", str(linked), "-lm"]
-        _run([*compiler, *_LINK, *flags, *objects, *output])
-        content = linked.read_bytes()
+        libraries = [] if _IS_WINDOWS else ["-lm"]
+        _run([*compiler, *_LINK, *flags, *objects, *libraries, *_to("/Fe", str(linked))])
+        content = linked.read_bytes() if linked.exists() else b""
         if _TEXT.search(content) is None:
             raise CompileError(f"{compiler[0]} made no usable object: it does not hold the text {text!r}")
     _write(target, content)

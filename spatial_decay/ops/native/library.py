@@ -16,6 +16,7 @@ import torch
 __all__ = ["kernel", "parallel_for", "reason", "variants"]
 
 FOLDER = Path(__file__).resolve().parent
+_X86 = ("DEFAULT", "AVX2", "AVX512", "AMX")
 
 
 def reason() -> str | None:
@@ -29,7 +30,11 @@ reason._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a functio
 
 def variants() -> tuple[str, ...]:
     """The instruction sets that this processor can run, the best one last; ATEN_CPU_CAPABILITY lowers it."""
-    return ("DEFAULT", "AVX2", "AVX512")[: {"AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 1)]
+    best = torch.backends.cpu.get_cpu_capability()
+    # The second question asks the system for the tiles, without which they are illegal instructions.
+    if best == "AVX512" and sys.platform == "linux" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+        best = "AMX"
+    return _X86[: _X86.index(best) + 1] if best in _X86 else ("DEFAULT",)
 
 
 @cache

@@ -103,20 +103,26 @@ def test_every_variant_that_the_processor_has(room):
         assert library.kernel(variant)(None, library.parallel_for(), 1) == 41
 
 
+X86 = ("DEFAULT", "AVX2", "AVX512", "AMX")
+
+
 @pytest.mark.parametrize(
-    ("capability", "variants"),
+    ("capability", "has_tiles", "variants"),
     [
-        ("AVX512", ("DEFAULT", "AVX2", "AVX512")),
-        ("AVX2", ("DEFAULT", "AVX2")),
-        ("NO AVX", ("DEFAULT",)),
-        ("SVE256", ("DEFAULT",)),
+        ("AVX512", True, X86 if sys.platform == "linux" else X86[:3]),
+        ("AVX512", False, X86[:3]),
+        ("AVX2", True, X86[:2]),
+        ("NO AVX", False, X86[:1]),
+        ("SVE256", False, X86[:1]),
     ],
 )
-def test_variants_are_those_of_the_capability(monkeypatch, capability, variants):
+def test_variants_are_those_of_the_capability(monkeypatch, capability, has_tiles, variants):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: has_tiles)
     library.kernel.cache_clear()
     assert library.variants() == variants
-    for other in {"AVX512", "AVX2", "SVE256"} - {*variants}:
+    for other in {*X86, "SVE256"} - {*variants}:
         with pytest.raises(ValueError, match="capability must be one of DEFAULT.* on this processor: got "):
             library.kernel(other)
 
