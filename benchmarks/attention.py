@@ -15,13 +15,16 @@ the extra [viz] for the picture.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from benchmarks.contenders import CASES, COMPILED, FLOOR, PASSES, PLAIN, Case, Setting, contenders, make_call
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, captured, interleaved, reasons, relative_error
+from spatial_decay.ops import BACKENDS
 
 SLOW, ROUNDS_OF_SLOW = 3.0, 3
 """What takes so many times the floor's time is timed in the first rounds only: its last digit is not worth minutes."""
@@ -75,6 +78,20 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
     return rows
 
 
+def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table for a page: a line a shape, a column a contender, the ratios of both passes."""
+    shapes = list(dict.fromkeys((row["kind"], row["B, N, grid, d"]) for row in rows))
+    names = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != FLOOR]
+    ratios = {(row["kind"], row["B, N, grid, d"], row["contender"], row["pass"]): row["ratio"] for row in rows}
+    names = [name for name in names if any(ratios.get((*shape, name, which)) for shape in shapes for which in PASSES)]
+    lines = [["B, N, grid, head_dim", *(f"`{name}`" if name in BACKENDS else name for name in names)]]
+    lines.append(["---"] * len(lines[0]))
+    for kind, shape in shapes:
+        found = [[ratios.get((kind, shape, name, which)) for which in PASSES] for name in names]
+        lines.append([f"{kind} {shape}", *(" / ".join(f"{x:.2f}" if x else "-" for x in both) for both in found)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the command line; the rows of results.csv."""
     from benchmarks.picture import picture
@@ -102,12 +119,14 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
     rows: list[Row] = []
     for kind in kinds:
-        for case in [case for case in cases if case.kind == kind][: 1 if arguments.quick else None]:
+        of_kind = [case for case in cases if case.kind == kind]
+        for case in [replace(of_kind[0], batch_size=1)] if arguments.quick else of_kind:
             for which in PASSES:
                 new = measure(case, setting, which, arguments)
                 print(f"\n{format_table(new)}", flush=True)
                 rows += new
-            write_results(arguments.output, "Attention with decay", ABOUT, rows, where, by=["kind", "B, N, grid, d"])
+            about = f"{ABOUT}\n\nAll ratios, {' / '.join(PASSES)}:\n\n{summary_table(rows)}"
+            write_results(arguments.output, "Attention with decay", about, rows, where, by=["kind", "B, N, grid, d"])
     picture(rows).savefig(arguments.output / "ratio.png")
     return rows
 

@@ -172,6 +172,7 @@ def test_attention(tmp_path, monkeypatch, capsys):
     assert "it is Sunday" in printed
     assert f"\ncapability: {torch.backends.cpu.get_cpu_capability()}\nnative: " in printed
     assert "it is Sunday" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| full 1, 8, 14x14, 32 | " in (tmp_path / "results.md").read_text(encoding="utf-8")
     assert (tmp_path / "results.csv").read_text(encoding="utf-8").count("\n") == 1 + len(rows)
     assert (tmp_path / "ratio.png").read_bytes().startswith(PNG)
     picture.main([str(tmp_path / "results.csv"), str(tmp_path / "again.png")])
