@@ -7,9 +7,9 @@ __all__ = ["are_readable"]
 
 
 def are_readable(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors on the CPU that nobody traces: torch.compile, torch.export, torch.func, make_fx, jit.
+    """Whether these are plain tensors on the CPU that nobody traces: torch.compile, torch.export, torch.func, make_fx.
 
-    What is traced holds for all values, and what was seen of these would become part of it.
+    Nor torch.jit. What is traced holds for all values, and what was seen of these would become part of it.
     """
     if torch.compiler.is_compiling():
         return False

@@ -29,6 +29,7 @@ def widest_dtype(backend: str) -> torch.dtype:
     """That a backend of CPU_BACKENDS has."""
     return torch.float32 if backend == "native" else torch.float64
 
+
 GRIDS = [(1, 1), (1, 7), (7, 1), (5, 9), (14, 14)]
 
 ALPHA, INITIAL_VALUE, HEADS_RANGE = 0.1, 2.0, 4.0

@@ -61,11 +61,7 @@ def case_and_backend(case, backend):
 
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [
-        case_and_backend(case, backend)
-        for case in PAIRWISE
-        for backend in ("native", *EXACT_BACKENDS, "flex")
-    ],
+    [case_and_backend(case, backend) for case in PAIRWISE for backend in ("native", *EXACT_BACKENDS, "flex")],
 )
 def test_backends_agree_or_say_why_not(case, backend):
     positions = placed()

@@ -134,14 +134,16 @@ def explain_backend(
         TypeError, ValueError: as in decay_attention.
 
     Examples:
-        >>> q, k, v = torch.randn(3, 2, 4, 49, 16)
-        >>> print(explain_backend(q, k, v, ManhattanDecay(torch.full((2, 4, 49), -0.05), Grid(7, 7))))
+        >>> q, k, v = torch.randn(3, 2, 4, 49, 16, dtype=torch.float64)
+        >>> decay = ManhattanDecay(torch.full((2, 4, 49), -0.05), Grid(7, 7))
+        >>> print(explain_backend(q, k, v, decay))  # doctest: +ELLIPSIS
         math
-          triton cannot: q is on cpu (needs cuda)
+          triton cannot: q is on cpu (needs cuda); torch.float64 (needs float32, float16 or bfloat16)
+          native cannot: torch.float64 (needs float32, bfloat16 or float16)...
           tiled could: 0.019 million scores are faster written out (math), up to 0.52 million
           sdpa could: 0.019 million scores are faster written out (math), up to 0.52 million
-          flex could: it is compiled for each new shape
-          triton_autotune cannot: q is on cpu (needs cuda)
+          flex cannot: torch.float64 (needs float32, float16 or bfloat16)
+          triton_autotune cannot: q is on cpu (needs cuda); torch.float64 (needs float32, float16 or bfloat16)
     """
     inputs = checked_inputs(q, k, v, decay, attn_mask, dropout_p, scale)
     if not isinstance(decay, AxialDecay):

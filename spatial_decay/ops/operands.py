@@ -1,6 +1,5 @@
 """What the operators of triton and of native need alike of their tensors: memory in the order that others want."""
 
-import torch
 from torch import Tensor
 
 __all__ = ["empty_heads", "summed_as", "with_features_together"]

@@ -38,8 +38,8 @@ _BLOCK, _LONG_BLOCK = 3 << 17, 1 << 22
 _SHORT = 320
 # Up to this length a block of the backward pass is whole sequences; above, some rows of so many sequences.
 _WHOLE, _SEQUENCES = 512, 4
-# Keys of a block in the forward pass on long sequences.
-_KEYS = 256
+# Keys of a block in the forward pass on long sequences; up to _ALL_KEYS, where one head's mask is a block, all of them.
+_KEYS, _ALL_KEYS = 256, 1280
 
 
 def unsupported_reasons(inputs: Inputs) -> list[str]:
@@ -110,6 +110,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, attn_mask: Tensor
     """
     blocks = _Blocks(q, k, v, numbers, attn_mask, *others)
     by_keys = q.shape[2] > _SHORT and attn_mask is None and not blocks.hides_later and q.device.type == "cpu"
+    if isinstance(blocks.decay, Gaussian):  # a part of the keys is no product of rows and columns
+        by_keys = by_keys and q.shape[2] <= _ALL_KEYS
     out = blocks.forward_by_keys() if by_keys else blocks.forward_by_rows()
     return out.view(q.shape).to(q.dtype)
 
@@ -265,8 +267,8 @@ class _Blocks:
     def forward_by_keys(self) -> Tensor:
         """All queries against blocks of keys by the CPU's flash kernel; blocks are merged by their log-sum-exp."""
         out, lse = torch.empty_like(self.q), self.empty(self.num_sequences, self.length)
-        # Up to 1280 tokens one head's mask is a block. The kernel takes its threads from heads and queries.
-        keys, count = (self.length, 1) if self.length <= 1280 else (_KEYS, torch.get_num_threads())
+        # The kernel takes its threads from heads and queries.
+        keys, count = (self.length, 1) if self.length <= _ALL_KEYS else (_KEYS, torch.get_num_threads())
         buffer = self.empty(count * self.length * keys)
         for j in _slices(0, self.length, keys):
             f = self.decay.of_grid(slice(0, self.length), j)

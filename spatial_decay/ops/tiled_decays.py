@@ -93,7 +93,7 @@ class Factored(_OnGrid):
 class Gaussian(_OnGrid):
     """a_i * exp(u_i[h_j]) * exp(v_i[w_j]); t is a, u and v side by side, (S, L, 1 + H + W).
 
-    Its methods take what those of Factored take; f is None.
+    Its methods take what those of Factored take; f is None, and j all keys.
     """
 
     def __init__(self, t: Tensor, height: int, width: int, num_prefix: int) -> None:
@@ -110,14 +110,7 @@ class Gaussian(_OnGrid):
 
     def write(self, s: slice, i: slice, j: slice, f: Tensor | None, out: Tensor) -> None:  # noqa: ARG002
         """M of a block into out, (s, i, j)."""
-        rows, columns = self.rows[s, i].mul(self.amplitude[s, i]), self.columns[s, i]
-        if j.stop - j.start == self.length:
-            self.outer(rows, columns, out)
-            return
-        first = self.num_first(j)
-        patches = torch.arange(j.start + first, j.stop, device=self.t.device) - self.num_prefix
-        torch.mul(rows[..., patches // self.width], columns[..., patches % self.width], out=out[..., first:])
-        out[..., :first] = 0
+        self.outer(self.rows[s, i].mul(self.amplitude[s, i]), self.columns[s, i], out)
 
     def outer(self, rows: Tensor, columns: Tensor, out: Tensor) -> None:
         """rows[h_j] * columns[w_j] for all keys j into out, (s, i, L); zero for prefix keys."""

@@ -236,7 +236,11 @@ def test_the_typed_options_are_the_keywords():
         ({"num_heads": 16, "rope": "flat"}, ValueError, "rope='flat' needs head_dim to be a multiple of 2"),
         ({"decay": "gauss"}, ValueError, "one of full, fixed, .*: got 'gauss'"),
         ({"decay": "decomposed", "num_prefix_tokens": 1}, ValueError, "needs num_prefix_tokens = 0"),
-        ({"backend": "flash"}, ValueError, "one of triton, native, tiled, sdpa, math, flex, triton_autotune: got 'flash'"),
+        (
+            {"backend": "flash"},
+            ValueError,
+            "one of triton, native, tiled, sdpa, math, flex, triton_autotune: got 'flash'",
+        ),
         ({"lpe_kernel_size": 4}, ValueError, "must be odd and >= 1: got 4"),
         ({"gate_rank": -1}, ValueError, "gate_rank must be >= 0 .*: got -1"),
         ({"attn_drop": 1.5}, ValueError, "0 <= attn_drop < 1: got 1.5"),

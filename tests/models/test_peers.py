@@ -29,7 +29,9 @@ def test_rmt_equals_the_authors_code(backend):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", [name for name in CPU_BACKENDS if name != "tiled"])  # tiled is for decays: PRR has none
+@pytest.mark.parametrize(
+    "backend", [name for name in CPU_BACKENDS if name != "tiled"]
+)  # tiled is for decays: PRR has none
 def test_locatvit_equals_the_authors_code(backend):
     golden = read("locat")
     model = make_locatvit(golden).eval()

@@ -8,45 +8,74 @@ from spatial_decay.decay import AxialDecay, ManhattanDecay
 from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS, choice, decay_attention
 from spatial_decay.ops.inputs import checked_inputs
+from spatial_decay.ops.native import library
+from tests.cases import needs_native
 
 
-def chosen(size, *, num_images=1, num_heads=4, is_training=False, dropout_p=0.0):
+def chosen(size, *, num_images=1, num_heads=4, is_training=False, dropout_p=0.0, dtype=torch.float32):
     """By auto, for content-aware decay over a grid."""
     grid = Grid(*size)
-    q = torch.empty(num_images, num_heads, grid.num_tokens, 16, requires_grad=is_training)
+    q = torch.empty(num_images, num_heads, grid.num_tokens, 16, dtype=dtype, requires_grad=is_training)
     decay = ManhattanDecay(torch.zeros(1, num_heads, grid.num_tokens), grid)
     return choice.choose(checked_inputs(q, q, q, decay, None, dropout_p, None), "auto")
 
 
-def test_what_fits_in_the_cache_is_written_out():
+@pytest.fixture
+def no_native(monkeypatch):
+    """As where no compiler was found."""
+    monkeypatch.setattr(library, "reason", lambda: "no kernel")
+
+
+@needs_native
+def test_the_native_kernel_comes_first():
+    for size in ((4, 4), (1, 28), (28, 28)):
+        assert chosen(size) == chosen(size, is_training=True) == chosen(size, dtype=torch.bfloat16) == "native"
+    assert chosen((28, 28), dtype=torch.float64) == "tiled"
+    assert chosen((28, 28), dropout_p=0.1) == "sdpa"
+
+
+@needs_native
+def test_without_anything_to_add_it_is_native_where_that_pays():
+    def of(num_tokens, *, attn_mask=None, dtype=torch.float32):
+        q = torch.empty(8, 4, num_tokens, 16, dtype=dtype)
+        return choice.choose(checked_inputs(q, q, q, None, attn_mask, 0.0, None), "auto")
+
+    assert of(16) == "sdpa"
+    assert of(196) == "native"
+    assert of(196, dtype=torch.bfloat16) == "sdpa"
+    assert of(16, attn_mask=torch.zeros(16)) == "native"
+
+
+def test_what_fits_in_the_cache_is_written_out(no_native):
     """28 x 28 by axes: 896 sequences of 28 tokens."""
     assert chosen((1, 28), num_images=8 * 28, is_training=True) == "math"
     assert chosen((1, 28), num_images=4 * 28) == "math"
     assert chosen((14, 14), num_images=1) == "math"
 
 
-def test_what_does_not_goes_by_blocks():
+def test_what_does_not_goes_by_blocks(no_native):
     assert chosen((28, 28), is_training=False) == "tiled"
     assert chosen((32, 33), is_training=True) == "tiled"
     assert chosen((1, 56), num_images=8 * 56, is_training=True) == "tiled"
     assert chosen((1, 28), num_images=64 * 28, is_training=True) == "math"  # short sequences are no faster in blocks
 
 
-def test_what_blocks_cannot_do_goes_to_sdpa():
+def test_what_blocks_cannot_do_goes_to_sdpa(no_native):
     assert chosen((28, 28), dropout_p=0.1) == "sdpa"
 
 
-def test_without_anything_to_add_it_is_sdpa():
+def test_without_anything_to_add_it_is_sdpa(no_native):
     q = torch.randn(1, 1, 4, 8)
     assert choice.choose(checked_inputs(q, q, q, None, None, 0.0, None), "auto") == "sdpa"
 
 
-def test_the_choice_is_explained():
+def test_the_choice_is_explained(no_native):
     q = torch.randn(1, 1, 676, 8)
     decay = ManhattanDecay(-torch.rand(1, 1, 676), Grid(26, 26))
     assert explain_backend(q, q, q, decay, dropout_p=0.1) == (
         "math\n"
         "  triton cannot: q is on cpu (needs cuda); dropout_p=0.1 (needs 0)\n"
+        "  native cannot: dropout_p=0.1 (needs 0); no kernel\n"
         "  tiled cannot: dropout_p=0.1 (needs 0)\n"
         "  sdpa could: 0.46 million scores are faster written out (math), up to 0.52 million\n"
         "  flex cannot: dropout_p=0.1 (needs 0)\n"
@@ -56,7 +85,7 @@ def test_the_choice_is_explained():
     assert explain_backend(q, q, q, decay).splitlines()[:2] == ["tiled", "  triton cannot: q is on cpu (needs cuda)"]
 
 
-def test_each_axis_has_its_own_choice():
+def test_each_axis_has_its_own_choice(no_native):
     gates = -torch.rand(2, 1, 4, 8 * 600)
     q = torch.randn(1, 4, 8 * 600, 8)
     text = explain_backend(q, q, q, AxialDecay.from_gates(*gates, Grid(8, 600)))
@@ -65,7 +94,7 @@ def test_each_axis_has_its_own_choice():
 
 
 def test_auto_under_function_transforms(monkeypatch):
-    """tiled has no rules for torch.func: auto takes another one, though the blocks would pay."""
+    """native and tiled have no rules for torch.func: auto takes another one, though they would pay."""
     monkeypatch.setattr(BACKENDS["math"], "_SMALL", 0)
     x = torch.randn(3, 1, 1, 36, 8, dtype=torch.float64)
     decay = ManhattanDecay(-torch.rand(1, 1, 36).double(), Grid(6, 6))
@@ -79,7 +108,7 @@ def test_auto_under_function_transforms(monkeypatch):
         torch.testing.assert_close(torch.autograd.grad(loss(one), one)[0], of_one)
 
 
-@pytest.mark.parametrize("backend", ["tiled", "flex"])
+@pytest.mark.parametrize("backend", ["native", "tiled", "flex"])
 def test_a_named_backend_says_all_its_reasons(backend):
     q = torch.randn(1, 1, 4, 8)
     attn_mask = torch.zeros(4, 4, requires_grad=True)

@@ -20,9 +20,9 @@ from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathD
 from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import choice, decay_attention
 from spatial_decay.ops import triton as room
+from spatial_decay.ops.formulas import formula_of
 from spatial_decay.ops.inputs import checked_inputs
 from spatial_decay.ops.triton import launch, operators, schedule
-from spatial_decay.ops.formulas import formula_of
 from spatial_decay.ops.triton.schedule import Schedule
 from tests.cases import AXIAL, PAIRWISE, case_id, make_gates
 

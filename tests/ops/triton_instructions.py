@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from spatial_decay.ops.triton import launch, operators
 from spatial_decay.ops.formulas import FORMULAS
+from spatial_decay.ops.triton import launch, operators
 
 TABLE = Path(__file__).with_suffix(".json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -32,7 +32,7 @@ _FIELDS = {
     "scale mask_limit max_step": "d",
 }
 _PROBLEM = struct.Struct("".join(code * len(names.split()) for names, code in _FIELDS.items()))
-_NO_STRIDES = (0, 0, 0, 0)
+_NO_STRIDES: tuple[int, ...] = (0, 0, 0, 0)
 
 
 class Operands(NamedTuple):
@@ -135,9 +135,8 @@ def run(operands: Operands, out: Tensor, rows: Tensor, gradients: Gradients | No
     q, k, v, formula, numbers, mask, tops, positions, grid, scale, max_step = operands
     if q.numel() == 0:
         return
-    if gradients is None:
-        of_gradients, dnumbers, gradient_strides = _NO_STRIDES, 0, _NO_STRIDES * 4
-    else:
+    of_gradients, dnumbers, gradient_strides = _NO_STRIDES, 0, _NO_STRIDES * 4
+    if gradients is not None:
         grad, dq, dk, dv, of_numbers = gradients
         of_gradients = (grad.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
         dnumbers = of_numbers.data_ptr()

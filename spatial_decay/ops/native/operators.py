@@ -1,6 +1,6 @@
 """The operators of backend `native` for torch.library: allocate, call the kernel, and say what autograd needs.
 
-    native: O = softmax(S) V, and two numbers a query of S    native_backward: dQ, dK, dV and dt of the numbers t, from dO
+    native: O = softmax(S) V, and two numbers a query    native_backward: dQ, dK, dV and dt of the numbers t, from dO
 
 Both take the same inputs, which call.Operands describes.
 """
@@ -26,17 +26,16 @@ _INPUTS = (
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     """O, as q, and rows, (2, B, N, L) or (2, B, O, N, L), for the backward pass: see call.run."""
-    q, k, v, *others = checked(Operands(*inputs))
-    out, rows = empty_heads(q), _empty_rows(q)
-    q, k, v = with_features_together(q), with_features_together(k), with_features_together(v)
-    run(Operands(q, k, v, *others), out, rows)
+    operands = checked(Operands(*inputs))
+    out, rows = empty_heads(operands.q), _empty_rows(operands.q)
+    run(_with_features_together(operands), out, rows)
     return out, rows
 
 
 def _backward(grad: Tensor, out: Tensor, rows: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
-    q, k, v, formula, numbers, *others = checked(Operands(*inputs))
-    of_rows = (2, *q.shape[:-1])
+    operands = checked(Operands(*inputs))
+    q, numbers, of_rows = operands.q, operands.numbers, (2, *operands.q.shape[:-1])
     if grad.shape != q.shape or out.shape != q.shape or grad.dtype != q.dtype or out.dtype != q.dtype:
         raise ValueError(
             f"grad and out must be as q, {tuple(q.shape)} {q.dtype}: got {tuple(grad.shape)} {grad.dtype} and "
@@ -46,8 +45,8 @@ def _backward(grad: Tensor, out: Tensor, rows: Tensor, *inputs: Any) -> tuple[Te
         raise ValueError(f"rows must be {of_rows} float32, contiguous: got {tuple(rows.shape)} {rows.dtype}.")
     dq, dk, dv = empty_heads(q), empty_heads(q), empty_heads(q)
     dnumbers = numbers.new_empty((len(numbers), q.shape[:-3].numel(), *q.shape[-3:-1]))
-    q, k, v, grad, out = (with_features_together(x) for x in (q, k, v, grad, out))
-    run(Operands(q, k, v, formula, numbers, *others), out, rows, Gradients(grad, dq, dk, dv, dnumbers))
+    grad, out = with_features_together(grad), with_features_together(out)
+    run(_with_features_together(operands), out, rows, Gradients(grad, dq, dk, dv, dnumbers))
     return dq, dk, dv, summed_as(dnumbers, numbers)
 
 
@@ -79,7 +78,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*output, q, k, v, numbers, mask, mask_tops, positions)
 
 
-def _differentiate(ctx, grad, differentiate):  # type: ignore[no-untyped-def]
+def _differentiate(ctx: Any, grad: Tensor, differentiate: Any) -> tuple[Tensor | None, ...]:
     out, rows, q, k, v, *others = ctx.saved_tensors
     dq, dk, dv, dnumbers = differentiate(grad, out, rows, q, k, v, ctx.formula, *others, *ctx.options)
     return dq, dk, dv, None, dnumbers, None, None, None, None, None, None
@@ -108,9 +107,14 @@ def attend(*inputs: Any) -> Tensor:
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if not are_readable(*tensors):
         return forward(*inputs)[0]
-    needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     out: Tensor = (_Attention.apply if needs_grad else _forward)(*inputs)[0]
     return out
+
+
+def _with_features_together(operands: Operands) -> Operands:
+    q, k, v = (with_features_together(x) for x in operands[:3])
+    return operands._replace(q=q, k=k, v=v)
 
 
 def _empty_rows(q: Tensor) -> Tensor:

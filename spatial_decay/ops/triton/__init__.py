@@ -3,9 +3,9 @@
     O = softmax(scale * Q K^T + M) V
 
 operators.py has the operators of torch.library, launch.py and schedule.py say how their kernels are launched,
-ops/formulas.py which decays they know, and kernels/ has the mathematics. Memory beyond inputs, outputs and their gradients
-is two numbers a token and head. Nothing is added atomically: results repeat bit for bit. No second derivatives, no
-torch.func transforms. Triton itself, which is large, is imported at the first call.
+ops/formulas.py which decays there are, and kernels/ has the mathematics. Memory beyond inputs, outputs and their
+gradients is two numbers a token and head. Nothing is added atomically: results repeat bit for bit. No second
+derivatives, no torch.func transforms. Triton itself, which is large, is imported at the first call.
 """
 
 import os

@@ -38,7 +38,12 @@ _INPUTS = (
 def forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """Of sequences of any length O, (B, O, N, L, d), and lse, (B, O, N, L)."""
     out, lse = empty_heads(q), _empty_rows(q)
-    launch = Launch("forward", (with_features_together(q), with_features_together(k), with_features_together(v), out), (lse,), *others)
+    launch = Launch(
+        "forward",
+        (with_features_together(q), with_features_together(k), with_features_together(v), out),
+        (lse,),
+        *others,
+    )
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return out, lse
@@ -71,7 +76,12 @@ def backward(
 def short_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
     """O of short sequences without prefix tokens, (B, O, N, L, d)."""
     out = empty_heads(q)
-    launch = Launch("short forward", (with_features_together(q), with_features_together(k), with_features_together(v), out), (), *others)
+    launch = Launch(
+        "short forward",
+        (with_features_together(q), with_features_together(k), with_features_together(v), out),
+        (),
+        *others,
+    )
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return out

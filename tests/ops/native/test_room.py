@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from spatial_decay import SpatialDecayAttention, explain_backend
 from spatial_decay.decay import GaussianDecay, ManhattanDecay, PathDecay
 from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import decay_attention
+from spatial_decay.ops.formulas import FORMULAS
 from spatial_decay.ops.native import build, call, library, operators
 from tests.cases import needs_native, relative_error
 
@@ -38,15 +40,29 @@ def good(**changes):
     return {**inputs, **changes}
 
 
+@pytest.mark.skipif(library.parallel_for() is None, reason="needs torch 2.10 or newer")
+@pytest.mark.skipif(not any(map(shutil.which, build._COMPILERS)), reason="needs a C++ compiler")
+def test_where_there_is_a_compiler_there_is_a_kernel():
+    """Else the tests that need it would be left out without a word."""
+    assert library.reason() is None
+
+
 @needs_native
 @pytest.mark.parametrize(
     "changes",
     [
         pytest.param({"mask": torch.randn(2, 3, 13, 13), "mask_tops": torch.randn(2, 3, 13)}, id="float mask"),
         pytest.param({"formula": "none", "numbers": torch.empty(0, 1, 3, 13)}, id="none", marks=pytest.mark.slow),
-        pytest.param({"formula": "gaussian", "numbers": torch.rand(3, 1, 3, 13)}, id="gaussian", marks=pytest.mark.slow),
         pytest.param(
-            {"mask": torch.rand(1, 1, 1, 13) > 0.2, "positions": torch.rand(2, 3, 13).round(), "grid": [1, 13, 0]},
+            {"formula": "gaussian", "numbers": torch.rand(3, 1, 3, 13)}, id="gaussian", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {
+                **dict(zip("qkv", torch.randn(3, 2, 3, 13, 8), strict=True)),
+                "mask": torch.rand(1, 1, 1, 13) > 0.2,
+                "positions": torch.rand(2, 3, 13).round(),
+                "grid": [1, 13, 0],
+            },
             id="bool mask, positions",
             marks=pytest.mark.slow,
         ),
@@ -91,6 +107,7 @@ def test_the_operators_are_well_made(changes):
         {"grid": [3, 4, 0]},
         {"grid": [3, 4]},
         {"grid": [-3, -4, 1]},
+        {"positions": torch.rand(2, 3, 13)},  # with an axis of lines
         {"positions": torch.rand(2, 2, 13)},
         {"positions": torch.rand(3, 3, 13)},
         {"positions": torch.rand(2, 13, 3).mT},
@@ -180,6 +197,16 @@ def test_exported_programs(backend):
     torch.testing.assert_close(program.module()(x), attn(x), rtol=1e-5, atol=1e-6)
     operators = {str(node.target) for node in program.graph.nodes}
     assert ("spatial_decay.native.default" in operators) == (backend == "native")
+
+
+def test_numbers_of_a_gaussian_are_finite_however_narrow_it_is():
+    """The Triton kernels read the same."""
+    variances = torch.tensor([1.0, 1e-20, 1e-38, 1e-45]).view(1, 1, 4).requires_grad_()
+    numbers = FORMULAS["gaussian"].lowered((torch.ones(1, 1, 4), variances, variances))
+    numbers.sum().backward()
+    assert numbers.isfinite().all()
+    assert variances.grad.isfinite().all()
+    assert numbers[1, 0, 0, 0] == 0.5
 
 
 @needs_native
@@ -311,6 +338,16 @@ sys.exit(random_calls.main())
 @needs_native
 @pytest.mark.slow
 def test_random_shapes():
-    command = [sys.executable, "-m", "tests.ops.random_calls", "--calls", "2000", "--seed", "15", "--backends", "native"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.ops.random_calls",
+        "--calls",
+        "2000",
+        "--seed",
+        "15",
+        "--backends",
+        "native",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert "2000 calls of seed 15: 0 wrong" in done.stdout, done.stdout + done.stderr
