@@ -1,1 +1,1 @@
-"""Benchmarks that anyone can run: `python -m benchmarks.attention` and `python -m benchmarks.models`."""
+"""Benchmarks that anyone can run: `python -m benchmarks.attention`, `.memory`, `.models`; cpu.sh and gpu.sh run all."""

@@ -1,7 +1,7 @@
 """Two checkouts of this project against each other: the same benchmark in each, in turn.
 
     git worktree add ../before HEAD~1
-    python -m benchmarks.compare ../before . attention --no-memory --rounds 5   # results in outputs/benchmarks/compare
+    python -m benchmarks.compare ../before . attention --rounds 5   # results in outputs/benchmarks/compare
     python -m benchmarks.compare ../before . models --models sdt_h_tiny
 
 What is compared is the time over the floor of the same round, so that a machine that slows down slows both down.

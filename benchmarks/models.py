@@ -2,10 +2,10 @@
 
     python -m benchmarks.models               # 224 x 224, batch 8, CPU; results in outputs/benchmarks/models
     python -m benchmarks.models --profile     # and where the time of a training step goes, by operator
+    python -m benchmarks.models --models sdt_h_tiny,sdt_p_small --backends auto,sdpa,flex
 
-With timm installed, its vit_tiny_patch16_224 runs too: alongside sdt_h_tiny, for orientation, another model with plain
-attention; and with decay put into it by swap_attention, against itself.
-bfloat16 is under autocast.
+On two idle cores the first takes some 4 minutes. timm's vit_tiny_patch16_224, where timm is installed, gets its decay
+by swap_attention and is held against itself. bfloat16 is under autocast.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.attention import AUTOTUNED
+from benchmarks.contenders import gaussian_mask
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, interleaved, reasons
 from spatial_decay import models, sdt_h_tiny, sdt_p_small, swap_attention
@@ -29,13 +29,13 @@ from spatial_decay.layers.kinds import DecayLike
 from spatial_decay.ops import BACKENDS
 from spatial_decay.ops.inputs import Inputs
 
-FLOOR = "decay none"
+WITHOUT = "decay none"
 IN_ITS_PLACE = "plain SDPA in its place"
 AUTHORS = "authors' formulas"
-PEER = "timm vit_tiny_patch16_224"
 SWAPPED = "timm_vit_tiny_swapped"
 PASSES = ("forward", "training step")
 NUM_CLASSES = 1000
+BACKENDS_OF = {"cpu": "auto,native,tiled,math", "cuda": "auto,triton,sdpa,math"}
 
 
 class _Plain:
@@ -60,19 +60,18 @@ class _Authors(_Plain):
         (q, k, v), decay = inputs.sequences(), inputs.decay
         assert decay is not None
         if isinstance(decay, GaussianDecay):
-            mask = _gaussian_mask(decay)
+            mask = _mask_of(decay)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), scale=inputs.scale)
         scores = (q * inputs.scale) @ k.transpose(-2, -1) + dense(decay, dtype=q.dtype)
         return scores.softmax(-1) @ v
 
 
-def _gaussian_mask(decay: GaussianDecay) -> Tensor:
+def _mask_of(decay: GaussianDecay) -> Tensor:
     grid = decay.layout.as_grid("LocAtViT's Gaussian")
     num_prefix = grid.num_prefix_tokens
-    amplitude, *variances = (number[..., num_prefix:, None] for number in decay.numbers)  # (B, N, H*W, 1)
-    position = torch.stack(grid.positions(device=amplitude.device, dtype=amplitude.dtype), -1)  # (H*W, 2)
-    numerator = -0.5 * (position[:, None] - position) ** 2  # (H*W, H*W, 2)
-    mask = amplitude * (numerator / torch.stack(variances, -1)).sum(-1).exp()
+    numbers = tuple(number[..., num_prefix:] for number in decay.numbers)  # (B, N, H*W)
+    position = torch.stack(grid.positions(device=numbers[0].device, dtype=numbers[0].dtype), -1)  # (H*W, 2)
+    mask = gaussian_mask(numbers, -0.5 * (position[:, None] - position) ** 2)
     return F.pad(mask, (num_prefix, 0, num_prefix, 0))
 
 
@@ -94,7 +93,9 @@ def swapped_vit_tiny(
     num_classes: int, *, decay: DecayLike = "full", backend: Any = "auto", **options: Any
 ) -> nn.Module:
     """timm's ViT after swap_attention; with decay "none", before."""
-    model: nn.Module = importlib.import_module("timm").create_model(PEER[5:], num_classes=num_classes, **options)
+    model: nn.Module = importlib.import_module("timm").create_model(
+        "vit_tiny_patch16_224", num_classes=num_classes, **options
+    )
     if decay != "none":
         swap_attention(model, decay, backend=backend)
     return model
@@ -102,45 +103,38 @@ def swapped_vit_tiny(
 
 @dataclass(frozen=True)
 class Model:
-    """How to build one, for a backend and without decay; quick: keywords that make it small."""
+    """How to build one for a backend, and what it is held against; quick: keywords that make it small."""
 
     build: Callable[..., nn.Module]
-    without: dict[str, Any]
+    floor: str
     quick: dict[str, Any]
     any_size: bool = True  # a ViT is told the image size
     run: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = classify
-    has_authors_code: bool = True
 
 
+_ONE_LAYER_A_STAGE = {"depths": (1, 1, 1, 1)}
 MODELS = {
-    "sdt_h_tiny": Model(sdt_h_tiny, {"decay": ("none",) * 4}, {"depths": (1, 1, 1, 1)}, has_authors_code=False),
-    "rmt_tiny": Model(models.rmt_tiny, {"decay": ("none",) * 4}, {"depths": (1, 1, 1, 1)}),
-    "locatvit_tiny": Model(models.locatvit_tiny, {"decay": "none"}, {"depth": 1}, any_size=False),
-    "sdt_p_small": Model(
-        partial(sdt_p_small, 32, 2, 4), {"decay": "none"}, {"depth": 1}, run=denoise, has_authors_code=False
-    ),
+    SWAPPED: Model(swapped_vit_tiny, WITHOUT, {"depth": 1}, any_size=False),
+    "sdt_h_tiny": Model(sdt_h_tiny, IN_ITS_PLACE, _ONE_LAYER_A_STAGE),
+    "locatvit_tiny": Model(models.locatvit_tiny, AUTHORS, {"depth": 1}, any_size=False),
+    "rmt_tiny": Model(models.rmt_tiny, AUTHORS, _ONE_LAYER_A_STAGE),
+    "sdt_p_small": Model(partial(sdt_p_small, 32, 2, 4), IN_ITS_PLACE, {"depth": 1}, run=denoise),
 }
-if importlib.util.find_spec("timm"):
-    MODELS[SWAPPED] = Model(swapped_vit_tiny, {"decay": "none"}, {"depth": 1}, any_size=False, has_authors_code=False)
+if not importlib.util.find_spec("timm"):
+    del MODELS[SWAPPED]
 
 
-def builders(name: str, image_size: int, *, quick: bool) -> dict[str, Callable[[], nn.Module]]:
-    """The contenders of one model, by name."""
+def builders(name: str, image_size: int, backends: Sequence[str], *, quick: bool) -> dict[str, Callable[[], nn.Module]]:
+    """The contenders of one model, by name, the floor first."""
     model = MODELS[name]
     options = (model.quick if quick else {}) | ({} if model.any_size else {"img_size": image_size})
 
     def build(**more: Any) -> Callable[[], nn.Module]:
         return lambda: model.build(NUM_CLASSES, **(options | more))
 
-    found = {FLOOR: build(**model.without)} | {
-        backend: build(backend=backend) for backend in ("auto", *BACKENDS) if backend not in AUTOTUNED
-    }
-    if not model.has_authors_code:
-        found.pop(AUTHORS, None)
-    if name == "sdt_h_tiny" and importlib.util.find_spec("timm"):
-        timm = importlib.import_module("timm")
-        found[PEER] = lambda: timm.create_model(PEER[5:], num_classes=NUM_CLASSES, img_size=image_size)
-    return found
+    floor = build(decay="none") if model.floor == WITHOUT else build(backend=model.floor)
+    others = [IN_ITS_PLACE] if model.floor == WITHOUT else []  # the price of gates alone
+    return {model.floor: floor} | {backend: build(backend=backend) for backend in (*backends, *others)}
 
 
 def make_call(name: str, build: Callable[[], nn.Module], which: str, images: Tensor, dtype: torch.dtype) -> Call:
@@ -176,7 +170,8 @@ def measure(name: str, which: str, images: Tensor, dtype: torch.dtype, arguments
         torch.compiler.reset()  # a function is compiled for a few shapes only, then no more
     calls: dict[str, Call] = {}
     notes: dict[str, str] = {}
-    contenders = builders(name, images.shape[-1], quick=quick)
+    floor, backends = MODELS[name].floor, arguments.backends.split(",")
+    contenders = builders(name, images.shape[-1], backends, quick=quick)
     for contender, build in contenders.items():
         if quick and contender == "flex":
             notes[contender] = "left out by --quick"
@@ -189,22 +184,19 @@ def measure(name: str, which: str, images: Tensor, dtype: torch.dtype, arguments
         else:
             calls[contender] = call
     rounds, warmup = (1, 0) if quick else (arguments.rounds, 1)
-    timings = interleaved(calls, FLOOR, rounds=rounds, device=images.device, warmup=warmup, min_seconds=0)
+    timings = interleaved(calls, floor, rounds=rounds, device=images.device, warmup=warmup, min_seconds=0)
     rows: list[Row] = []
     for contender in contenders:
         timing = timings.get(contender)
         images_per_second = len(images) / timing.seconds if timing else None
         row: Row = {"model": name, "pass": which, "contender": contender, "images/s": images_per_second}
         rows.append(row | timing_columns(timing) | {"note": notes.get(contender, "")})
-    if name == "sdt_h_tiny" and PEER not in contenders:
-        row = {"model": name, "pass": which, "contender": PEER, "images/s": None}
-        rows.append(row | timing_columns(None) | {"note": "timm is not installed"})
     return rows
 
 
 def profile_step(images: Tensor, dtype: torch.dtype, *, quick: bool) -> str:
     """torch.profiler's table of a training step of sdt_h_tiny with backend auto, by operator."""
-    build = builders("sdt_h_tiny", images.shape[-1], quick=quick)["auto"]
+    build = builders("sdt_h_tiny", images.shape[-1], ["auto"], quick=quick)["auto"]
     step = make_call("sdt_h_tiny", build, PASSES[1], images, dtype)
     step()
     on_cuda = images.is_cuda
@@ -219,8 +211,10 @@ def profile_step(images: Tensor, dtype: torch.dtype, *, quick: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the command line; the rows of results.csv."""
-    parser = command_line(__doc__.splitlines()[0], "models", rounds=7)
-    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
+    parser = command_line(__doc__.splitlines()[0], "models", rounds=5)
+    default = ",".join(name for name in MODELS if name != "sdt_p_small")
+    parser.add_argument("--models", default=default, help=f"comma-separated, of {', '.join(MODELS)}")
+    parser.add_argument("--backends", help="comma-separated; where it is not given, those that matter on the device")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--profile", action="store_true", help="print and write where a training step's time goes")
@@ -228,11 +222,16 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     names = arguments.models.split(",")
     if unknown := set(names) - set(MODELS):
         parser.error(f"argument --models: choose from {', '.join(MODELS)}: got {', '.join(sorted(unknown))}")
+    arguments.backends = arguments.backends or BACKENDS_OF[arguments.device]
+    if unknown := set(arguments.backends.split(",")) - {"auto", *BACKENDS}:
+        known = ", ".join(["auto", *BACKENDS])
+        parser.error(f"argument --backends: choose from {known}: got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
     batch_size, size = (2, 64) if arguments.quick else (arguments.batch_size, arguments.image_size)
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     images = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     where = machine(device, arguments.dtype) | {"images": f"{batch_size} of {size} x {size}"}
+    print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
     rows: list[Row] = []
     BACKENDS[IN_ITS_PLACE], BACKENDS[AUTHORS] = (
         _Plain(),
@@ -254,11 +253,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     return rows
 
 
-ABOUT = f"""`ratio` is to `{FLOOR}` in the same round: median (quartiles). That is the same model with kind `none` in
-every stage, and so with attention over all tokens where the first two stages of sdt_h_tiny and rmt_tiny have rows, then
-columns. `{IN_ITS_PLACE}` is the model as it is, gates, rows and columns included, with nothing added to the scores.
-`{AUTHORS}`: written after RMT's and LocAtViT's code, all L x L pairs in memory; the layers around them are ours.
-`sdt_p_small` denoises latents of 4 channels and 32 x 32, patch 2. `{SWAPPED}`: `{FLOOR}` is timm's model as it is.
+ABOUT = f"""`ratio` is to the first contender in the same round: median (quartiles).
+`{WITHOUT}`: timm's model as it is. `{IN_ITS_PLACE}`: the model as it is, gates, rows and columns included, with nothing
+added to the scores. `{AUTHORS}`: written after RMT's and LocAtViT's code, all L x L pairs in memory; the layers around
+them are ours. `sdt_p_small` denoises latents of 4 channels and 32 x 32, patch 2.
 A training step is forward, loss, backward and AdamW; forward is in eval mode without autograd."""
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import csv
 import datetime
 import itertools
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,9 @@ from typing import TypeAlias
 
 import torch
 
+import spatial_decay
 from benchmarks.timing import Timing
+from spatial_decay.ops.native import build, library
 
 __all__ = ["DTYPES", "Row", "command_line", "format_table", "machine", "timing_columns", "write_results"]
 
@@ -35,7 +38,7 @@ def command_line(description: str, folder: str, rounds: int) -> argparse.Argumen
 
 
 def machine(device: torch.device, dtype: str) -> Row:
-    """Where and when this was measured."""
+    """Where, when and by what this was measured; load: runnable tasks at the start, which an idle machine has not."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -44,10 +47,21 @@ def machine(device: torch.device, dtype: str) -> Row:
         "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "dtype": dtype,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "native": _native_kernel(),
+        "spatial-decay": spatial_decay.__version__,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _native_kernel() -> str:
+    """The variant of the native kernel that this process takes, and its compiler; or why there is none."""
+    if (reason := library.reason()) is not None:
+        return reason
+    return f"{library.variants()[-1]}, by {json.loads((library.FOLDER / build.RECORD).read_bytes())['compiler']}"
 
 
 def timing_columns(timing: Timing | None) -> Row:

@@ -49,6 +49,8 @@ def interleaved(
     warmup: int = 2,
     min_seconds: float = 0.02,
     cold_cache: bool = False,
+    slow: float = math.inf,
+    rounds_of_slow: int = 1,
 ) -> dict[str, Timing]:
     """Time the calls side by side, so that a machine that slows down slows all of them down.
 
@@ -60,6 +62,8 @@ def interleaved(
         warmup: Rounds before these, which do not count.
         min_seconds: One timing repeats its call until the floor's would take this long, and divides.
         cold_cache: On CUDA, empty the L2 cache before each timing, and do not repeat.
+        slow: What takes more than so many times the floor's time is left out after its first rounds.
+        rounds_of_slow: How many rounds these are.
     """
     flush = torch.empty(_CACHE_FLUSH_BYTES if cold_cache and device.type == "cuda" else 0, dtype=torch.int8).to(device)
     calls[floor]()
@@ -68,12 +72,14 @@ def interleaved(
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(warmup + rounds):
+        if i == warmup + rounds_of_slow:
+            names = [name for name in names if summary(seconds[name], seconds[floor]).ratio <= slow]
         first = i % len(names)
         for name in names[first:] + names[:first]:
             elapsed = _seconds(calls[name], repeats, device, flush)
             if i >= warmup:
                 seconds[name].append(elapsed)
-    return {name: summary(seconds[name], seconds[floor]) for name in names}
+    return {name: summary(seconds[name], seconds[floor][: len(seconds[name])]) for name in calls}
 
 
 def _seconds(call: Call, repeats: int, device: torch.device, flush: Tensor) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, compare, models, report, timing
+from benchmarks import attention, compare, contenders, memory, models, picture, report, timing
 from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS, decay_attention
 from tests.cases import CASES, make_gates
@@ -68,6 +68,23 @@ def test_rounds_are_interleaved_and_rotated():
     assert "".join(seen) == "aa" + "abc" + "bca" + "cab"  # two to see how long the floor takes
     assert found["a"].ratio == 1
     assert all(t.low <= t.ratio <= t.high for t in found.values())
+
+
+def test_what_is_slow_is_timed_in_the_first_rounds_only(monkeypatch):
+    now = [0.0]
+    took = {"a": 1.0, "b": 2.0, "c": 4.0}
+    seen = []
+
+    def call(name):
+        seen.append(name)
+        now[0] += took[name]
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    calls = {name: lambda name=name: call(name) for name in took}
+    options = {"rounds": 4, "device": torch.device("cpu"), "warmup": 0, "min_seconds": 0}
+    found = timing.interleaved(calls, "a", **options, slow=3, rounds_of_slow=2)
+    assert {name: seen.count(name) for name in took} == {"a": 2 + 4, "b": 4, "c": 2}
+    assert {name: timed.ratio for name, timed in found.items()} == {"a": 1, "b": 2, "c": 4}
 
 
 def test_summary_is_of_the_ratios_in_each_round():
@@ -138,23 +155,50 @@ def test_attention(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(BACKENDS, "unable", Unable())
     rows = attention.main(["--quick", "--kinds", "full,decomposed", "--threads", "1", "--output", str(tmp_path)])
     assert {row["contender"] for row in rows} == {
-        *(attention.FLOOR, "auto", *BACKENDS, *attention.PEERS),
-    } - {*attention.AUTOTUNED}
+        *(contenders.FLOOR, "auto", *BACKENDS, *contenders.PEERS),
+    } - {*contenders.AUTOTUNED}
     for found in rows:
         name, note = found["contender"], found["note"]
         if name == "unable":
             assert note == "q is too good (needs worse); it is Sunday"
         if note:
             assert found["ratio"] is None
-            assert name in BACKENDS or name == attention.COMPILED
-        elif name != attention.FLOOR:
+            assert name in BACKENDS or name in contenders.COMPILED
+        elif name != contenders.FLOOR:
             assert found["error"] < 1e-5
             assert found["repeatable"] == "yes"
             assert math.isfinite(found["ratio"])
-    assert "it is Sunday" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "it is Sunday" in printed
+    assert f"\ncapability: {torch.backends.cpu.get_cpu_capability()}\nnative: " in printed
     assert "it is Sunday" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| full 1, 8, 14x14, 32 | " in (tmp_path / "results.md").read_text(encoding="utf-8")
     assert (tmp_path / "results.csv").read_text(encoding="utf-8").count("\n") == 1 + len(rows)
     assert (tmp_path / "ratio.png").read_bytes().startswith(PNG)
+    picture.main([str(tmp_path / "results.csv"), str(tmp_path / "again.png")])
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "ratio.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["full", "1d", "bidirectional", "gaussian", "decomposed"])
+def test_what_others_write_gives_the_same(kind):
+    size = Grid(3, 4, num_prefix_tokens=1 if kind == "full" else 0)
+    case = contenders.Case(kind, 2, 3, size, 8)
+    setting = contenders.Setting(torch.device("cpu"), torch.float32, "tokens")
+    for which in contenders.PASSES:
+        wanted = contenders.make_call(case, setting, "math", which, exact=True)()
+        for name in ("mask eager", "written-out softmax"):
+            assert timing.relative_error(contenders.make_call(case, setting, name, which)(), wanted) < 1e-5
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+    rows = memory.main(["--quick", "--threads", "1", "--output", str(tmp_path)])
+    assert [row["contender"] for row in rows] == [*memory.CONTENDERS]
+    for row in rows:
+        assert row["note"] or 0 < row["scratch MB"] < row["peak MB"]
+    large = contenders.Case("full", 1, 2, Grid(128, 128), 32)
+    setting = contenders.Setting(torch.device("cpu"), torch.float32, "tokens")
+    assert "one L x L matrix of its heads is 2.1 GB" in memory.measure(large, setting, "math")["note"]
 
 
 @pytest.mark.slow
@@ -164,8 +208,10 @@ def test_models(tmp_path, capsys):
     assert list(BACKENDS) == before
     assert all(row["note"] or row["images/s"] > 0 for row in rows)
     found = {(row["model"], row["contender"]) for row in rows}
-    assert found >= {(name, which) for name in models.MODELS for which in (models.FLOOR, "auto", models.IN_ITS_PLACE)}
-    assert found >= {("sdt_h_tiny", models.PEER), ("rmt_tiny", models.AUTHORS), ("locatvit_tiny", models.AUTHORS)}
+    names = set(models.MODELS) - {"sdt_p_small"}
+    assert found >= {(name, which) for name in names for which in (models.MODELS[name].floor, "auto", "native")}
+    assert found >= {(models.SWAPPED, models.WITHOUT), (models.SWAPPED, models.IN_ITS_PLACE)}
+    assert all(row["ratio"] == 1 for row in rows if row["contender"] == models.MODELS[row["model"]].floor)
     assert "Self CPU" in capsys.readouterr().out
     assert (tmp_path / "results.md").exists()
     assert (tmp_path / "profile.txt").exists()
@@ -175,6 +221,12 @@ def test_a_kind_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         attention.main(["--kinds", "full,round"])
     assert "got round" in capsys.readouterr().err
+
+
+def test_a_backend_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        models.main(["--backends", "auto,fast"])
+    assert "choose from auto, triton, native, tiled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.kind in ("fixed_decomposed", "fixed", "gaussian")])

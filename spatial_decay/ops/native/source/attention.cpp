@@ -21,12 +21,13 @@ typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Body b
 
 enum Result : int64_t { DONE, NO_MEMORY, NO_THREADS };
 
-// Pieces of work: enough that no thread waits long for the last one.
+// Into how many parts a sequence is cut: enough that no thread waits long for the last one.
 int64_t parts_of_queries(const Problem& p, int64_t num_sequences) {
   const int64_t wanted = 4 * p.threads;
   return num_sequences >= wanted ? 1 : least((wanted + num_sequences - 1) / num_sequences, up(p.length, 96) / 96);
 }
 
+// Few here: each part reads all queries anew, and has a dQ of its own.
 int64_t parts_of_keys(const Problem& p, int64_t num_sequences) {
   if (num_sequences < p.threads) {
     const int64_t most = p.length < 128 ? 1 : p.length / 64;

@@ -98,9 +98,9 @@ void backward(int64_t, int64_t, void* context) {
       memset(dnumbers[m], 0, L * 4);
     }
     const int64_t from = part * num_blocks / task.parts, to = (part + 1) * num_blocks / task.parts;
-    if (from == to) memset(dq, 0, rows * dp * 4);
+    if (from == to) memset(dq, 0, rows * dp * 4);  // a part without keys
     for (int64_t block = from; block < to; block++) {
-      const int64_t j = block * keys, n = least(keys, padded - j), real = least(n, L - j);
+      const int64_t j = block * keys, n = least(keys, padded - j), real = least(n, L - j);  // `real` keys exist
       pack(features(p, p.v, p.v_strides, at), j, real, n, d, dp, 1.0f, k);
       pack_transposed(k, n, d, dp, vt);
       pack(features(p, p.k, p.k_strides, at), j, real, n, d, dp, 1.0f, k);
@@ -128,7 +128,7 @@ void backward(int64_t, int64_t, void* context) {
           for (int64_t g = 0; g < GROUP && M > 0; g++) {
             of_rows[0][i + r + g] += sum(slopes[g].t);
             if (M < 3) continue;
-            of_rows[1][i + r + g] -= sum(slopes[g].u) * group[g].t * LN2;
+            of_rows[1][i + r + g] -= sum(slopes[g].u) * group[g].t * LN2;  // t is base 2
             of_rows[2][i + r + g] -= sum(slopes[g].v) * group[g].t * LN2;
           }
         }
@@ -138,6 +138,7 @@ void backward(int64_t, int64_t, void* context) {
         product<false>(m, dp, n, ds, lds, k, dp, block > from ? Start{of_q, dp} : FROM_ZERO, of_q, dp);
       }
       unpack(dv, dp, real, d, &one, 0, features(p, p.dv, p.dv_strides, at), j);
+      // q holds scale * log2(e) * Q, dK has no log2(e).
       unpack(dk, dp, real, d, &ln2, 0, features(p, p.dk, p.dk_strides, at), j);
       for (int64_t x = 0; x < real && M == 1; x++) dnumbers[0][j + x] += F == MANHATTAN ? of_keys[x] : -of_keys[x];
     }

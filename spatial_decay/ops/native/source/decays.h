@@ -3,13 +3,15 @@
 //     M[i, j] = amount * shape          manhattan  (a_i + a_j) * d_M         path  (c_i - c_j) * order
 //                                       gaussian   a_i * exp(-(u_i dh^2 + v_i dw^2))
 //
-// A new formula: its name in problem.h and formulas.py, and its lines in amount, shape and Slope.
+// A new formula: its row in ops/formulas.py and, in the same order, its name in problem.h; its lines in amount, shape
+// and Slope here; its loops in the lists of attention.cpp; and how many numbers it reads, where not one, in backward.h.
 #pragma once
 #include "problem.h"
 
 namespace {
 
-struct Row {  // a query
+// What a query and W keys have of their Tokens (problem.h); u and v, a Gaussian's other numbers, base 2.
+struct Row {
   float h, w, t, u, v;
   int32_t lies;
 };
@@ -42,8 +44,9 @@ INLINE vf square_up_to(vf x, float most) { return minimum(x * x, splat(most)); }
 template <Formula F>
 INLINE vf shape(const Row& row, const Keys& keys) {
   const vi both = keys.lies & row.lies;
-  if (F == MANHATTAN) return masked(step_h(row, keys), both) + masked(step_w(row, keys), both);  // `lies` has no sign
-  return masked(maximum(splat(-1.0f), minimum(splat(1.0f), step_w(row, keys))), both);  // places are whole numbers
+  // Manhattan's `lies` takes the sign away too: |dh| + |dw|.
+  if (F == MANHATTAN) return masked(step_h(row, keys), both) + masked(step_w(row, keys), both);
+  return masked(maximum(splat(-1.0f), minimum(splat(1.0f), step_w(row, keys))), both);  // -1, 0 or 1
 }
 
 template <Formula F>
@@ -66,7 +69,7 @@ INLINE vf with_decay(vf score, const Row& row, const Keys& keys, vf shape) {
 template <Formula F>
 struct Slope {
   vf t = vf{}, u = vf{}, v = vf{};
-  // Adds dS; what falls to the keys is added to of_keys.
+  // Adds dS; what falls to the keys is added to of_keys. The factor -a of a Gaussian's u and v comes later.
   __attribute__((always_inline)) void add(vf ds, vf shape, const Row& row, const Keys& keys, float max_square,
                                           vf* of_keys) {
     const vf z = ds * shape;
@@ -80,9 +83,11 @@ struct Slope {
   }
 };
 
-// A Gaussian's shapes are dear: each row has them in memory, (GROUP, n), with what they are made from.
+// A Gaussian's shapes cost exponentials. So they are made before the pass that reads them.
 struct Shapes {
-  float *data, *counts, *h, *w;  // 0, 1, 2, ...; the factors of the rows and of the columns of a grid
+  float* data;    // (GROUP, n), rows `stride` apart
+  float* counts;  // 0, 1, 2, ...: the rows, or columns, of a grid
+  float *h, *w;   // a query's factors: of each row and of each column of the grid
   int64_t stride;
 };
 
@@ -112,7 +117,9 @@ void fill_shapes(const Problem& p, const Row& row, const Tokens& tokens, int64_t
   int64_t x = 0;
   for (; x < n && j + x < p.prefix; x++) out[x] = 0;
   int64_t h = (j + x - p.prefix) / p.width, w = (j + x - p.prefix) % p.width;
-  for (; x < n && h < p.height; x += p.width - w, w = 0, h++)  // the rest of a line, and up to W more that the next one has
+  // The rest of a line, then whole ones. The last vector of a line runs over its end: the next line writes there again,
+  // and `out` has room for that of the last.
+  for (; x < n && h < p.height; x += p.width - w, w = 0, h++)
     for (int64_t y = w; y < p.width && x + y - w < n; y += W)
       store(out + x + y - w, load(shapes.w + y) * shapes.h[h]);
   for (x = least(x, n); x < n; x++) out[x] = 0;

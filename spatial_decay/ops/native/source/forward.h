@@ -75,7 +75,8 @@ void forward(int64_t, int64_t, void* context) {
   Arithmetic products(p.dim, p.length);
   const int64_t L = p.length, dp = products.dp, padded = products.padded, num_sequences = p.batch * p.lines * p.heads;
   const int64_t num_blocks = (padded + Arithmetic::KEYS - 1) / Arithmetic::KEYS;
-  const int64_t keys = up((padded + num_blocks - 1) / num_blocks, PANEL), lds = keys + W;  // no power of two apart
+  // Rows of S are no power of two apart: such rows would have few places of the cache for all of them.
+  const int64_t keys = up((padded + num_blocks - 1) / num_blocks, PANEL), lds = keys + W;
   const int64_t queries = up((L + task.parts - 1) / task.parts, ROWS);                     // of a part
   const float scale = (float)(p.scale * LOG2E), max_square = (float)(p.max_step * p.max_step);
 
@@ -146,7 +147,8 @@ void forward(int64_t, int64_t, void* context) {
       }
       float *peaks = p.rows + sequence * L + first, *sums = peaks + num_sequences * L;
       for (int64_t i = 0; i < count; i++) {
-        const bool is_empty = peak[i] <= NOTHING;  // its mask leaves it nothing: a weight of 0 for each key
+        // A query that may attend to nothing: O = 0 by its factor, and backward 2^(S - peak) = 0.
+        const bool is_empty = peak[i] <= NOTHING;
         peaks[i] = is_empty ? -NOTHING : peak[i];
         sums[i] = is_empty ? 0 : __builtin_log2f(total[i]);
         total[i] = is_empty ? 0 : 1 / total[i];

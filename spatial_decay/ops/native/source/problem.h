@@ -32,7 +32,7 @@ struct Problem {
 
 struct Sequence {
   int64_t image, line, head;
-  int64_t group(const Problem& p) const { return image * p.lines + line; }
+  int64_t group(const Problem& p) const { return image * p.lines + line; }  // what numbers and masks count
 };
 
 INLINE Sequence sequence_of(const Problem& p, int64_t index) {
@@ -89,8 +89,8 @@ void unpack(const float* x, int64_t dp, int64_t n, int64_t d, const float* facto
 // What the passes know of each token, in arrays that end in a few more than L.
 struct Tokens {
   float *h, *w;   // position; of a path: the place along it in w
-  float* t;       // the first number, base 2 but of a path; 0 for tokens that lie nowhere
-  int32_t* lies;  // all bits where the token lies somewhere (of Manhattan but the sign), else none
+  float* t;       // the first number, base 2 except a path's; 0 for tokens that lie nowhere
+  int32_t* lies;  // what is kept of a step's bits: none where the token lies nowhere; of Manhattan's not the sign
   float* bias;    // where the scores of a key begin: the mask over keys, base 2; NOTHING past the last key
 };
 
@@ -115,9 +115,9 @@ INLINE const float* numbers(const Problem& p, Sequence s, int64_t number) {
 
 template <class T>
 void read_mask_as(const T* mask, int64_t stride, int64_t n, double limit, float top, float* out) {
-  typedef decltype(read(T())) Wide;
+  typedef decltype(read(T())) Wide;  // float; of a double, double
   const Wide most = (Wide)limit, less = (Wide)top;
-  if (stride == 1)
+  if (stride == 1)  // the same, which compilers make vectors of
     for (int64_t x = 0; x < n; x++) out[x] = read(mask[x]) <= most ? NOTHING : (float)(read(mask[x]) - less) * LOG2E;
   else
     for (int64_t x = 0; x < n; x++)
@@ -152,7 +152,7 @@ void read_tokens(const Problem& p, Sequence s, int64_t padded, const Tokens& out
     for (int64_t j = 0; j < padded; j++) out.bias[j] = j < p.length ? 0.0f : NOTHING;
 }
 
-// Memory of one thread: `lay` takes the pieces, once to count and once to have them.
+// Memory of one thread. `lay` takes the pieces, and is called twice: to count, without memory, and then to have them.
 struct Scratch {
   void* raw = nullptr;
   char* memory = nullptr;

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t NV = HAS_32_REGISTERS ? 4 : 2;  // vectors in a row of a tile
 constexpr int64_t PANEL = NV * W;                 // columns of B that lie together, see pack_transposed
-constexpr int64_t MOST_COLUMNS = 1024;
+constexpr int64_t MOST_COLUMNS = 1024;            // no product is wider
 alignas(64) const float ZEROS[MOST_COLUMNS] = {};
 
 struct Start {
@@ -35,7 +35,7 @@ INLINE void tile(int64_t k, const float* a, int64_t a_row, int64_t a_column, con
   UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) store(c + i * ldc + j * W, total[i][j]);
 }
 
-// N vectors of columns: tiles one below the other, as tall as the registers allow.
+// N vectors of columns: tiles one below the other, as tall as the registers allow, for M * N sums, N of B and 1 of A.
 template <int N, bool TRANSPOSED>
 void strip(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, Start start, float* c,
            int64_t ldc) {

@@ -12,6 +12,7 @@ namespace {
 // each a word is two bfloat16, one above the other in B, (k / 2, 16). n is a multiple of 16, k of 32.
 INLINE void product_by_tiles(int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint32_t* b, int64_t panel,
                              bool adds, float* c, int64_t ldc) {
+  // Tiles 0 to 3 are sums, two by two; 4 and 5 A, one below the other; 6 and 7 B, side by side.
   const uint16_t* below = a + 16 * lda;
   __asm__ volatile("" ::: "memory");  // GCC's loads of tiles do not say that they read memory
   for (int64_t j = 0; j < n; j += 32, b += 2 * panel) {

@@ -54,6 +54,7 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vf load(const float* p) { return *(const vf_anywhere*)p; }
 INLINE vi load(const int32_t* p) { return *(const vi_anywhere*)p; }
 INLINE void store(float* p, vf x) { *(vf_anywhere*)p = x; }
+// The same number in all lanes: arithmetic of a number and a vector is by lane, and -0 - 0 is -0.
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi splat(int32_t x) { return x - vi{}; }
 INLINE vf masked(vf x, vi mask) { return (vf)((vi)x & mask); }
@@ -108,7 +109,7 @@ class NoSubnormals {
   unsigned before = _mm_getcsr();
 
  public:
-  NoSubnormals() { _mm_setcsr(before | 0x8040); }
+  NoSubnormals() { _mm_setcsr(before | 0x8040); }  // of results and of operands
   ~NoSubnormals() { _mm_setcsr(before); }
 #elif defined(__aarch64__)
   uint64_t before;
