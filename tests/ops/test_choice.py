@@ -41,8 +41,7 @@ def test_without_anything_to_add_it_is_native_where_that_pays():
         return choice.choose(checked_inputs(q, q, q, None, attn_mask, 0.0, None), "auto")
 
     assert of(16) == "sdpa"
-    assert of(196) == "native"
-    assert of(196, dtype=torch.bfloat16) == "sdpa"
+    assert of(196) == of(196, dtype=torch.bfloat16) == "native"
     assert of(16, attn_mask=torch.zeros(16)) == "native"
 
 

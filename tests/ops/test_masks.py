@@ -282,6 +282,6 @@ class TestScale:
 def test_random_calls_equal_the_loops():
     """By default the command has another seed, so that a run by hand sees other calls."""
     command = [sys.executable, "-m", "tests.ops.random_calls", "--calls", "1000", "--seed", "7", "--backends"]
-    backends = ["auto", "math", "sdpa", "tiled"] * 6 + ["native"] * 24 + ["triton"] * 2
+    backends = ["auto", "math", "sdpa", "tiled", "native"] * 10 + ["triton"] * 2
     done = subprocess.run([*command, *backends], capture_output=True, text=True, check=False, cwd=ROOT)
     assert "1000 calls of seed 7: 0 wrong" in done.stdout, done.stdout + done.stderr

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spatial_decay.ops.native.call import Gradients, Operands, checked, run
 from spatial_decay.ops.operands import empty_heads, summed_as, with_features_together
@@ -97,9 +96,9 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-        return _differentiate(ctx, grad, _backward)
+        # With create_graph the operator, whose own gradient raises; what it would be is not silently 0.
+        return _differentiate(ctx, grad, backward if torch.is_grad_enabled() else _backward)
 
 
 def attend(*inputs: Any) -> Tensor:
