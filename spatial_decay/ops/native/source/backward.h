@@ -72,7 +72,8 @@ void backward(int64_t, int64_t, void* context) {
   NoSubnormals no_subnormals;
 
   int64_t image = -1, sequence = -1;
-  for (int64_t item; (item = task.take()) < num_sequences * task.parts;) {
+  Items items(task);
+  for (int64_t item; items.take(&item);) {
     const int64_t part = item % task.parts;
     const Sequence at = sequence_of(p, item / task.parts);
     if (image != at.image) read_positions(p, at, padded + BACKWARD_KEYS, tokens), image = at.image;
