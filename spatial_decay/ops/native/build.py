@@ -48,6 +48,7 @@ _IS_WINDOWS = sys.platform == "win32"
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 _X86 = {"AVX512": _AVX512, "AVX2": ["-mavx2", "-mfma", "-mf16c"], "DEFAULT": []}
 _AMX = [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+_OPTIONAL = ("AMX",)  # left out where a compiler or its assembler does not know the instructions
 _VARIANTS: dict[str, dict[str, list[str]]] = {
     "linux-x86_64": {"AMX": _AMX, **_X86},  # other systems have another way to ask for the tiles
     "windows-x86_64": _X86,
@@ -99,7 +100,8 @@ def _source_hash(folder: Path) -> str:
 
 def rebuild_command(folder: Path = FOLDER) -> str:
     """What compiles the kernel of this copy of the package anew."""
-    return f"python {shlex.quote(str(folder / 'build.py'))}"
+    command = ["python", str(folder / "build.py")]
+    return subprocess.list2cmdline(command) if _IS_WINDOWS else shlex.join(command)
 
 
 def fault(folder: Path = FOLDER) -> str | None:
@@ -137,7 +139,11 @@ def fault(folder: Path = FOLDER) -> str | None:
 
 def _compiler() -> list[str]:
     """The command of the C++ compiler: CXX, else the first on PATH."""
-    if named := shlex.split(os.environ.get("CXX", ""), posix=not _IS_WINDOWS):
+    try:
+        named = shlex.split(os.environ.get("CXX", ""), posix=not _IS_WINDOWS)
+    except ValueError as error:  # a quotation mark too few
+        raise CompileError(f"CXX is not a command ({error}): {os.environ['CXX']}") from error
+    if named:
         if shutil.which(named[0]) is None:
             raise CompileError(f"the compiler that CXX names was not found: {named[0]}")
         return named
@@ -185,36 +191,42 @@ def compile_object(target: Path, folder: Path = FOLDER, flags: Sequence[str] = (
         flags: For the compiler besides its own, at compiling and linking, such as -fsanitize=address.
 
     Returns:
-        The record of it: compiler, variants, hashes.
+        The record of it: compiler, variants, why others were left out, hashes.
 
     Raises:
         CompileError: there is no compiler, or it failed.
     """
     compiler, variants, source = _compiler(), _variants(), _source_hash(folder)
-    text = f"spatial-decay native kernel: source {source} machine {machine()} variants {','.join(variants)}"
     export = "__declspec(dllexport)" if _IS_WINDOWS else '__attribute__((visibility("default")))'
     version = (_run([*compiler, "--version"]).splitlines() or ["unknown"])[0]
     with tempfile.TemporaryDirectory(prefix="spatial-decay-") as scratch:
-        says = Path(scratch, "text.cpp")
-        says.write_text(f'extern "C" {{ {export} extern const char spatial_decay_build[] = "{text}"; }}\n')
-        objects = [str(Path(scratch, f"{name}.o")) for name in ("text", *variants)]
+
+        def compiled(name: str, *arguments: str) -> str:
+            path = str(Path(scratch, f"{name}.o"))
+            _run([*compiler, *_COMPILE, *flags, *arguments, *_to("/Fo", path)])
+            return path
+
         kernel = str(folder / "source" / "attention.cpp")
-        own = [[str(says)], *([*those, f"-DVARIANT={name}", kernel] for name, those in variants.items())]
-        commands = [
-            [*compiler, *_COMPILE, *flags, *arguments, *_to("/Fo", path)]
-            for arguments, path in zip(own, objects, strict=True)
-        ]
-        with ThreadPoolExecutor(len(commands)) as pool:
-            list(pool.map(_run, commands))
-        linked = Path(scratch, OBJECT)
-        libraries = [] if _IS_WINDOWS else ["-lm"]
-        _run([*compiler, *_LINK, *flags, *objects, *libraries, *_to("/Fe", str(linked))])
+        with ThreadPoolExecutor(len(variants)) as pool:
+            tried = {
+                name: pool.submit(compiled, name, *those, f"-DVARIANT={name}", kernel)
+                for name, those in variants.items()
+            }
+        failed = {name: trial.exception() for name, trial in tried.items()}
+        left_out = {name: str(failed[name]) for name in _OPTIONAL if isinstance(failed.get(name), CompileError)}
+        objects = {name: trial.result() for name, trial in tried.items() if name not in left_out}
+        text = f"spatial-decay native kernel: source {source} machine {machine()} variants {','.join(objects)}"
+        says, linked = Path(scratch, "text.cpp"), Path(scratch, OBJECT)
+        says.write_text(f'extern "C" {{ {export} extern const char spatial_decay_build[] = "{text}"; }}\n')
+        parts = [compiled("text", str(says)), *objects.values(), *([] if _IS_WINDOWS else ["-lm"])]
+        _run([*compiler, *_LINK, *flags, *parts, *_to("/Fe", str(linked))])
         content = linked.read_bytes() if linked.exists() else b""
         if _TEXT.search(content) is None:
             raise CompileError(f"{compiler[0]} made no usable object: it does not hold the text {text!r}")
     _write(target, content)
     sha256 = hashlib.sha256(content).hexdigest()
-    return {"built": True, "compiler": version, "variants": list(variants), "source": source, "sha256": sha256}
+    hashes = {"source": source, "sha256": sha256}
+    return {"built": True, "compiler": version, "variants": list(objects), "left_out": left_out, **hashes}
 
 
 def build(folder: Path = FOLDER, *, keeps_current: bool = False) -> dict[str, Any]:
@@ -293,6 +305,8 @@ def main() -> int:
         print(f"{record['output']}\nThe kernel was not compiled: {record['why']}", file=sys.stderr)
         return 1
     print(f"{FOLDER / OBJECT}: {', '.join(record['variants'])}, by {record['compiler']}")
+    for name, why in record["left_out"].items():
+        print(f"Left out: {name}, {why}")
     return 0
 
 

@@ -65,6 +65,24 @@ def test_each_variant_has_its_flags_and_name(room, compiler):
         assert variants == ["AMX", "AVX512", "AVX2", "DEFAULT"]
 
 
+KNOWS_NO_AMX = """
+case "$*" in *-mamx*) echo "c++: error: unrecognized command-line option '-mamx-tile'"; exit 1;; esac
+"""
+
+
+@pytest.mark.skipif(build.machine() != "linux-x86_64", reason="elsewhere no instruction set is optional")
+def test_an_old_compiler_leaves_out_what_it_does_not_know(room, compiler):
+    compiler(KNOWS_NO_AMX + GOOD)
+    done = start(room)
+    why = "c++ failed: c++: error: unrecognized command-line option '-mamx-tile'"
+    assert done.communicate()[0].endswith(f"AVX512, AVX2, DEFAULT, by stub 1.0\nLeft out: AMX, {why}\n")
+    assert done.returncode == 0
+    assert b"variants AVX512,AVX2,DEFAULT\0" in (room / build.OBJECT).read_bytes()
+    record = json.loads((room / build.RECORD).read_text())
+    assert (record["variants"], record["left_out"]) == (["AVX512", "AVX2", "DEFAULT"], {"AMX": why})
+    assert build.fault(room) is None
+
+
 def test_no_compiler(room, compiler):
     compiler(None)
     why = "no C++ compiler was found (looked on PATH for c++, g++, clang++)"
@@ -82,6 +100,8 @@ def test_a_compiler_that_cxx_names(room, compiler, monkeypatch):
     assert build.build(room)["built"]
     monkeypatch.setenv("CXX", "another")
     assert build.attempt(room / "x", room)["why"] == "the compiler that CXX names was not found: another"
+    monkeypatch.setenv("CXX", "other 'half")
+    assert build.attempt(room / "x", room)["why"] == "CXX is not a command (No closing quotation): other 'half"
 
 
 FAILS = """
