@@ -114,6 +114,8 @@ def fault(folder: Path = FOLDER) -> str | None:
         if not path.exists():
             return f"the kernel was not compiled for this copy of the package; with a C++ compiler on PATH, {again}"
         return f"{RECORD} is missing beside {path}: {again}"
+    except NotADirectoryError:
+        return f"{folder} is inside an archive, which no shared object is loaded from: install the package with pip"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder / RECORD} cannot be read ({type(error).__name__}: {error}): {again}"
     if not is_built:
@@ -225,8 +227,8 @@ def compile_object(target: Path, folder: Path = FOLDER, flags: Sequence[str] = (
             raise CompileError(f"{compiler[0]} made no usable object: it does not hold the text {text!r}")
     _write(target, content)
     sha256 = hashlib.sha256(content).hexdigest()
-    hashes = {"source": source, "sha256": sha256}
-    return {"built": True, "compiler": version, "variants": list(objects), "left_out": left_out, **hashes}
+    about = {"compiler": version, "variants": list(objects), "left_out": left_out}
+    return {"built": True, **about, "source": source, "sha256": sha256}
 
 
 def build(folder: Path = FOLDER, *, keeps_current: bool = False) -> dict[str, Any]:
@@ -272,10 +274,12 @@ def attempt(target: Path, folder: Path = FOLDER) -> dict[str, Any]:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time, so that object and record are of one build. A process that ends has no lock."""
-    with open(folder / ".kernels.lock", "a") as file:
+    # A file that is there anyway, and is not written: a file of its own would be left when the package is uninstalled.
+    with open(folder / "build.py", "r+b") as file:
         if sys.platform == "win32":
             import msvcrt
 
+            file.seek(1 << 30)  # behind its end: nobody may read what is locked
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
         else:
             import fcntl

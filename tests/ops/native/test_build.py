@@ -42,7 +42,7 @@ def change(room: Path, old: bytes, new: bytes) -> None:
 def test_what_a_build_leaves(room, compiler):
     compiler(GOOD)
     record = build.build(room)
-    assert files(room) == {build.OBJECT, build.RECORD, ".kernels.lock"}
+    assert files(room) == {build.OBJECT, build.RECORD}
     assert json.loads((room / build.RECORD).read_text()) == record
     content = (room / build.OBJECT).read_bytes()
     assert record["built"]
@@ -87,7 +87,7 @@ def test_no_compiler(room, compiler):
     compiler(None)
     why = "no C++ compiler was found (looked on PATH for c++, g++, clang++)"
     assert build.build(room) == {"built": False, "why": why, "output": ""}
-    assert files(room) == {build.RECORD, ".kernels.lock"}
+    assert files(room) == {build.RECORD}
     assert build.fault(room) == (
         f"the kernel was not compiled at installation: {why}; with a C++ compiler on PATH, {again(room)}"
     )
@@ -134,7 +134,7 @@ def test_a_compiler_that_fails(room, compiler, name):
     record = build.build(room)
     assert record["why"].startswith(why)
     assert json.loads((room / build.RECORD).read_text()) == record
-    assert files(room) == {build.RECORD, ".kernels.lock"}
+    assert files(room) == {build.RECORD}
     assert why in build.fault(room)
     if name == "fails":
         assert record["output"].startswith("c++ -c -std=c++17")
@@ -153,7 +153,7 @@ def test_a_failed_build_takes_away_only_what_may_not_be_loaded(room, compiler, s
 
     (room / "source" / "products.h").write_text("// other products\n")
     assert not build.build(room, keeps_current=True)["built"]
-    assert files(room) == {build.RECORD, ".kernels.lock"}
+    assert files(room) == {build.RECORD}
 
 
 def test_faults_of_what_is_there(room, compiler):
@@ -181,6 +181,13 @@ def test_faults_of_what_is_there(room, compiler):
     assert build.fault(room) == (f"{path} is damaged (its sha256 is not the one in {build.RECORD}): {again(room)}")
     path.write_bytes(content)
     assert build.fault(room) is None
+
+
+def test_a_package_inside_an_archive(tmp_path):
+    archive = tmp_path / "package.zip"
+    archive.touch()
+    why = "is inside an archive, which no shared object is loaded from: install the package with pip"
+    assert build.fault(archive / "native") == f"{archive / 'native'} {why}"
 
 
 def test_another_machine(room, compiler):
@@ -274,7 +281,7 @@ def test_what_two_builds_made_is_put_in_place_one_after_the_other(room, compiler
             time.sleep(0.01)  # the variants, the text, and what links them
         time.sleep(0.1)
         assert done.poll() is None
-        assert files(room) == {".kernels.lock"}
+        assert not files(room)
     said = done.communicate()[0]
     assert done.returncode == 0, said
     assert build.fault(room) is None
