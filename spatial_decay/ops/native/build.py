@@ -107,19 +107,20 @@ def rebuild_command(folder: Path = FOLDER) -> str:
 def fault(folder: Path = FOLDER) -> str | None:
     """Why the object in the folder may not be loaded, and what to do; None where it may. Nothing of it is run."""
     path, again = folder / OBJECT, f"run: {rebuild_command(folder)}"
+    compile_it = f"with a C++ compiler on PATH or in CXX, {again}"
     try:
         record = json.loads((folder / RECORD).read_bytes())
         is_built, why, expected = record["built"], record.get("why"), record.get("sha256")
     except FileNotFoundError:
         if not path.exists():
-            return f"the kernel was not compiled for this copy of the package; with a C++ compiler on PATH, {again}"
+            return f"the kernel was not compiled for this copy of the package; {compile_it}"
         return f"{RECORD} is missing beside {path}: {again}"
     except NotADirectoryError:
         return f"{folder} is inside an archive, which no shared object is loaded from: install the package with pip"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder / RECORD} cannot be read ({type(error).__name__}: {error}): {again}"
     if not is_built:
-        return f"the kernel was not compiled at installation: {why}; with a C++ compiler on PATH, {again}"
+        return f"the kernel was not compiled at installation: {why}; {compile_it}"
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -145,6 +146,8 @@ def _compiler() -> list[str]:
         named = shlex.split(os.environ.get("CXX", ""), posix=not _IS_WINDOWS)
     except ValueError as error:  # a quotation mark too few
         raise CompileError(f"CXX is not a command ({error}): {os.environ['CXX']}") from error
+    if _IS_WINDOWS:
+        named = [part.strip('"') for part in named]
     if named:
         if shutil.which(named[0]) is None:
             raise CompileError(f"the compiler that CXX names was not found: {named[0]}")

@@ -89,7 +89,7 @@ def test_no_compiler(room, compiler):
     assert build.build(room) == {"built": False, "why": why, "output": ""}
     assert files(room) == {build.RECORD}
     assert build.fault(room) == (
-        f"the kernel was not compiled at installation: {why}; with a C++ compiler on PATH, {again(room)}"
+        f"the kernel was not compiled at installation: {why}; with a C++ compiler on PATH or in CXX, {again(room)}"
     )
 
 
@@ -102,6 +102,16 @@ def test_a_compiler_that_cxx_names(room, compiler, monkeypatch):
     assert build.attempt(room / "x", room)["why"] == "the compiler that CXX names was not found: another"
     monkeypatch.setenv("CXX", "other 'half")
     assert build.attempt(room / "x", room)["why"] == "CXX is not a command (No closing quotation): other 'half"
+
+
+def test_quotation_marks_on_windows(monkeypatch):
+    monkeypatch.setattr(build, "_IS_WINDOWS", True)
+    monkeypatch.setenv("CXX", r'"C:\Program Files\cl.exe" /x')
+    with pytest.raises(
+        build.CompileError, match=r"^the compiler that CXX names was not found: C:\\Program Files\\cl.exe$"
+    ):
+        build._compiler()
+    assert build.rebuild_command(Path("a b")) == f'python "{Path("a b", "build.py")}"'
 
 
 FAILS = """
@@ -158,9 +168,8 @@ def test_a_failed_build_takes_away_only_what_may_not_be_loaded(room, compiler, s
 
 def test_faults_of_what_is_there(room, compiler):
     path, record = room / build.OBJECT, room / build.RECORD
-    assert build.fault(room) == (
-        f"the kernel was not compiled for this copy of the package; with a C++ compiler on PATH, {again(room)}"
-    )
+    compile_it = f"with a C++ compiler on PATH or in CXX, {again(room)}"
+    assert build.fault(room) == f"the kernel was not compiled for this copy of the package; {compile_it}"
     compiler(GOOD)
     build.build(room)
     content, said = path.read_bytes(), record.read_bytes()
