@@ -167,7 +167,8 @@ void forward(int64_t, int64_t, void* context) {
       float *peaks = p.rows + sequence * L + first, *sums = peaks + num_sequences * L;
       for (int64_t i = 0; i < count; i++) {
         // A query that may attend to nothing: O = 0 by its factor, and backward 2^(S - peak) = 0.
-        const bool is_empty = peak[i] <= NOTHING;
+        // Half of it: a score of 1e31 and more moves what a mask put at NOTHING.
+        const bool is_empty = peak[i] <= NOTHING / 2;
         peaks[i] = is_empty ? -NOTHING : peak[i];
         sums[i] = is_empty ? 0 : __builtin_log2f(total[i]);
         total[i] = is_empty ? 0 : 1 / total[i];

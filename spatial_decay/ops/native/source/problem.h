@@ -168,7 +168,7 @@ struct Scratch {
   char* memory = nullptr;
   int64_t used = 0;
   float* take(int64_t floats) {
-    float* piece = (float*)(memory + used);
+    float* piece = memory ? (float*)(memory + used) : nullptr;
     used += up(floats * 4, 64);
     return piece;
   }
