@@ -22,12 +22,7 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
     reasons = []
     if inputs.q.dtype not in _DTYPES:
         reasons.append(f"{inputs.q.dtype} (needs float32, float16 or bfloat16)")
-    if inputs.dropout_p:
-        reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
-    if inputs.attn_mask is not None and inputs.attn_mask.requires_grad:
-        reasons.append("attn_mask requires grad (needs one without)")
-    if inputs.is_exporting_to_onnx:
-        reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
+    reasons += inputs.shared_reasons()
     if inputs.q.device.type == "cpu" and inputs.needs_grad:
         reasons.append("on cpu, something requires grad (needs torch.no_grad(), or cuda)")
     if inputs.q.device.type == "cpu" and torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spatial_decay.decay import AxialDecay, Decay, PairwiseDecay, dense
 from spatial_decay.features import columns_of_rows, to_columns, to_rows
@@ -73,14 +74,37 @@ class Inputs:
         return getattr(torch.compiler, "is_exporting", bool)()
 
     @property
-    def is_exporting_to_onnx(self) -> bool:
-        """Whether torch.onnx.export traces."""
-        return self.is_exporting and _is_in_onnx_export()
+    def transforms(self) -> list[str]:
+        """What is done with any of the tensors for which operators of our own have no rules, as reasons."""
+        if torch.compiler.is_compiling():
+            return []
+        decay, mask = self.decay, self.attn_mask
+        tensors = (
+            self.q,
+            self.k,
+            self.v,
+            *(() if decay is None else decay.numbers),
+            *(() if mask is None else (mask,)),
+        )
+        reasons = []
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+            reasons.append("inside a torch.func transform (needs none)")
+        elif forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            reasons.append("forward-mode derivatives (needs none)")
+        if torch._C._get_tracing_state() is not None:
+            reasons.append("torch.jit.trace, which cannot record such an operator (needs torch.export)")
+        return reasons
 
-    @property
-    def is_inside_torch_func(self) -> bool:
-        """Whether q is under a transform: torch.func.grad, vmap and so on."""
-        return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(self.q)
+    def shared_reasons(self) -> list[str]:
+        """What no backend can but `sdpa` and `math`."""
+        reasons = []
+        if self.dropout_p:
+            reasons.append(f"dropout_p={self.dropout_p} (needs 0)")
+        if self.attn_mask is not None and self.attn_mask.requires_grad and torch.is_grad_enabled():
+            reasons.append("attn_mask requires grad (needs one without)")
+        if self.is_exporting and _is_in_onnx_export():
+            reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
+        return reasons + self.transforms
 
 
 def _is_in_onnx_export() -> bool:

@@ -26,12 +26,13 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
 
 
 def avoid_reasons(inputs: Inputs) -> list[str]:
-    """On the CPU, uncompiled: small masks cost more than the softmax written out, and torch.func has no rule."""
-    has_mask = inputs.decay is not None or inputs.attn_mask is not None
-    if not has_mask or inputs.q.device.type != "cpu" or torch.compiler.is_compiling():
+    """On the CPU, uncompiled: the softmax written out costs less than small masks, and knows all transforms."""
+    if inputs.q.device.type != "cpu" or torch.compiler.is_compiling():
         return []
-    if inputs.is_inside_torch_func:
-        return ["inside a torch.func transform PyTorch runs it image by image"]
+    if transforms := inputs.transforms:
+        return transforms
+    if inputs.decay is None and inputs.attn_mask is None:
+        return []
     return avoid_reasons_on_small_inputs(inputs)
 
 

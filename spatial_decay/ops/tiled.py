@@ -50,15 +50,7 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
         reasons.append(f"{what} (needs a FactoredDecay, as ManhattanDecay and PathDecay are, or a GaussianDecay)")
     elif inputs.decay is not None and not inputs.decay.layout.is_grid:
         reasons.append("tokens with Positions of their own (needs those of a Grid)")
-    if inputs.dropout_p:
-        reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
-    if inputs.attn_mask is not None and inputs.attn_mask.requires_grad:
-        reasons.append("attn_mask requires grad (needs one without)")
-    if inputs.is_exporting_to_onnx:
-        reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
-    if inputs.is_inside_torch_func:
-        reasons.append("inside a torch.func transform (needs none)")
-    return reasons
+    return reasons + inputs.shared_reasons()
 
 
 def _knows(decay: PairwiseDecay | None) -> bool:

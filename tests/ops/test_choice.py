@@ -1,7 +1,10 @@
 """What "auto" chooses on the CPU, and that it says so."""
 
+import warnings
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from spatial_decay import explain_backend
 from spatial_decay.decay import AxialDecay, ManhattanDecay
@@ -105,6 +108,37 @@ def test_auto_under_function_transforms(monkeypatch):
     for one, of_one in zip(x, got, strict=True):
         one = one.clone().requires_grad_()
         torch.testing.assert_close(torch.autograd.grad(loss(one), one)[0], of_one)
+
+
+@pytest.mark.parametrize("with_decay", [True, False])
+def test_auto_under_forward_mode_and_transforms_of_one_tensor(with_decay):
+    """It is the choice of all tensors, not of q alone."""
+    q, k, a = torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 8), -torch.rand(1, 1, 9)
+    tangents = torch.randn_like(k), torch.randn_like(a)
+
+    def attend(k, a, backend="auto"):
+        return decay_attention(q, k, k, ManhattanDecay(a, Grid(3, 3)) if with_decay else None, backend=backend)
+
+    _, expected = torch.func.jvp(lambda k, a: attend(k, a, "math"), (k, a), tangents)
+    torch.testing.assert_close(torch.func.jvp(attend, (k, a), tangents)[1], expected)
+    with forward_ad.dual_level():
+        out = attend(*(forward_ad.make_dual(x, tangent) for x, tangent in zip((k, a), tangents, strict=True)))
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, expected)
+
+
+def test_auto_takes_what_torch_jit_can_trace():
+    q, decay = torch.randn(1, 1, 9, 8), ManhattanDecay(-torch.rand(1, 1, 9), Grid(3, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit's own age, and of sizes that become constants
+        traced = torch.jit.trace(lambda q: decay_attention(q, q, q, decay), (q,))
+    torch.testing.assert_close(traced(2 * q), decay_attention(2 * q, 2 * q, 2 * q, decay))
+
+
+def test_a_mask_that_requires_grad_counts_where_gradients_are_made():
+    q, attn_mask = torch.randn(1, 1, 4, 8), torch.zeros(4, 4, requires_grad=True)
+    with torch.no_grad():
+        assert "attn_mask requires grad" not in explain_backend(q, q, q, attn_mask=attn_mask)
+    assert "attn_mask requires grad" in explain_backend(q, q, q, attn_mask=attn_mask)
 
 
 @pytest.mark.parametrize("backend", ["native", "tiled", "flex"])

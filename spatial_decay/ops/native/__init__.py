@@ -29,7 +29,7 @@ _LARGE = 1 << 18
 
 def unsupported_reasons(inputs: Inputs) -> list[str]:
     """It needs its compiled kernel, the CPU, float32 or half precision, and a decay that it knows."""
-    q, mask = inputs.q, inputs.attn_mask
+    q = inputs.q
     reasons = reasons_of_decay(inputs.decay)
     if q.device.type != "cpu":
         reasons.append(f"q is on {q.device.type} (needs cpu)")
@@ -37,14 +37,7 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
         reasons.append(f"{q.dtype} (needs float32, bfloat16 or float16)")
     if not 1 <= inputs.head_dim <= MAX_HEAD_DIM:
         reasons.append(f"head_dim={inputs.head_dim} (needs 1 to {MAX_HEAD_DIM})")
-    if inputs.dropout_p:
-        reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
-    if mask is not None and mask.requires_grad:
-        reasons.append("attn_mask requires grad (needs one without)")
-    if inputs.is_exporting_to_onnx:
-        reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
-    if inputs.is_inside_torch_func:
-        reasons.append("inside a torch.func transform (needs none)")
+    reasons += inputs.shared_reasons()
     if (reason := library.reason()) is not None:
         reasons.append(reason)
     return reasons

@@ -83,7 +83,12 @@ def _differentiate(ctx: Any, grad: Tensor, differentiate: Any) -> tuple[Tensor |
     return dq, dk, dv, None, dnumbers, None, None, None, None, None, None
 
 
+def _refuse(ctx, *gradients):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("backend 'native' has no second derivatives. Use backend='math', which has them.")
+
+
 forward.register_autograd(lambda ctx, grad, _: _differentiate(ctx, grad, backward), setup_context=_save)
+backward.register_autograd(_refuse)
 
 
 class _Attention(torch.autograd.Function):
@@ -97,8 +102,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-        # With create_graph the operator, whose own gradient raises; what it would be is not silently 0.
-        return _differentiate(ctx, grad, backward if torch.is_grad_enabled() else _backward)
+        # With create_graph the operator, whose own gradient raises; what it would be is not silently 0. The operator
+        # too for gradients that are traced or come in batches (is_grads_batched).
+        is_plain = not torch.is_grad_enabled() and are_readable(grad)
+        return _differentiate(ctx, grad, _backward if is_plain else backward)
 
 
 def attend(*inputs: Any) -> Tensor:

@@ -69,22 +69,14 @@ def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
         reasons.append(f"{inputs.q.dtype} (needs float32, float16 or bfloat16)")
     if inputs.head_dim > _MAX_HEAD_DIM:
         reasons.append(f"head_dim={inputs.head_dim} (needs at most {_MAX_HEAD_DIM})")
-    if inputs.dropout_p:
-        reasons.append(f"dropout_p={inputs.dropout_p} (needs 0)")
     if inputs.scale <= 0:
         reasons.append(f"scale={inputs.scale} (needs one above 0)")
     reasons += reasons_of_decay(decay) or _reasons_of_a_known(decay)
-    if mask is not None and mask.requires_grad:
-        reasons.append("attn_mask requires grad (needs one without)")
-    if inputs.is_exporting_to_onnx:
-        reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
     if _reaches_too_far(inputs):
         reasons.append("the tokens of one sequence lie 2**31 or more elements apart (needs fewer, for 32-bit offsets)")
     if mask is not None and mask.shape[2] > 1:
         reasons.append("attn_mask differs from query to query (needs one over keys, (B, 1, 1, L))")
-    if inputs.is_inside_torch_func:
-        reasons.append("inside a torch.func transform (needs none)")
-    return reasons
+    return reasons + inputs.shared_reasons()
 
 
 def _reasons_of_a_known(decay: PairwiseDecay | None) -> list[str]:

@@ -2,9 +2,11 @@
 
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from spatial_decay import SpatialDecayAttention, explain_backend
@@ -244,9 +246,56 @@ def test_it_says_all_that_it_cannot(monkeypatch):
 
 @needs_native
 def test_function_transforms_are_refused():
-    q = torch.randn(2, 1, 1, 4, 8)
-    with pytest.raises(NotImplementedError, match="inside a torch.func transform"):
-        torch.func.vmap(lambda q: decay_attention(q, q, q, backend="native"))(q)
+    q = torch.randn(1, 1, 4, 8)
+    for wrapped in ("q", "k", "v", "attn_mask"):
+        tensors = {"q": q, "k": q, "v": q}
+        with pytest.raises(NotImplementedError, match="inside a torch.func transform"):
+            torch.func.grad(
+                lambda x, name=wrapped, tensors=tensors: decay_attention(**{**tensors, name: x}, backend="native").sum()
+            )(q if wrapped != "attn_mask" else torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize("backend", ["native", "tiled"])
+def test_forward_mode_and_tracing_are_refused(backend):
+    """Else the tangent would be lost without a word."""
+    q, a = torch.randn(1, 1, 4, 8), -torch.ones(1, 1, 4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(a, torch.ones_like(a))
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+            decay_attention(q, q, q, ManhattanDecay(dual, Grid(2, 2)), backend=backend)
+    decay = ManhattanDecay(a, Grid(2, 2))
+    with warnings.catch_warnings(), pytest.raises(NotImplementedError, match=r"torch\.jit\.trace"):
+        warnings.simplefilter("ignore")  # of torch.jit's own age, and of sizes that become constants
+        torch.jit.trace(lambda q: decay_attention(q, q, q, decay, backend=backend), (q,), check_trace=False)
+
+
+@needs_native
+def test_gradients_in_batches():
+    """As torch.autograd.functional.jacobian(..., vectorize=True) asks for them."""
+    leaves = [x.requires_grad_() for x in (*torch.randn(3, 1, 2, 12, 8), -torch.rand(1, 2, 12))]
+    out = decay_attention(*leaves[:3], ManhattanDecay(leaves[3], Grid(3, 4)), backend="native")
+    weights = torch.randn(3, *out.shape)
+    batched = torch.autograd.grad(out, leaves, weights, is_grads_batched=True, retain_graph=True)
+    for i, weight in enumerate(weights):
+        single = torch.autograd.grad(out, leaves, weight, retain_graph=True)
+        assert all(torch.equal(x[i], y) for x, y in zip(batched, single, strict=True))
+
+
+@needs_native
+def test_tensors_whose_memory_holds_other_numbers():
+    """The imaginary part of a conjugate is negated when it is read, and a zero of autograd's has no memory."""
+    q = torch.randn(1, 2, 12, 8)
+    a, attn_mask = torch.randn(12, 12, dtype=torch.complex64).conj().imag.split([1, 11])
+    a, attn_mask = -a.square()[None].expand(1, 2, -1), attn_mask[None, None, :1]
+    for mask, strength in ((attn_mask, a), (None, torch.complex(a, -a).conj().imag)):
+        assert strength.is_neg() or mask.is_neg()
+        got, expected = (
+            decay_attention(q, q, q, ManhattanDecay(strength, Grid(3, 4)), attn_mask=mask, backend=backend)
+            for backend in ("native", "math")
+        )
+        assert relative_error(got, expected) < 1e-5
+    zero = torch._efficientzerotensor(q.shape)
+    assert not decay_attention(q, q, zero, backend="native").any()
 
 
 @needs_native
@@ -254,7 +303,7 @@ def test_second_derivatives_are_refused():
     """Also where the gradient that comes in needs none: they must not be silently 0."""
     q = torch.randn(1, 1, 4, 8, requires_grad=True)
     (gradient,) = torch.autograd.grad(decay_attention(q, q, q, backend="native").sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(NotImplementedError, match="no second derivatives. Use backend='math'"):
         gradient.sum().backward()
 
 
