@@ -41,8 +41,8 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
     notes: dict[str, str] = {}
     names = contenders(setting.device, autotune=arguments.autotune)
     for name in names:
-        if name in COMPILED and (arguments.quick or not case.compiles):
-            notes[name] = "left out by --quick" if arguments.quick else "left out here: it is compiled for each shape"
+        if name in COMPILED and (arguments.quick or arguments.no_compile or not case.compiles):
+            notes[name] = "left out here: it is compiled for each shape"
             continue
         call = make_call(case, setting, name, which)
         try:
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
     parser = command_line(__doc__.splitlines()[0], "attention", rounds=9)
     parser.add_argument("--kinds", help="of decay, comma-separated; all where it is not given")
+    parser.add_argument("--no-compile", action="store_true", help="without what torch.compile makes")
     parser.add_argument("--memory", choices=("tokens", "heads"), default="tokens", help="order of q, k and v there")
     parser.add_argument(
         "--autotune", action="store_true", help="also those that time their tiles first, on cuda: minutes a case"
