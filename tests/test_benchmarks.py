@@ -195,7 +195,7 @@ def test_memory(tmp_path):
     rows = memory.main(["--quick", "--threads", "1", "--output", str(tmp_path)])
     assert [row["contender"] for row in rows] == [*memory.CONTENDERS]
     for row in rows:
-        assert row["note"] or 0 < row["scratch MB"] < row["peak MB"]
+        assert row["note"] or -0.5 < row["scratch MB"] < row["peak MB"]  # resident memory, to some 0.3
     large = contenders.Case("full", 1, 2, Grid(128, 128), 32)
     setting = contenders.Setting(torch.device("cpu"), torch.float32, "tokens")
     assert "one L x L matrix of its heads is 2.1 GB" in memory.measure(large, setting, "math")["note"]

@@ -48,6 +48,7 @@ _IS_WINDOWS = sys.platform == "win32"
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 _X86 = {"AVX512": _AVX512, "AVX2": ["-mavx2", "-mfma", "-mf16c"], "DEFAULT": []}
 _AMX = [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+_OPTIONAL = ("AMX",)  # left out where a compiler or its assembler does not know the instructions
 _VARIANTS: dict[str, dict[str, list[str]]] = {
     "linux-x86_64": {"AMX": _AMX, **_X86},  # other systems have another way to ask for the tiles
     "windows-x86_64": _X86,
@@ -99,23 +100,27 @@ def _source_hash(folder: Path) -> str:
 
 def rebuild_command(folder: Path = FOLDER) -> str:
     """What compiles the kernel of this copy of the package anew."""
-    return f"python {shlex.quote(str(folder / 'build.py'))}"
+    command = ["python", str(folder / "build.py")]
+    return subprocess.list2cmdline(command) if _IS_WINDOWS else shlex.join(command)
 
 
 def fault(folder: Path = FOLDER) -> str | None:
     """Why the object in the folder may not be loaded, and what to do; None where it may. Nothing of it is run."""
     path, again = folder / OBJECT, f"run: {rebuild_command(folder)}"
+    compile_it = f"with a C++ compiler on PATH or in CXX, {again}"
     try:
         record = json.loads((folder / RECORD).read_bytes())
         is_built, why, expected = record["built"], record.get("why"), record.get("sha256")
     except FileNotFoundError:
         if not path.exists():
-            return f"the kernel was not compiled for this copy of the package; with a C++ compiler on PATH, {again}"
+            return f"the kernel was not compiled for this copy of the package; {compile_it}"
         return f"{RECORD} is missing beside {path}: {again}"
+    except NotADirectoryError:
+        return f"{folder} is inside an archive, which no shared object is loaded from: install the package with pip"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder / RECORD} cannot be read ({type(error).__name__}: {error}): {again}"
     if not is_built:
-        return f"the kernel was not compiled at installation: {why}; with a C++ compiler on PATH, {again}"
+        return f"the kernel was not compiled at installation: {why}; {compile_it}"
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -137,7 +142,13 @@ def fault(folder: Path = FOLDER) -> str | None:
 
 def _compiler() -> list[str]:
     """The command of the C++ compiler: CXX, else the first on PATH."""
-    if named := shlex.split(os.environ.get("CXX", ""), posix=not _IS_WINDOWS):
+    try:
+        named = shlex.split(os.environ.get("CXX", ""), posix=not _IS_WINDOWS)
+    except ValueError as error:  # a quotation mark too few
+        raise CompileError(f"CXX is not a command ({error}): {os.environ['CXX']}") from error
+    if _IS_WINDOWS:
+        named = [part.strip('"') for part in named]
+    if named:
         if shutil.which(named[0]) is None:
             raise CompileError(f"the compiler that CXX names was not found: {named[0]}")
         return named
@@ -185,36 +196,42 @@ def compile_object(target: Path, folder: Path = FOLDER, flags: Sequence[str] = (
         flags: For the compiler besides its own, at compiling and linking, such as -fsanitize=address.
 
     Returns:
-        The record of it: compiler, variants, hashes.
+        The record of it: compiler, variants, why others were left out, hashes.
 
     Raises:
         CompileError: there is no compiler, or it failed.
     """
     compiler, variants, source = _compiler(), _variants(), _source_hash(folder)
-    text = f"spatial-decay native kernel: source {source} machine {machine()} variants {','.join(variants)}"
     export = "__declspec(dllexport)" if _IS_WINDOWS else '__attribute__((visibility("default")))'
     version = (_run([*compiler, "--version"]).splitlines() or ["unknown"])[0]
     with tempfile.TemporaryDirectory(prefix="spatial-decay-") as scratch:
-        says = Path(scratch, "text.cpp")
-        says.write_text(f'extern "C" {{ {export} extern const char spatial_decay_build[] = "{text}"; }}\n')
-        objects = [str(Path(scratch, f"{name}.o")) for name in ("text", *variants)]
+
+        def compiled(name: str, *arguments: str) -> str:
+            path = str(Path(scratch, f"{name}.o"))
+            _run([*compiler, *_COMPILE, *flags, *arguments, *_to("/Fo", path)])
+            return path
+
         kernel = str(folder / "source" / "attention.cpp")
-        own = [[str(says)], *([*those, f"-DVARIANT={name}", kernel] for name, those in variants.items())]
-        commands = [
-            [*compiler, *_COMPILE, *flags, *arguments, *_to("/Fo", path)]
-            for arguments, path in zip(own, objects, strict=True)
-        ]
-        with ThreadPoolExecutor(len(commands)) as pool:
-            list(pool.map(_run, commands))
-        linked = Path(scratch, OBJECT)
-        libraries = [] if _IS_WINDOWS else ["-lm"]
-        _run([*compiler, *_LINK, *flags, *objects, *libraries, *_to("/Fe", str(linked))])
+        with ThreadPoolExecutor(len(variants)) as pool:
+            tried = {
+                name: pool.submit(compiled, name, *those, f"-DVARIANT={name}", kernel)
+                for name, those in variants.items()
+            }
+        failed = {name: trial.exception() for name, trial in tried.items()}
+        left_out = {name: str(failed[name]) for name in _OPTIONAL if isinstance(failed.get(name), CompileError)}
+        objects = {name: trial.result() for name, trial in tried.items() if name not in left_out}
+        text = f"spatial-decay native kernel: source {source} machine {machine()} variants {','.join(objects)}"
+        says, linked = Path(scratch, "text.cpp"), Path(scratch, OBJECT)
+        says.write_text(f'extern "C" {{ {export} extern const char spatial_decay_build[] = "{text}"; }}\n')
+        parts = [compiled("text", str(says)), *objects.values(), *([] if _IS_WINDOWS else ["-lm"])]
+        _run([*compiler, *_LINK, *flags, *parts, *_to("/Fe", str(linked))])
         content = linked.read_bytes() if linked.exists() else b""
         if _TEXT.search(content) is None:
             raise CompileError(f"{compiler[0]} made no usable object: it does not hold the text {text!r}")
     _write(target, content)
     sha256 = hashlib.sha256(content).hexdigest()
-    return {"built": True, "compiler": version, "variants": list(variants), "source": source, "sha256": sha256}
+    about = {"compiler": version, "variants": list(objects), "left_out": left_out}
+    return {"built": True, **about, "source": source, "sha256": sha256}
 
 
 def build(folder: Path = FOLDER, *, keeps_current: bool = False) -> dict[str, Any]:
@@ -260,10 +277,12 @@ def attempt(target: Path, folder: Path = FOLDER) -> dict[str, Any]:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time, so that object and record are of one build. A process that ends has no lock."""
-    with open(folder / ".kernels.lock", "a") as file:
+    # A file that is there anyway, and is not written: a file of its own would be left when the package is uninstalled.
+    with open(folder / "build.py", "r+b") as file:
         if sys.platform == "win32":
             import msvcrt
 
+            file.seek(1 << 30)  # behind its end: nobody may read what is locked
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
         else:
             import fcntl
@@ -293,6 +312,8 @@ def main() -> int:
         print(f"{record['output']}\nThe kernel was not compiled: {record['why']}", file=sys.stderr)
         return 1
     print(f"{FOLDER / OBJECT}: {', '.join(record['variants'])}, by {record['compiler']}")
+    for name, why in record["left_out"].items():
+        print(f"Left out: {name}, {why}")
     return 0
 
 

@@ -7,7 +7,7 @@ runs its loops in parallel by libtorch's C function torch_parallel_for, whose ad
 import ctypes
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ __all__ = ["kernel", "parallel_for", "reason", "variants"]
 
 FOLDER = Path(__file__).resolve().parent
 _X86 = ("DEFAULT", "AVX2", "AVX512", "AMX")
+_SYMBOL = "spatial_decay_attention_"
 
 
 def reason() -> str | None:
@@ -29,12 +30,20 @@ reason._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a functio
 
 
 def variants() -> tuple[str, ...]:
-    """The instruction sets that this processor can run, the best one last; ATEN_CPU_CAPABILITY lowers it."""
-    best = torch.backends.cpu.get_cpu_capability()
-    # The second question asks the system for the tiles, without which they are illegal instructions.
-    if best == "AVX512" and sys.platform == "linux" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+    """The instruction sets that processor and object have, the best one last; ATEN_CPU_CAPABILITY lowers it."""
+    best, library = torch.backends.cpu.get_cpu_capability(), _load()[0]
+    if best == "AVX512" and _has_tiles():
         best = "AMX"
-    return _X86[: _X86.index(best) + 1] if best in _X86 else ("DEFAULT",)
+    names = _X86[: _X86.index(best) + 1] if best in _X86 else ("DEFAULT",)
+    return tuple(name for name in names if hasattr(library, _SYMBOL + name))
+
+
+def _has_tiles() -> bool:
+    """Whether the processor has AMX and the system lets this process use it, which it has to be asked."""
+    # Without the system's leave they are illegal instructions. A torch that cannot be asked has none for us.
+    has: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    needed = ("amx_tile", "amx_bf16", "avx512_bf16")
+    return sys.platform == "linux" and all(map(has.get, needed)) and bool(getattr(torch.cpu, "_init_amx", bool)())
 
 
 @cache
@@ -45,16 +54,17 @@ def kernel(capability: str | None = None) -> Callable[..., int]:
         capability: One of variants(); None: the best one.
 
     Raises:
-        ValueError: this processor cannot run that instruction set.
+        ValueError: this processor cannot run that instruction set, or the object has none for it.
         NotImplementedError: there is no kernel here.
     """
-    name = variants()[-1] if capability is None else capability
-    if name not in variants():
-        raise ValueError(f"capability must be one of {', '.join(variants())} on this processor: got {capability!r}.")
     library, why_not = _load()
     if library is None:
         raise NotImplementedError(f"There is no native kernel here: {why_not}")
-    function = library[f"spatial_decay_attention_{name}"]
+    names = variants()
+    name = names[-1] if capability is None else capability
+    if name not in names:
+        raise ValueError(f"capability must be one of {', '.join(names)} on this processor: got {capability!r}.")
+    function = library[_SYMBOL + name]
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     function.restype = ctypes.c_int64
     return function

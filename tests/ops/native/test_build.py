@@ -42,7 +42,7 @@ def change(room: Path, old: bytes, new: bytes) -> None:
 def test_what_a_build_leaves(room, compiler):
     compiler(GOOD)
     record = build.build(room)
-    assert files(room) == {build.OBJECT, build.RECORD, ".kernels.lock"}
+    assert files(room) == {build.OBJECT, build.RECORD}
     assert json.loads((room / build.RECORD).read_text()) == record
     content = (room / build.OBJECT).read_bytes()
     assert record["built"]
@@ -65,13 +65,31 @@ def test_each_variant_has_its_flags_and_name(room, compiler):
         assert variants == ["AMX", "AVX512", "AVX2", "DEFAULT"]
 
 
+KNOWS_NO_AMX = """
+case "$*" in *-mamx*) echo "c++: error: unrecognized command-line option '-mamx-tile'"; exit 1;; esac
+"""
+
+
+@pytest.mark.skipif(build.machine() != "linux-x86_64", reason="elsewhere no instruction set is optional")
+def test_an_old_compiler_leaves_out_what_it_does_not_know(room, compiler):
+    compiler(KNOWS_NO_AMX + GOOD)
+    done = start(room)
+    why = "c++ failed: c++: error: unrecognized command-line option '-mamx-tile'"
+    assert done.communicate()[0].endswith(f"AVX512, AVX2, DEFAULT, by stub 1.0\nLeft out: AMX, {why}\n")
+    assert done.returncode == 0
+    assert b"variants AVX512,AVX2,DEFAULT\0" in (room / build.OBJECT).read_bytes()
+    record = json.loads((room / build.RECORD).read_text())
+    assert (record["variants"], record["left_out"]) == (["AVX512", "AVX2", "DEFAULT"], {"AMX": why})
+    assert build.fault(room) is None
+
+
 def test_no_compiler(room, compiler):
     compiler(None)
     why = "no C++ compiler was found (looked on PATH for c++, g++, clang++)"
     assert build.build(room) == {"built": False, "why": why, "output": ""}
-    assert files(room) == {build.RECORD, ".kernels.lock"}
+    assert files(room) == {build.RECORD}
     assert build.fault(room) == (
-        f"the kernel was not compiled at installation: {why}; with a C++ compiler on PATH, {again(room)}"
+        f"the kernel was not compiled at installation: {why}; with a C++ compiler on PATH or in CXX, {again(room)}"
     )
 
 
@@ -82,6 +100,18 @@ def test_a_compiler_that_cxx_names(room, compiler, monkeypatch):
     assert build.build(room)["built"]
     monkeypatch.setenv("CXX", "another")
     assert build.attempt(room / "x", room)["why"] == "the compiler that CXX names was not found: another"
+    monkeypatch.setenv("CXX", "other 'half")
+    assert build.attempt(room / "x", room)["why"] == "CXX is not a command (No closing quotation): other 'half"
+
+
+def test_quotation_marks_on_windows(monkeypatch):
+    monkeypatch.setattr(build, "_IS_WINDOWS", True)
+    monkeypatch.setenv("CXX", r'"C:\Program Files\cl.exe" /x')
+    with pytest.raises(
+        build.CompileError, match=r"^the compiler that CXX names was not found: C:\\Program Files\\cl.exe$"
+    ):
+        build._compiler()
+    assert build.rebuild_command(Path("a b")) == f'python "{Path("a b", "build.py")}"'
 
 
 FAILS = """
@@ -114,7 +144,7 @@ def test_a_compiler_that_fails(room, compiler, name):
     record = build.build(room)
     assert record["why"].startswith(why)
     assert json.loads((room / build.RECORD).read_text()) == record
-    assert files(room) == {build.RECORD, ".kernels.lock"}
+    assert files(room) == {build.RECORD}
     assert why in build.fault(room)
     if name == "fails":
         assert record["output"].startswith("c++ -c -std=c++17")
@@ -133,14 +163,13 @@ def test_a_failed_build_takes_away_only_what_may_not_be_loaded(room, compiler, s
 
     (room / "source" / "products.h").write_text("// other products\n")
     assert not build.build(room, keeps_current=True)["built"]
-    assert files(room) == {build.RECORD, ".kernels.lock"}
+    assert files(room) == {build.RECORD}
 
 
 def test_faults_of_what_is_there(room, compiler):
     path, record = room / build.OBJECT, room / build.RECORD
-    assert build.fault(room) == (
-        f"the kernel was not compiled for this copy of the package; with a C++ compiler on PATH, {again(room)}"
-    )
+    compile_it = f"with a C++ compiler on PATH or in CXX, {again(room)}"
+    assert build.fault(room) == f"the kernel was not compiled for this copy of the package; {compile_it}"
     compiler(GOOD)
     build.build(room)
     content, said = path.read_bytes(), record.read_bytes()
@@ -161,6 +190,13 @@ def test_faults_of_what_is_there(room, compiler):
     assert build.fault(room) == (f"{path} is damaged (its sha256 is not the one in {build.RECORD}): {again(room)}")
     path.write_bytes(content)
     assert build.fault(room) is None
+
+
+def test_a_package_inside_an_archive(tmp_path):
+    archive = tmp_path / "package.zip"
+    archive.touch()
+    why = "is inside an archive, which no shared object is loaded from: install the package with pip"
+    assert build.fault(archive / "native") == f"{archive / 'native'} {why}"
 
 
 def test_another_machine(room, compiler):
@@ -254,7 +290,7 @@ def test_what_two_builds_made_is_put_in_place_one_after_the_other(room, compiler
             time.sleep(0.01)  # the variants, the text, and what links them
         time.sleep(0.1)
         assert done.poll() is None
-        assert files(room) == {".kernels.lock"}
+        assert not files(room)
     said = done.communicate()[0]
     assert done.returncode == 0, said
     assert build.fault(room) is None

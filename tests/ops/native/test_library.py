@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,15 +117,51 @@ X86 = ("DEFAULT", "AVX2", "AVX512", "AMX")
         ("SVE256", False, X86[:1]),
     ],
 )
-def test_variants_are_those_of_the_capability(monkeypatch, capability, has_tiles, variants):
+def test_variants_are_those_of_the_capability(room, monkeypatch, capability, has_tiles, variants):
+    has_all(monkeypatch)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: has_tiles)
-    library.kernel.cache_clear()
     assert library.variants() == variants
     for other in {*X86, "SVE256"} - {*variants}:
         with pytest.raises(ValueError, match="capability must be one of DEFAULT.* on this processor: got "):
             library.kernel(other)
+
+
+def has_all(monkeypatch) -> None:
+    """A processor and an object that have all."""
+    monkeypatch.setattr(
+        library, "_load", lambda: (SimpleNamespace(**{library._SYMBOL + name: 0 for name in X86}), None)
+    )
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    tiles = {"amx_tile": True, "amx_bf16": True, "avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: tiles, raising=False)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True, raising=False)
+
+
+@pytest.mark.parametrize("name", ["get_capabilities", "_init_amx"])
+def test_a_torch_that_cannot_be_asked_for_tiles(monkeypatch, name):
+    has_all(monkeypatch)
+    monkeypatch.delattr(torch.cpu, name)
+    assert library.variants() == X86[:3]
+
+
+@pytest.mark.parametrize("name", ["amx_tile", "amx_bf16", "avx512_bf16"])
+def test_a_processor_that_has_not_all_that_tiles_need(monkeypatch, name):
+    has_all(monkeypatch)
+    torch.cpu.get_capabilities()[name] = False
+    assert library.variants() == X86[:3]
+
+
+@needs_new_torch
+@needs_compiler
+def test_an_object_that_has_less_than_the_processor(room, monkeypatch):
+    """As by a compiler that knows no AMX."""
+    monkeypatch.setitem(build._VARIANTS, build.machine(), {"DEFAULT": []})
+    assert build.build(room)["built"]
+    assert library.variants() == ("DEFAULT",)
+    assert library.kernel()(None, None, 0) == 40
+    with pytest.raises(ValueError, match="capability must be one of DEFAULT on this processor: got 'AVX2'"):
+        library.kernel("AVX2")
 
 
 @needs_new_torch

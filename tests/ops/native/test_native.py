@@ -108,6 +108,17 @@ def test_scales(scale):
     compare("path", Grid(4, 5), make_leaves("path", Grid(4, 5)), scale=scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=case_id)
+def test_weights_are_at_most_1_beside_huge_scores(dtype):
+    """The backward pass makes them again; tiles of bfloat16 add up a score of 1e9 otherwise than it does, by 100."""
+    layout = Grid(5, 9)
+    leaves = make_leaves("causal", layout, head_dim=32, dtype=dtype)
+    out, _, _, dv, _ = run("causal", layout, leaves, torch.ones(leaves[0].shape), backend="native", scale=1e9)
+    assert out.isfinite().all()
+    assert (dv >= 0).all()
+    assert (dv <= layout.num_tokens).all()
+
+
 @kinds
 @pytest.mark.parametrize("variant", library.variants() if library.reason() is None else [])
 def test_every_instruction_set_of_this_machine(monkeypatch, variant, kind):
@@ -164,6 +175,18 @@ class TestMasks:
     def test_rows_far_apart_of_different_values(self, kind):
         attn_mask = -9e4 * torch.rand(19, 1) + torch.randn(2, 3, 19, 19)
         compare(kind, self.LAYOUT, make_leaves(kind, self.LAYOUT), attn_mask=attn_mask)
+
+    @pytest.mark.parametrize("size", [1e30, 1e34])
+    def test_rows_without_anything_beside_huge_scores(self, size):
+        """A score of 1e31 moves what stands for "nothing" in float32."""
+        attn_mask = torch.rand(19, 19) > 0.5
+        attn_mask[[0, 4]] = False
+        q, k, v = make_leaves("none", self.LAYOUT)
+        q.requires_grad_()
+        out = decay_attention(size * q, k, v, attn_mask=attn_mask, backend="native")
+        (dq,) = torch.autograd.grad(out.sum(), q)
+        assert not out[:, :, [0, 4]].any()
+        assert not dq[:, :, [0, 4]].any()
 
     @pytest.mark.parametrize("num_rows", [1, 19])
     def test_any_strides(self, num_rows):

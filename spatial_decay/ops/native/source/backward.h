@@ -14,6 +14,13 @@
 namespace {
 
 constexpr int64_t BACKWARD_KEYS = 256, BACKWARD_QUERIES = 48;
+// Whether S comes out as in forward, bit for bit, so that none is above its peak. What tiles add up in their own order
+// may be, by some 1e-7 of S, which is much where S is 1e9.
+#if defined(__AMX_BF16__)
+constexpr bool ROUNDS_ALIKE = false;
+#else
+constexpr bool ROUNDS_ALIKE = true;
+#endif
 
 // P and dS of GROUP queries and the keys from j on: s holds S without decay and becomes P, ds holds dP and becomes dS.
 template <Formula F>
@@ -31,7 +38,8 @@ void differentiate(float* s, float* ds, int64_t lds, const Row* rows, const floa
                    : F == GAUSSIAN ? load(shapes.data + r * shapes.stride + x)
                                    : shape<F>(row[r], keys);
       const vf y = with_decay<F>(load(s + r * lds + x), row[r], keys, m);
-      const vf p = exp2v((y - peak[r]) - log_sum[r]);
+      const vf below = (y - peak[r]) - log_sum[r];
+      const vf p = exp2v(ROUNDS_ALIKE ? below : minimum(vf{}, below));
       const vf g = p * (load(ds + r * lds + x) - delta[r]);
       store(s + r * lds + x, p);
       store(ds + r * lds + x, g);
@@ -72,7 +80,8 @@ void backward(int64_t, int64_t, void* context) {
   NoSubnormals no_subnormals;
 
   int64_t image = -1, sequence = -1;
-  for (int64_t item; (item = task.take()) < num_sequences * task.parts;) {
+  Items items(task);
+  for (int64_t item; items.take(&item);) {
     const int64_t part = item % task.parts;
     const Sequence at = sequence_of(p, item / task.parts);
     if (image != at.image) read_positions(p, at, padded + BACKWARD_KEYS, tokens), image = at.image;
@@ -144,8 +153,9 @@ void backward(int64_t, int64_t, void* context) {
     }
     for (int64_t m = 0; m < M; m++)
       for (int64_t i = 0; i < L; i++) dnumbers[m][i] += of_rows[m][i];
-    const Features dq_part = {task.dq_parts + item * L * d, d, FLOAT32};
-    unpack(dq, dp, L, d, &scale, 0, task.dq_parts ? dq_part : features(p, p.dq, p.dq_strides, at), 0);
+    const Features of_dq = task.dq_parts ? Features{task.dq_parts + item * L * d, d, FLOAT32}
+                                         : features(p, p.dq, p.dq_strides, at);
+    unpack(dq, dp, L, d, &scale, 0, of_dq, 0);
   }
 }
 

@@ -1,6 +1,6 @@
 // How forward computes its products, for any dtype: in floats. tiles.h has the other way, with the same interface.
 //
-//     scores    S (ROWS, n) = Q K^T          mix    O (ROWS, d) += P V
+//     scores    S (m, n) = Q K^T          mix    O (m, d) += P V          for m <= ROWS queries
 #pragma once
 #include "problem.h"
 #include "products.h"
@@ -33,15 +33,15 @@ class Floats {
     pack(x, first, n, rows, d, dp, scale, q);
   }
 
-  void scores(int64_t i, int64_t j, int64_t n, Start start, float* s, int64_t lds) const {
-    product_with_panels(ROWS, n, d, q + i * dp, dp, k + j * d, start, s, lds);
+  void scores(int64_t i, int64_t m, int64_t j, int64_t n, Start start, float* s, int64_t lds) const {
+    product_with_panels(m, n, d, q + i * dp, dp, k + j * d, start, s, lds);
   }
 
   static Weight* weights(float* s, int64_t) { return s; }  // P takes the place of S
   static int64_t row_of_weights(int64_t lds) { return lds; }
   static void store_weights(Weight* to, vf x) { store(to, x); }
-  void mix(const Weight* weights, int64_t ldp, int64_t j, int64_t n, float* o) const {
-    product<false>(ROWS, dp, n, weights, ldp, v + j * dp, dp, j ? Start{o, dp} : FROM_ZERO, o, dp);
+  void mix(const Weight* weights, int64_t ldp, int64_t m, int64_t j, int64_t n, float* o) const {
+    product<false>(m, dp, n, weights, ldp, v + j * dp, dp, j ? Start{o, dp} : FROM_ZERO, o, dp);
   }
 
  private:

@@ -24,9 +24,26 @@ struct Task {
   int64_t next = 0, error = 0;
   float *dq_parts = nullptr, *dnumber_parts = nullptr;
 
-  // The next piece of work, in any order: what a piece gives does not depend on who does it.
-  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+  int64_t num_items() const { return p.batch * p.lines * p.heads * parts; }
   void fail() { __atomic_store_n(&error, 1, __ATOMIC_RELAXED); }
+};
+
+// A thread's share of the work: a few neighbours at a time, whose features lie beside each other. Who takes what is left
+// to chance: what an item gives does not depend on it.
+class Items {
+ public:
+  explicit Items(Task& task) : task(task), count(least(task.p.heads, task.num_items() / (8 * task.p.threads))) {
+    if (count < 1 || task.parts > 1) count = 1;
+  }
+  bool take(int64_t* item) {
+    if (at == end) at = __atomic_fetch_add(&task.next, count, __ATOMIC_RELAXED), end = at + count;
+    *item = at++;
+    return *item < task.num_items();
+  }
+
+ private:
+  Task& task;
+  int64_t count, at = 0, end = 0;
 };
 
 // Adds the decay to the scores (GROUP, n) of the keys from j on and finds the largest of each row.
@@ -95,7 +112,8 @@ void forward(int64_t, int64_t, void* context) {
   NoSubnormals no_subnormals;
 
   int64_t image = -1, sequence = -1;
-  for (int64_t item; (item = task.take()) < num_sequences * task.parts;) {
+  Items items(task);
+  for (int64_t item; items.take(&item);) {
     const int64_t part = item % task.parts;
     const Sequence at = sequence_of(p, item / task.parts);
     if (image != at.image) read_positions(p, at, padded + FORWARD_QUERIES, tokens), image = at.image;
@@ -111,18 +129,19 @@ void forward(int64_t, int64_t, void* context) {
       for (int64_t j = 0; j < padded; j += keys) {
         const int64_t n = least(keys, padded - j);
         for (int64_t i = 0; i < rows; i += ROWS) {
+          const int64_t m = least(ROWS, up(count - i, GROUP));  // the last tile may have fewer
           Start start = {tokens.bias + j, 0};
           if (has_pair_mask(p) && !Arithmetic::SCALES_LATER) {
-            for (int64_t r = 0; r < ROWS; r++) read_mask(p, at, least(first + i + r, L - 1), j, n, s + r * lds);
+            for (int64_t r = 0; r < m; r++) read_mask(p, at, least(first + i + r, L - 1), j, n, s + r * lds);
             start = {s, lds};
           }
-          products.scores(i, j, n, start, s, lds);
-          for (int64_t r = 0; r < ROWS && Arithmetic::SCALES_LATER; r++) {
+          products.scores(i, m, j, n, start, s, lds);
+          for (int64_t r = 0; r < m && Arithmetic::SCALES_LATER; r++) {
             if (has_pair_mask(p)) read_mask(p, at, least(first + i + r, L - 1), j, n, mask);
             scale_and_mask(s + r * lds, n, scale, has_pair_mask(p) ? mask : tokens.bias + j);
           }
           float peaks[ROWS];
-          for (int64_t r = 0; r < ROWS; r += GROUP) {
+          for (int64_t r = 0; r < m; r += GROUP) {
             Row group[GROUP];
             for (int64_t g = 0; g < GROUP; g++) {
               group[g] = row_of(p, at, tokens, least(first + i + r + g, L - 1));
@@ -133,7 +152,7 @@ void forward(int64_t, int64_t, void* context) {
           }
           const int64_t ldp = products.row_of_weights(lds);
           typename Arithmetic::Weight* weights = products.weights(s, lds);
-          for (int64_t r = 0; r < ROWS; r++) {
+          for (int64_t r = 0; r < m; r++) {
             const float old = j ? peak[i + r] : NOTHING, now = peaks[r] > old ? peaks[r] : old;
             const float mine = exponentiate<Arithmetic>(s + r * lds, n, now, weights + r * ldp);
             const float shrink = j ? exp2_of(old - now) : 0;
@@ -142,13 +161,14 @@ void forward(int64_t, int64_t, void* context) {
             if (j && now != old)
               for (int64_t x = 0; x < dp; x += W) store(o + (i + r) * dp + x, load(o + (i + r) * dp + x) * shrink);
           }
-          products.mix(weights, ldp, j, n, o + i * dp);
+          products.mix(weights, ldp, m, j, n, o + i * dp);
         }
       }
       float *peaks = p.rows + sequence * L + first, *sums = peaks + num_sequences * L;
       for (int64_t i = 0; i < count; i++) {
         // A query that may attend to nothing: O = 0 by its factor, and backward 2^(S - peak) = 0.
-        const bool is_empty = peak[i] <= NOTHING;
+        // Half of it: a score of 1e31 and more moves what a mask put at NOTHING.
+        const bool is_empty = peak[i] <= NOTHING / 2;
         peaks[i] = is_empty ? -NOTHING : peak[i];
         sums[i] = is_empty ? 0 : __builtin_log2f(total[i]);
         total[i] = is_empty ? 0 : 1 / total[i];

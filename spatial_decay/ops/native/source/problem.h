@@ -43,37 +43,47 @@ INLINE Sequence sequence_of(const Problem& p, int64_t index) {
 struct Features {
   void* data;
   int64_t stride, dtype;
+  int64_t ahead = 0;  // from here to the sequence that comes next, which is fetched into the cache meanwhile
 };
 
 INLINE Features features(const Problem& p, const void* x, const int64_t* strides, Sequence s) {
   const int64_t size = p.dtype == FLOAT32 ? 4 : 2;
   const int64_t offset = s.image * strides[0] + s.line * strides[1] + s.head * strides[2];
-  return {(char*)x + offset * size, strides[3], p.dtype};
+  int64_t ahead = strides[2];
+  if (s.head + 1 == p.heads) ahead += (s.line + 1 < p.lines ? strides[1] : strides[0]) - p.heads * strides[2];
+  return {(char*)x + offset * size, strides[3], p.dtype, ahead};
 }
 
 template <class T>
-void pack_as(const T* x, int64_t stride, int64_t n, int64_t d, int64_t dp, float factor, float* out) {
+void pack_as(const T* __restrict x, int64_t stride, int64_t n, int64_t d, int64_t dp, float factor, int64_t ahead,
+             float* __restrict out) {
+  const int64_t whole = d / W * W;
   for (int64_t i = 0; i < n; i++, x += stride, out += dp) {
-    for (int64_t j = 0; j < d; j++) out[j] = read(x[j]) * factor;
-    for (int64_t j = d; j < dp; j++) out[j] = 0;
+    for (int64_t j = 0; j < whole; j += W) {
+      __builtin_prefetch(x + j + ahead);
+      UNROLL for (int64_t l = 0; l < W; l++) out[j + l] = read(x[j + l]) * factor;
+    }
+    for (int64_t j = whole; j < dp; j++) out[j] = j < d ? read(x[j]) * factor : 0;
   }
 }
 
 // n tokens from the first on, times factor, as rows of dp floats; zeros from d and from n on, up to `padded` rows.
 void pack(Features x, int64_t first, int64_t n, int64_t padded, int64_t d, int64_t dp, float factor, float* out) {
   const int64_t from = first * x.stride;
-  if (x.dtype == FLOAT32) pack_as((const float*)x.data + from, x.stride, n, d, dp, factor, out);
-  if (x.dtype == BFLOAT16) pack_as((const BFloat16*)x.data + from, x.stride, n, d, dp, factor, out);
-  if (x.dtype == FLOAT16) pack_as((const Float16*)x.data + from, x.stride, n, d, dp, factor, out);
+  if (x.dtype == FLOAT32) pack_as((const float*)x.data + from, x.stride, n, d, dp, factor, x.ahead, out);
+  if (x.dtype == BFLOAT16) pack_as((const BFloat16*)x.data + from, x.stride, n, d, dp, factor, x.ahead, out);
+  if (x.dtype == FLOAT16) pack_as((const Float16*)x.data + from, x.stride, n, d, dp, factor, x.ahead, out);
   memset(out + n * dp, 0, (padded - n) * dp * 4);
 }
 
 template <class T>
-void unpack_as(const float* x, int64_t dp, int64_t n, int64_t d, const float* factors, int64_t step, T* out,
-               int64_t stride) {
+void unpack_as(const float* __restrict x, int64_t dp, int64_t n, int64_t d, const float* factors, int64_t step,
+               T* __restrict out, int64_t stride) {
+  const int64_t whole = d / W * W;
   for (int64_t i = 0; i < n; i++, x += dp, out += stride, factors += step) {
     const float factor = *factors;
-    for (int64_t j = 0; j < d; j++) write(x[j] * factor, out + j);
+    for (int64_t j = 0; j < whole; j += W) UNROLL for (int64_t l = 0; l < W; l++) write(x[j + l] * factor, out + j + l);
+    for (int64_t j = whole; j < d; j++) write(x[j] * factor, out + j);
   }
 }
 
@@ -158,7 +168,7 @@ struct Scratch {
   char* memory = nullptr;
   int64_t used = 0;
   float* take(int64_t floats) {
-    float* piece = (float*)(memory + used);
+    float* piece = memory ? (float*)(memory + used) : nullptr;
     used += up(floats * 4, 64);
     return piece;
   }

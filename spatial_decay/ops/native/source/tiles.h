@@ -83,14 +83,14 @@ class Tiles {
       for (int64_t l = 0; l < dp; l += 32) store((float*)(q + i * dp + l), load(x, first + i, first + n, l));
   }
 
-  void scores(int64_t i, int64_t j, int64_t n, Start, float* s, int64_t lds) const {
+  void scores(int64_t i, int64_t, int64_t j, int64_t n, Start, float* s, int64_t lds) const {
     product_by_tiles(n, dp, q + i * dp, dp, k + j * dp / 2, 8 * dp, false, s, lds);
   }
 
   Weight* weights(float*, int64_t) const { return p; }
   static int64_t row_of_weights(int64_t) { return KEYS + UNIT; }
   static void store_weights(Weight* to, vf x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
-  void mix(const Weight* weights, int64_t ldp, int64_t j, int64_t n, float* o) const {
+  void mix(const Weight* weights, int64_t ldp, int64_t, int64_t j, int64_t n, float* o) const {
     product_by_tiles(dp, n, weights, ldp, v + j * 8, 8 * padded, j > 0, o, dp);
   }
 

@@ -75,17 +75,23 @@ INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
 #endif
 
+typedef float v4 __attribute__((vector_size(16)));
+
 INLINE float sum(vf x) {
-  float lanes[W];
-  store(lanes, x);
-  UNROLL for (int64_t n = W / 2; n; n /= 2) UNROLL for (int64_t i = 0; i < n; i++) lanes[i] += lanes[i + n];
-  return lanes[0];
+  v4 parts[W / 4];
+  memcpy(parts, &x, BYTES);
+  v4 y = parts[0];
+  UNROLL for (int64_t i = 1; i < W / 4; i++) y += parts[i];
+  return (y[0] + y[2]) + (y[1] + y[3]);
 }
 
 INLINE float largest(vf x) {
-  float y = x[0];
-  UNROLL for (int64_t i = 1; i < W; i++) y = x[i] > y ? x[i] : y;
-  return y;
+  v4 parts[W / 4];
+  memcpy(parts, &x, BYTES);
+  v4 y = parts[0];
+  UNROLL for (int64_t i = 1; i < W / 4; i++) y = parts[i] > y ? parts[i] : y;
+  const float even = y[2] > y[0] ? y[2] : y[0], odd = y[3] > y[1] ? y[3] : y[1];
+  return odd > even ? odd : even;
 }
 
 // 2^x for x < 128, relative error 3e-7; 0 from -127 down. 2^x = 2^n 2^r with n the nearest whole number: 2^r by a
@@ -102,6 +108,7 @@ INLINE vf exp2v(vf x) {
   p = p * r + 1.0f;
   return (vf)((vi)p + ((vi)shifted << 23));
 }
+
 // While one lives, numbers below 2^-126 count as 0 on this thread: with them an Intel processor takes 100 cycles for a
 // product, and weights of far keys are full of them.
 class NoSubnormals {
