@@ -78,22 +78,26 @@ class Inputs:
         """What is done with any of the tensors for which operators of our own have no rules, as reasons."""
         if torch.compiler.is_compiling():
             return []
-        decay, mask = self.decay, self.attn_mask
-        tensors = (
-            self.q,
-            self.k,
-            self.v,
-            *(() if decay is None else decay.numbers),
-            *(() if mask is None else (mask,)),
-        )
         reasons = []
-        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, self._tensors)):
             reasons.append("inside a torch.func transform (needs none)")
-        elif forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            reasons.append("forward-mode derivatives (needs none)")
+        reasons += self.forward_mode
         if torch._C._get_tracing_state() is not None:
             reasons.append("torch.jit.trace, which cannot record such an operator (needs torch.export)")
         return reasons
+
+    @property
+    def forward_mode(self) -> list[str]:
+        """Whether a tensor carries a tangent, as a reason; torch.func.jvp's are hidden in its own."""
+        if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+            return []
+        has_tangent = any(forward_ad.unpack_dual(x).tangent is not None for x in self._tensors)
+        return ["forward-mode derivatives (needs none)"] if has_tangent else []
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        numbers = () if self.decay is None else self.decay.numbers
+        return [x for x in (self.q, self.k, self.v, self.attn_mask, *numbers) if x is not None]
 
     def shared_reasons(self) -> list[str]:
         """What no backend can but `sdpa` and `math`."""

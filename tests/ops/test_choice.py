@@ -1,7 +1,5 @@
 """What "auto" chooses on the CPU, and that it says so."""
 
-import warnings
-
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -126,11 +124,10 @@ def test_auto_under_forward_mode_and_transforms_of_one_tensor(with_decay):
         torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, expected)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.jit's own age, and of sizes that become constants
 def test_auto_takes_what_torch_jit_can_trace():
     q, decay = torch.randn(1, 1, 9, 8), ManhattanDecay(-torch.rand(1, 1, 9), Grid(3, 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.jit's own age, and of sizes that become constants
-        traced = torch.jit.trace(lambda q: decay_attention(q, q, q, decay), (q,))
+    traced = torch.jit.trace(lambda q: decay_attention(q, q, q, decay), (q,))
     torch.testing.assert_close(traced(2 * q), decay_attention(2 * q, 2 * q, 2 * q, decay))
 
 

@@ -50,7 +50,9 @@ def test_a_mask_that_alone_needs_a_gradient_does_not_go_to_cuda_kernels():
     )
 
     def reasons(q, v, decay):
-        return sdpa.unsupported_reasons(SimpleNamespace(q=q, k=frozen, v=v, decay=decay, attn_mask=None))
+        return sdpa.unsupported_reasons(
+            SimpleNamespace(q=q, k=frozen, v=v, decay=decay, attn_mask=None, forward_mode=[])
+        )
 
     assert reasons(frozen, frozen, trained) == [
         "on cuda, only the decay requires grad (needs q, k or v to require grad too)"

@@ -356,10 +356,10 @@ def test_it_says_all_that_it_cannot():
     assert str(caught.value).splitlines()[1:-1] == [
         "  - torch.float64 (needs float32, float16 or bfloat16)",
         "  - head_dim=130 (needs at most 128)",
-        "  - dropout_p=0.1 (needs 0)",
         "  - scale=-1.0 (needs one above 0)",
-        "  - attn_mask requires grad (needs one without)",
         "  - attn_mask differs from query to query (needs one over keys, (B, 1, 1, L))",
+        "  - dropout_p=0.1 (needs 0)",
+        "  - attn_mask requires grad (needs one without)",
     ]
 
 
