@@ -1,0 +1,147 @@
+"""`python -m spatial_decay demo`: a photograph through a model of one's own, and how far each patch looks."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spatial_decay.command import CommandError
+from spatial_decay.folders import reading
+from spatial_decay.swap import load_swapped
+
+__all__ = ["draw"]
+
+_CONFIG, _SWAP, _PREPROCESSING = "config.json", "spatial_decay.json", "preprocessor_config.json"
+_NEEDED = (
+    "a folder that save_swapped or spatial_decay.integrations.hub.save_pretrained has written (docs/save_and_load.md). "
+    "There is no picture without a trained model: reach is what training has made."
+)
+# Of a model that says nothing of them: those of ImageNet, and a side that fits in the memory of any machine.
+_MEAN, _STD, _SIDE, _MULTIPLE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, 32
+
+
+def draw(photo: Path, model_folder: Path | None, out: Path) -> str:
+    """Draw within how many grid steps half of each patch's attention lies, for every layer and head.
+
+    Args:
+        photo: An image file.
+        model_folder: Of save_swapped (models of transformers) or of integrations.hub.
+        out: The picture to write; its ending names the format.
+
+    Returns:
+        What was drawn, in a sentence.
+
+    Raises:
+        CommandError: the photograph or the folder cannot be used, a package is missing, or the picture cannot be
+            written.
+    """
+    if model_folder is None:
+        raise CommandError(f"--model is missing: {_NEEDED}")
+    with _said_by_the_extra("viz"):
+        viz = importlib.import_module("spatial_decay.viz")
+        pillow = importlib.import_module("PIL.Image")
+    with _in_one_line(f"{photo} cannot be read as an image"), pillow.open(photo) as image:
+        picture = importlib.import_module("PIL.ImageOps").exif_transpose(image).convert("RGB")
+    model, said = _load(model_folder)
+    with _in_one_line(f"the model of {model_folder} cannot be run on a photograph"):
+        images, shown = _prepared(picture, said)
+        layers = viz.record(model, images)
+    with _in_one_line(f"{out} cannot be written"):
+        viz.plot_reach(layers, shown).savefig(out)
+    heads, (height, width) = layers[0].q.shape[1], layers[0].layout.size
+    return (
+        f"Wrote {out}: {type(model).__name__} of {model_folder}, layers with decay: {len(layers)}; "
+        f"in the first {heads} heads and {height} x {width} tokens."
+    )
+
+
+def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and what config.json and preprocessor_config.json say, one dictionary."""
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "not there"
+        raise CommandError(f"--model {folder} is {what}. It must be {_NEEDED}")
+    with _in_one_line(f"--model {folder} cannot be read"), reading(folder, _CONFIG) as directory:
+        is_swapped = (directory / _SWAP).is_file()
+        texts = [(directory / name).read_text() for name in (_CONFIG, _PREPROCESSING) if (directory / name).is_file()]
+        said: dict[str, Any] = {}
+        for text in texts:
+            said |= json.loads(text)
+    if not is_swapped and not isinstance(said.get("config"), dict):
+        raise CommandError(f"--model {folder} holds no model with decay: no {_SWAP}. It must be {_NEEDED}")
+    with _said_by_the_extra("hf"), _in_one_line(f"--model {folder} cannot be loaded"):
+        if is_swapped:
+            return load_swapped(_class_of_transformers(folder, said), folder).eval(), said
+        hub = importlib.import_module("spatial_decay.integrations.hub")
+        return hub.from_pretrained(folder), said | said["config"]
+
+
+def _class_of_transformers(folder: Path, said: dict[str, Any]) -> type[nn.Module]:
+    """The class that transformers' config.json names."""
+    if "_class_name" in said:
+        raise CommandError(
+            f"--model {folder} is of diffusers' {said['_class_name']}, which takes latents and a time step, no "
+            "photograph. spatial_decay.viz.record takes any call of it in Python."
+        )
+    with _said_by_the_extra("hf"):
+        transformers = importlib.import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    name = next(iter(said.get("architectures") or ()), None)
+    model_class = getattr(transformers, str(name), None)
+    if not isinstance(model_class, type) or not issubclass(model_class, nn.Module):
+        raise CommandError(
+            f"--model {folder} has a config.json whose architectures name no class of transformers: got {name!r}."
+        )
+    return model_class
+
+
+def _prepared(picture: Any, said: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The photograph as the model takes it, and as it is to be shown: (1, C, height, width) each.
+
+    The middle of it is cut out in the model's proportions. A model of no size of its own gets all of it, up to twice as
+    long as it is wide: the shorter side as 224 pixels, the other to the nearest 32.
+    """
+    size = said.get("img_size", said.get("image_size"))
+    if size is None:
+        shorter = min(picture.size)
+        width, height = (round(_SIDE * min(side / shorter, 2) / _MULTIPLE) * _MULTIPLE for side in picture.size)
+    else:
+        height, width = (size, size) if isinstance(size, int) else size
+    image_ops = importlib.import_module("PIL.ImageOps")
+    fitted = image_ops.fit(picture, (width, height))
+    shown = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    shown = shown.permute(2, 0, 1)[None] / 255
+    channels = said.get("in_chans", said.get("num_channels", 3))
+    if channels not in (1, 3):
+        raise CommandError(f"the model takes {channels} channels; a photograph has 3, or 1 as grey.")
+    images = shown if channels == 3 else shown.mean(1, keepdim=True)
+    mean, std = (
+        torch.tensor(said.get(name, default)) for name, default in (("image_mean", _MEAN), ("image_std", _STD))
+    )
+    mean, std = (x if len(x) == channels else x.mean(0, keepdim=True) for x in (mean, std))
+    return (images - mean[:, None, None]) / std[:, None, None], shown
+
+
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Whatever a library raises over a user's file becomes one line; our own errors and missing packages stay."""
+    try:
+        yield
+    except (CommandError, ImportError):
+        raise
+    except Exception as error:
+        raise CommandError(f"{what}: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def _said_by_the_extra(extra: str) -> Iterator[None]:
+    """A missing package becomes a line that names the extra."""
+    try:
+        yield
+    except ImportError as error:
+        raise CommandError(f'{error.name or error} is missing: pip install "spatial-decay[{extra}]"') from error
