@@ -27,19 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Without a command: versions, devices, which backends run here, why others cannot, a self-check.",
     )
     parser.add_argument("--all", action="store_true", help="check the backends too that have to compile first")
-    commands = parser.add_subparsers(dest="command", metavar="demo")
+    commands = parser.add_subparsers(dest="command", metavar="[demo]")
     demo = commands.add_parser(
         "demo", help="draw how far each patch of a photograph looks", description="Draw a reach map of a trained model."
     )
     demo.add_argument("photo", type=Path, help="an image file")
     demo.add_argument("--model", type=Path, help="a folder of save_swapped, or of integrations.hub.save_pretrained")
+    demo.add_argument("--layers", type=int, nargs="+", metavar="N", help="which to draw, from 0 (four, evenly spread)")
     demo.add_argument("--out", type=Path, default=Path("reach.png"), help="the picture to write (reach.png)")
     given = parser.parse_args(arguments)
     try:
         if given.command == "demo":
             from spatial_decay.command.demo import draw
 
-            print(draw(given.photo, given.model, given.out))
+            print(draw(given.photo, given.model, given.out, given.layers))
             return 0
         return _report(is_full=given.all)
     except CommandError as error:

@@ -14,7 +14,7 @@ import torch
 
 import spatial_decay as sd
 from spatial_decay.__main__ import main
-from spatial_decay.command import check
+from spatial_decay.command import check, demo
 from spatial_decay.ops import tiled
 from spatial_decay.ops.choice import BACKENDS
 
@@ -97,11 +97,17 @@ def test_all_backends_are_checked_when_asked_for(capsys, one_kind):
 def test_demo_draws(photo, folder, tmp_path, capsys):
     out = tmp_path / "reach.png"
     assert main(["demo", str(photo), "--model", str(folder), "--out", str(out)]) == 0
-    assert capsys.readouterr().out == (
-        f"Wrote {out}: ViT of {folder}, layers with decay: 2; in the first 2 heads and 4 x 6 tokens.\n"
-    )
+    assert capsys.readouterr().out == f"Wrote {out}: ViT of {folder}, 2 of 2 layers with decay: 0, 1.\n"
     height, width, _ = matplotlib.image.imread(out).shape
     assert min(height, width) > 100
+
+
+def test_demo_draws_four_layers_or_those_that_are_named(photo, folder, capsys):
+    assert demo._chosen(None, 4) == [0, 1, 2, 3]
+    assert demo._chosen(None, 14) == [0, 4, 8, 13]
+    assert demo._chosen([5, 2], 14) == [5, 2]
+    arguments = ["demo", str(photo), "--model", str(folder), "--layers", "0", "2"]
+    assert_one_line(arguments, "--layers must be numbers from 0 to 1: got 0, 2.", capsys)
 
 
 def config(tmp_path, **said):
@@ -140,7 +146,7 @@ def test_demo_says_what_is_wrong_with_a_photograph(folder, tmp_path, capsys):
 
 
 def test_demo_says_what_is_wrong_with_the_picture(photo, folder, tmp_path, capsys):
-    for name, said in (("no/reach.png", "No such file"), ("reach.docx", "docx")):
+    for name, said in (("no/reach.png", "there is no folder"), ("reach.docx", "docx")):
         out = tmp_path / name
         arguments = ["demo", str(photo), "--model", str(folder), "--out", str(out)]
         assert_one_line(arguments, f"{out} cannot be written: ", capsys, said)
@@ -188,5 +194,5 @@ def test_demo_of_a_swapped_model_in_a_process_without_a_display(photo, tmp_path)
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("ViTModel of vit, layers with decay: 1; in the first 2 heads and 4 x 4 tokens.\n")
+    assert done.stdout.endswith("ViTModel of vit, 1 of 1 layers with decay: 0.\n")
     assert (tmp_path / "reach.png").stat().st_size > 1000

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from spatial_decay.swap import load_swapped
 __all__ = ["draw"]
 
 _CONFIG, _SWAP, _PREPROCESSING = "config.json", "spatial_decay.json", "preprocessor_config.json"
+_LAYERS = 4
 _NEEDED = (
     "a folder that save_swapped or spatial_decay.integrations.hub.save_pretrained has written (docs/save_and_load.md). "
     "There is no picture without a trained model: reach is what training has made."
@@ -25,13 +26,14 @@ _NEEDED = (
 _MEAN, _STD, _SIDE, _MULTIPLE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, 32
 
 
-def draw(photo: Path, model_folder: Path | None, out: Path) -> str:
-    """Draw within how many grid steps half of each patch's attention lies, for every layer and head.
+def draw(photo: Path, model_folder: Path | None, out: Path, layers: Sequence[int] | None = None) -> str:
+    """Draw within how many grid steps half of each patch's attention lies, a row for each layer.
 
     Args:
         photo: An image file.
         model_folder: Of save_swapped (models of transformers) or of integrations.hub.
         out: The picture to write; its ending names the format.
+        layers: Which to draw, by number. None: all, or of more than four the first, the last and two between.
 
     Returns:
         What was drawn, in a sentence.
@@ -42,6 +44,8 @@ def draw(photo: Path, model_folder: Path | None, out: Path) -> str:
     """
     if model_folder is None:
         raise CommandError(f"--model is missing: {_NEEDED}")
+    if not out.absolute().parent.is_dir():
+        raise CommandError(f"{out} cannot be written: there is no folder {out.parent}.")
     with _said_by_the_extra("viz"):
         viz = importlib.import_module("spatial_decay.viz")
         pillow = importlib.import_module("PIL.Image")
@@ -50,14 +54,22 @@ def draw(photo: Path, model_folder: Path | None, out: Path) -> str:
     model, said = _load(model_folder)
     with _in_one_line(f"the model of {model_folder} cannot be run on a photograph"):
         images, shown = _prepared(picture, said)
-        layers = viz.record(model, images)
+        records = viz.record(model, images)
+    drawn = _chosen(layers, len(records))
     with _in_one_line(f"{out} cannot be written"):
-        viz.plot_reach(layers, shown).savefig(out)
-    heads, (height, width) = layers[0].q.shape[1], layers[0].layout.size
+        viz.plot_reach([records[i] for i in drawn], shown).savefig(out)
     return (
-        f"Wrote {out}: {type(model).__name__} of {model_folder}, layers with decay: {len(layers)}; "
-        f"in the first {heads} heads and {height} x {width} tokens."
+        f"Wrote {out}: {type(model).__name__} of {model_folder}, "
+        f"{len(drawn)} of {len(records)} layers with decay: {', '.join(map(str, drawn))}."
     )
+
+
+def _chosen(layers: Sequence[int] | None, count: int) -> list[int]:
+    if layers is None:
+        return list(range(count)) if count <= _LAYERS else [i * (count - 1) // (_LAYERS - 1) for i in range(_LAYERS)]
+    if any(not 0 <= i < count for i in layers):
+        raise CommandError(f"--layers must be numbers from 0 to {count - 1}: got {', '.join(map(str, layers))}.")
+    return list(layers)
 
 
 def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
