@@ -97,7 +97,8 @@ def test_all_backends_are_checked_when_asked_for(capsys, one_kind):
 def test_demo_draws(photo, folder, tmp_path, capsys):
     out = tmp_path / "reach.png"
     assert main(["demo", str(photo), "--model", str(folder), "--out", str(out)]) == 0
-    assert capsys.readouterr().out == f"Wrote {out}: ViT of {folder}, 2 of 2 layers with decay: 0, 1.\n"
+    said = f"Wrote {out}: ViT of {folder}, 2 of 2 layers with decay: 0 (blocks.0.attn), 1 (blocks.1.attn).\n"
+    assert capsys.readouterr().out == said
     height, width, _ = matplotlib.image.imread(out).shape
     assert min(height, width) > 100
 
@@ -194,5 +195,5 @@ def test_demo_of_a_swapped_model_in_a_process_without_a_display(photo, tmp_path)
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("ViTModel of vit, 1 of 1 layers with decay: 0.\n")
+    assert "ViTModel of vit, 1 of 1 layers with decay: 0 (" in done.stdout
     assert (tmp_path / "reach.png").stat().st_size > 1000

@@ -4,6 +4,7 @@ import importlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,12 @@ def draw(photo: Path, model_folder: Path | None, out: Path, layers: Sequence[int
         images, shown = _prepared(picture, said)
         records = viz.record(model, images)
     drawn = _chosen(layers, len(records))
+    named = [replace(records[i], name=f"layer {i}") for i in drawn]  # full names are longer than a row is high
     with _in_one_line(f"{out} cannot be written"):
-        viz.plot_reach([records[i] for i in drawn], shown).savefig(out)
+        viz.plot_reach(named, shown).savefig(out)
     return (
-        f"Wrote {out}: {type(model).__name__} of {model_folder}, "
-        f"{len(drawn)} of {len(records)} layers with decay: {', '.join(map(str, drawn))}."
+        f"Wrote {out}: {type(model).__name__} of {model_folder}, {len(drawn)} of {len(records)} layers with decay: "
+        f"{', '.join(f'{i} ({records[i].name})' for i in drawn)}."
     )
 
 
