@@ -128,6 +128,7 @@ BAD_MODELS = {
     "holds no model with decay: no spatial_decay.json": lambda tmp_path: config(tmp_path, architectures=["ViTModel"]),
     "cannot be read: ": lambda tmp_path: (tmp_path / "config.json").write_bytes(b"{\xff") and tmp_path,
     'cannot be loaded: {folder}/config.json must hold "class"': lambda tmp_path: config(tmp_path, config={}),
+    "is of SDTP, which takes latents": lambda tmp_path: config(tmp_path, **{"class": "SDTP"}, config={}),
     "is of diffusers' DiTTransformer2DModel": lambda tmp_path: swapped(tmp_path, _class_name="DiTTransformer2DModel"),
 }
 

@@ -19,9 +19,9 @@ __all__ = ["draw"]
 
 _CONFIG, _SWAP, _PREPROCESSING = "config.json", "spatial_decay.json", "preprocessor_config.json"
 _LAYERS = 4
-_NEEDED = (
-    "a folder that save_swapped or spatial_decay.integrations.hub.save_pretrained has written (docs/save_and_load.md). "
-    "There is no picture without a trained model: reach is what training has made."
+_NEEDED = "a folder that save_swapped or spatial_decay.integrations.hub.save_pretrained has written"
+_NO_PHOTOGRAPH = (
+    "takes latents and a time step, no photograph. In Python, spatial_decay.viz.record takes any call of it."
 )
 # Of a model that says nothing of them: those of ImageNet, and a side that fits in the memory of any machine.
 _MEAN, _STD, _SIDE, _MULTIPLE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, 32
@@ -44,7 +44,7 @@ def draw(photo: Path, model_folder: Path | None, out: Path, layers: Sequence[int
             written.
     """
     if model_folder is None:
-        raise CommandError(f"--model is missing: {_NEEDED}")
+        raise CommandError(f"--model is missing: {_NEEDED}. What a patch reaches is what a model was trained to.")
     if not out.absolute().parent.is_dir():
         raise CommandError(f"{out} cannot be written: there is no folder {out.parent}.")
     with _said_by_the_extra("viz"):
@@ -78,7 +78,7 @@ def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model, and what config.json and preprocessor_config.json say, one dictionary."""
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
-        raise CommandError(f"--model {folder} is {what}. It must be {_NEEDED}")
+        raise CommandError(f"--model {folder} is {what}. It must be {_NEEDED}.")
     with _in_one_line(f"--model {folder} cannot be read"), reading(folder, _CONFIG) as directory:
         is_swapped = (directory / _SWAP).is_file()
         texts = [(directory / name).read_text() for name in (_CONFIG, _PREPROCESSING) if (directory / name).is_file()]
@@ -86,10 +86,12 @@ def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         for text in texts:
             said |= json.loads(text)
     if not is_swapped and not isinstance(said.get("config"), dict):
-        raise CommandError(f"--model {folder} holds no model with decay: no {_SWAP}. It must be {_NEEDED}")
+        raise CommandError(f"--model {folder} holds no model with decay: no {_SWAP}. It must be {_NEEDED}.")
     with _said_by_the_extra("hf"), _in_one_line(f"--model {folder} cannot be loaded"):
         if is_swapped:
             return load_swapped(_class_of_transformers(folder, said), folder).eval(), said
+        if said.get("class") == "SDTP":
+            raise CommandError(f"--model {folder} is of SDTP, which {_NO_PHOTOGRAPH}")
         hub = importlib.import_module("spatial_decay.integrations.hub")
         return hub.from_pretrained(folder), said | said["config"]
 
@@ -97,10 +99,7 @@ def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 def _class_of_transformers(folder: Path, said: dict[str, Any]) -> type[nn.Module]:
     """The class that transformers' config.json names."""
     if "_class_name" in said:
-        raise CommandError(
-            f"--model {folder} is of diffusers' {said['_class_name']}, which takes latents and a time step, no "
-            "photograph. spatial_decay.viz.record takes any call of it in Python."
-        )
+        raise CommandError(f"--model {folder} is of diffusers' {said['_class_name']}, which {_NO_PHOTOGRAPH}")
     with _said_by_the_extra("hf"):
         transformers = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
