@@ -14,7 +14,7 @@ import spatial_decay
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "spatial_decay"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SLOW = {"export.md": pytest.mark.slow}  # it exports three models
+SLOW = {"export.md": pytest.mark.slow, "gallery.md": pytest.mark.slow}  # three exports; a figure for each plot
 
 
 @pytest.mark.parametrize(

@@ -114,11 +114,14 @@ def test_where_the_extras_are_missing_import_works_and_prints_nothing_and_integr
         f"import sys, torch; {blocked}import spatial_decay as sd; sd.SDTBlock(8, 2)(torch.zeros(1, 2, 2, 8))\n"
         "print('imported')\n"
         "try:\n    import spatial_decay.integrations.timm\n"
+        "except ImportError as error: print(error)\n"
+        "try:\n    import spatial_decay.viz\n"
         "except ImportError as error: print(error)"
     )
-    out = run(code)
-    assert out.startswith("imported\n")
-    assert out.endswith("pip install spatial-decay[timm]\n")
+    imported, of_timm, of_viz = run(code).splitlines()
+    assert imported == "imported"
+    assert of_timm.endswith("pip install spatial-decay[timm]")
+    assert of_viz.endswith('pip install "spatial-decay[viz]"')
 
 
 def test_every_public_name_is_there_and_documented():

@@ -1,8 +1,8 @@
 """What each attention with decay saw in one call of a model, and the maps that follow from it (SDT Eq. 5-13)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from spatial_decay.decay import AxialDecay, Decay, PairwiseDecay, score_mod
 from spatial_decay.features import tokens_to_map
 from spatial_decay.layers import AttentionCore, ContextAwareGate
-from spatial_decay.layers.kinds import Kind
+from spatial_decay.layers.kinds import Kind, NoDecay
 from spatial_decay.layout import Grid, Layout
 from spatial_decay.ops import attention_weights
-from spatial_decay.precision import at_least_float32
+from spatial_decay.ops.attn_mask import added_by, checked_mask
+from spatial_decay.precision import at_least_float32, autocast_disabled
 from spatial_decay.swap.decayed import added_decays
 
 __all__ = ["LayerRecord", "record"]
@@ -65,8 +66,8 @@ class LayerRecord:
         Args:
             query: (h, w), row and column on the grid; ValueError where it is not.
         """
-        i = self._number(query)
-        (height, width), (h, w), decay = self.layout.size, query, self.added
+        i = torch.tensor(self._number(query))
+        (height, width), (h, w), decay = self.layout.size, map(torch.tensor, query), self.added
         if not isinstance(decay, AxialDecay):
             return self._patches(self._added(decay, i, torch.arange(self.q.shape[0])[:, None, None])).exp()
         # (B, 1) images; a decay along an axis is that of B * W columns or B * H rows.
@@ -83,27 +84,95 @@ class LayerRecord:
         Args:
             query: (h, w), row and column on the grid; ValueError where it is not.
         """
-        i = self._number(query)
-        weights = attention_weights(self.q, self.k, self.added, attn_mask=self.attn_mask, scale=self.scale)
-        return self._patches(weights[:, :, i])
+        return self._patches(self.weights(torch.tensor([self._number(query)]))[:, :, 0])
 
-    def _added(self, decay: PairwiseDecay | None, i: int, sequences: Tensor) -> Tensor:
-        """What is added to the scores of query i and each key, (B, N, ..., L), without the masks of all queries.
+    def weights(self, queries: Tensor) -> Tensor:
+        """What some queries give each token, prefix tokens among them: (B, N, Q, L), float32 at least.
+
+        Memory grows with Q * L, of axial kinds with L * L.
+
+        Args:
+            queries: (Q,), their numbers in the sequence, in which prefix tokens come first.
+        """
+        q, k, decay = self.q, self.k, self.added
+        if isinstance(decay, AxialDecay):  # two softmaxes, of which the pairs of one query are no row
+            return attention_weights(q, k, decay, attn_mask=self.attn_mask, scale=self.scale)[:, :, queries]
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        with autocast_disabled(q.device):
+            scores = at_least_float32(q[:, :, queries]) * scale @ at_least_float32(k).mT
+        if decay is not None:
+            images = torch.arange(len(q))[:, None, None, None]
+            scores += self._added(decay, queries[:, None], images)
+        if self.attn_mask is not None:
+            mask = checked_mask(self.attn_mask, q)  # (B|1, N|1, L|1, L)
+            scores += added_by(mask if mask.shape[2] == 1 else mask[:, :, queries], scores.dtype)[0]
+        is_empty = (scores == float("-inf")).all(-1, keepdim=True)
+        return scores.softmax(-1).masked_fill(is_empty, 0.0)
+
+    def select(self, images: Sequence[int], heads: Sequence[int]) -> "LayerRecord":
+        """The record of some images and heads, in the order in which they are named.
+
+        Args:
+            images: Their numbers in the batch, one or more; ValueError where one is not there.
+            heads: Their numbers, the same.
+        """
+        for name, chosen, size in (("images", images, self.q.shape[0]), ("heads", heads, self.q.shape[1])):
+            if not chosen or any(not 0 <= number < size for number in chosen):
+                raise ValueError(
+                    f"{name} of {self.name} must be numbers from 0 to {size - 1}, one or more: got {list(chosen)}."
+                )
+        device, height, width = self.q.device, self.layout.height, self.layout.width
+        number, head = (torch.tensor(list(chosen), device=device) for chosen in (images, heads))
+
+        def pick(x: Tensor, first: Tensor) -> Tensor:  # a dimension of 1 is for all
+            x = x if len(x) == 1 else x[first]
+            return x if x.shape[1] == 1 else x[:, head]
+
+        def part(decay: PairwiseDecay, first: Tensor) -> Any:
+            tensors = {name: value for name, value in vars(decay).items() if isinstance(value, Tensor)}
+            return replace(decay, **{name: pick(x, first) for name, x in tensors.items()})  # type: ignore[type-var]
+
+        def sequences(count: int) -> Tensor:  # of the rows or columns of the images
+            return (number[:, None] * count + torch.arange(count, device=device)).flatten()
+
+        added, mask = self.added, self.attn_mask
+        if isinstance(added, AxialDecay):
+            rows, columns = part(added.rows, sequences(height)), part(added.columns, sequences(width))
+            added = replace(added, rows=rows, columns=columns)
+        elif added is not None:
+            added = part(added, number)
+        if mask is not None:
+            mask = pick(mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)), number)
+        gates = {name: gate[number][..., head] for name, gate in self.gate_outputs.items()}
+        return replace(
+            self, q=pick(self.q, number), k=pick(self.k, number), added=added, attn_mask=mask, gate_outputs=gates
+        )
+
+    def without_decay(self) -> "LayerRecord":
+        """The same queries and keys as if the kind were `none`: one softmax over all tokens, of axial kinds too."""
+        return replace(self, kind=NoDecay(), added=None, gate_outputs={})
+
+    def decay_alone(self) -> "LayerRecord":
+        """The same decay as if all queries and keys were alike: its attention is the decay's part in it."""
+        return replace(self, q=torch.zeros_like(self.q))
+
+    def _added(self, decay: PairwiseDecay | None, i: Tensor, sequences: Tensor) -> Tensor:
+        """What is added to the scores of queries i and each key, (B, N, ..., L), without the masks of all queries.
 
         Args:
             decay: Of many sequences.
-            i: Number of the query in its sequence.
+            i: Numbers of the queries in their sequences, (..., 1).
             sequences: Which of them, (B, 1, ..., 1).
         """
         num_heads = self.q.shape[1]
         num_tokens = self.layout.num_tokens if decay is None else decay.layout.num_tokens
-        shape = (len(sequences), num_heads, *sequences.shape[2:-1], num_tokens)
+        heads = torch.arange(num_heads).view(-1, *[1] * (sequences.ndim - 2))
+        keys = torch.arange(num_tokens)
+        shape = torch.broadcast_shapes(sequences.shape, heads.shape, i.shape, keys.shape)
         scores = at_least_float32(self.q).new_zeros(shape)
         if decay is None:
             return scores
-        heads = torch.arange(num_heads).view(-1, *[1] * (sequences.ndim - 2))
-        indices = (sequences, heads, torch.tensor(i), torch.arange(num_tokens))
-        return score_mod(decay)(scores, *(index.to(scores.device) for index in indices))
+        return score_mod(decay)(scores, *(index.to(scores.device) for index in (sequences, heads, i, keys)))
 
     def _patches(self, row: Tensor) -> Tensor:
         """What a query has with all tokens, (B, N, L) -> a map (B, N, H, W)."""

@@ -1,48 +1,20 @@
-"""viz: recorded maps equal the equations and what the layers compute; hooks leave no trace; figures save to PNG."""
+"""Records: recorded maps equal the equations and what the layers compute; hooks leave no trace."""
 
 import importlib
 
-import matplotlib.image
 import pytest
 import timm
 import torch
 from torch import nn
 
-from spatial_decay import SDTH, SDTP, SDTBlock, SpatialDecayAttention, swap_attention, viz
+from spatial_decay import SDTH, SDTP, SpatialDecayAttention, swap_attention, viz
 from spatial_decay.layers.kinds import KINDS
 from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import attention_weights
 from tests.cases import GATED, GATES_OF_KIND, case_id, reference_of_head
+from tests.viz.backbone import DIM, HEADS, SIZE, make
 
-DIM, HEADS, SIZE = 8, 2, (3, 4)
 AXIAL_KINDS = ("decomposed", "fixed_decomposed")
-
-
-class Backbone(nn.Module):
-    """Two blocks on 2 x 2 patches behind prefix tokens; the second gets its grid and mask by keyword."""
-
-    def __init__(self, decay, num_prefix=0, **options):
-        super().__init__()
-        self.embed = nn.Conv2d(3, DIM, 2, 2)
-        self.prefix = nn.Parameter(torch.randn(1, num_prefix, DIM))
-        self.first = SDTBlock(DIM, HEADS, decay=decay, num_prefix_tokens=num_prefix, pos_kernel_size=0, **options)
-        self.second = SpatialDecayAttention(DIM, HEADS, decay=decay, num_prefix_tokens=num_prefix, **options)
-
-    def forward(self, images, attn_mask=None):
-        x = self.embed(images)
-        layout = tuple(x.shape[-2:])
-        x = torch.cat([self.prefix.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
-        x = self.first(x, layout)
-        return x + self.second(x, attn_mask=attn_mask, layout=layout)
-
-
-def make(decay, num_prefix=0, dtype=torch.float64):
-    model = Backbone(decay, num_prefix).to(dtype).eval()
-    for name, parameter in model.named_parameters():
-        if "gate" in name:
-            nn.init.normal_(parameter)
-    height, width = SIZE
-    return model, torch.randn(2, 3, 2 * height, 2 * width, dtype=dtype)
 
 
 def as_queries():
@@ -307,39 +279,6 @@ def test_what_was_compiled_before_is_recorded_all_the_same(part):
         assert torch.equal(compiled(images), out)  # still compiled, and the same
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_prefix", "heads"),
-    [
-        ("full", 0, None),
-        ("full", 2, [1]),
-        ("decomposed", 0, None),
-        ("1d", 0, None),
-        ("fixed", 0, None),
-        ("gaussian", 1, None),
-        ("none", 0, None),
-        ("none", 1, [0]),
-    ],
-)
-def test_decay_maps_save_to_png(kind, num_prefix, heads, tmp_path):
-    model, images = make(kind, num_prefix, dtype=torch.float32)
-    layer = viz.record(model, images)[0]
-    figure = viz.plot_decay_maps(layer, images, [(0, 0, 1), (1, 2, 3)], heads=heads)
-    figure.savefig(tmp_path / "maps.png", dpi=40)
-    assert matplotlib.image.imread(tmp_path / "maps.png").std() > 0
-    num_panels = len(GATES_OF_KIND.get(kind, [])) + 2
-    num_heads = HEADS if heads is None else len(heads)
-    assert len(figure.axes) == 2 * (1 + num_panels * num_heads) + num_panels  # maps and colour bars
-    labels = [ax.get_xlabel() for ax in figure.axes]
-    assert labels.count("G, nats\nper grid step") == len(GATES_OF_KIND.get(kind, []))
-
-
-def test_decay_maps_of_one_token_and_one_channel(tmp_path):
-    attn = SpatialDecayAttention(DIM, HEADS)
-    layer = viz.record(attn, torch.randn(1, 1, 1, DIM))[0]
-    assert layer.name == "SpatialDecayAttention"
-    viz.plot_decay_maps(layer, torch.zeros(1, 1, 4, 4), [(0, 0, 0)]).savefig(tmp_path / "maps.png", dpi=40)
-
-
 @pytest.mark.parametrize("query", [(3, 0), (0, 4), (-1, 0)])
 def test_a_query_off_the_grid(query):
     model, images = make("full")
@@ -349,25 +288,49 @@ def test_a_query_off_the_grid(query):
             look(query)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"queries": []}, "one or more"),
-        ({"queries": [(2, 0, 0)]}, "of 2 images"),
-        ({"queries": [(0, 0, 0)], "heads": []}, "0 to 1, one or more"),
-        ({"queries": [(0, 0, 0)], "heads": [2]}, "0 to 1"),
-    ],
-)
-def test_what_is_not_there_cannot_be_drawn(options, message):
+@pytest.mark.parametrize("num_prefix", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_has_the_maps_of_the_whole(kind, num_prefix):
+    if num_prefix and kind in AXIAL_KINDS:
+        return
+    model, images = make(kind, num_prefix)
+    mask = torch.randn(2, 1, 1, num_prefix + 12, dtype=torch.float64)
+    layer = viz.record(model, images, attn_mask=mask)[1]
+    for image, heads in ((1, [1, 0]), (0, [1])):
+        part = layer.select([image], heads)
+        torch.testing.assert_close(part.decay((1, 2)), layer.decay((1, 2))[[image]][:, heads])
+        torch.testing.assert_close(part.attention((1, 2)), layer.attention((1, 2))[[image]][:, heads])
+        for name, gate in part.gates().items():
+            assert torch.equal(gate, layer.gates()[name][[image]][:, heads])
+
+
+@pytest.mark.parametrize("mask_shape", [(12,), (12, 12), (2, 1, 12, 12)], ids=str)
+def test_weights_are_those_of_ops_with_masks_that_leave_nothing(mask_shape):
     model, images = make("full")
-    layer = viz.record(model, images)[0]
-    with pytest.raises(ValueError, match=message):
-        viz.plot_decay_maps(layer, images, **options)
+    may_attend = torch.rand(mask_shape) < 0.5
+    if len(mask_shape) > 1:
+        may_attend[..., 3, :] = False
+    layer = viz.record(model, images, attn_mask=may_attend)[1]
+    expected = attention_weights(layer.q, layer.k, layer.added, attn_mask=may_attend)
+    for queries in (torch.arange(12), torch.tensor([7, 3])):
+        torch.testing.assert_close(layer.weights(queries), expected[:, :, queries])
 
 
-def test_training_curve_saves_to_png(tmp_path):
-    figure = viz.plot_training_curve({"loss": {"train": [2.0]}, "accuracy (%)": {"train": [50, 60], "test": [40, 55]}})
-    figure.savefig(tmp_path / "curve.png", dpi=40)
-    assert matplotlib.image.imread(tmp_path / "curve.png").std() > 0
-    assert [ax.get_ylabel() for ax in figure.axes] == ["loss", "accuracy (%)"]
-    assert figure.axes[1].get_legend_handles_labels()[1] == ["train, last 60", "test, last 55"]
+def test_without_decay_and_decay_alone():
+    model, images = make("decomposed")
+    layer = viz.record(model, images)[1]
+    plain = layer.without_decay()
+    assert (plain.kind.name, plain.gates()) == ("none", {})
+    expected = (layer.q @ layer.k.mT * layer.q.shape[-1] ** -0.5).softmax(-1)
+    torch.testing.assert_close(plain.attention((1, 2)).flatten(2), expected[:, :, 6])
+    model, images = make("full")
+    layer = viz.record(model, images)[1]
+    decay = layer.decay((1, 2))
+    torch.testing.assert_close(layer.decay_alone().attention((1, 2)), decay / decay.sum((2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize("chosen", [([], [0]), ([2], [0]), ([0], [2]), ([0], [])], ids=str)
+def test_a_part_that_is_not_there(chosen):
+    model, images = make("full")
+    with pytest.raises(ValueError, match=r"of first.attn must be numbers from 0 to 1, one or more: got"):
+        viz.record(model, images)[0].select(*chosen)
