@@ -8,6 +8,7 @@ downloaded. Nothing tells their gates (SDT Eq. 5) what a sky, a temple or a flow
 """
 
 import argparse
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -154,8 +154,8 @@ def look(model: FillIn, photos: Tensor) -> list[View]:
     for i, query in enumerate(QUERIES):
         learned = calls[i][number]
         fixed = replace(learned, added=sd.decay.ManhattanDecay.constant(rates, learned.layout))
-        maps = (layer.decay(query.patch)[0, head] for layer in (fixed, learned))
-        views.append(View(photos[i], query.patch, *maps, half[i, number, head]))
+        near, akin = (layer.decay(query.patch)[0, head] for layer in (fixed, learned))
+        views.append(View(photos[i], query.patch, near, akin, half[i, number, head]))
     return views
 
 
@@ -214,11 +214,20 @@ def _ring(ax: Axes, patch: tuple[int, int]) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """As a PNG of 256 colours, which takes half of the bytes."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    colours = picture.quantize(256)  # dithers with a palette that is given, and only then
-    picture.quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    picture = Image.open(drawn).convert("RGB")
+    # With a palette that is given it is dithered, and only then.
+    small = picture.quantize(palette=picture.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
+    # Where the page is, its own colour and not the next one, so that no edge shows.
+    red, green, blue = (round(255 * part) for part in to_rgb(figure.get_facecolor()))
+    is_page = (np.asarray(picture) == (red, green, blue)).all(-1)
+    number = int(np.asarray(small)[is_page][0])
+    palette = small.getpalette() or []
+    palette[3 * number : 3 * number + 3] = red, green, blue
+    small.putpalette(palette)
+    small.paste(number, mask=Image.fromarray(is_page))
+    small.save(path, optimize=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
