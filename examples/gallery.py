@@ -103,7 +103,9 @@ def save(draw: Callable[[], Figure], name: str, output: Path) -> None:
             darken(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=150)
-        picture = Image.open(buffer).convert("RGB").quantize(MAX_COLOURS, dither=Image.Dither.NONE)
+        picture = Image.open(buffer).convert("RGB")
+        colours = picture.quantize(MAX_COLOURS, kmeans=3)
+        picture = picture.quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG)  # a sky without steps
         picture.save(output / f"gallery-{name}-{style}.png", optimize=True)
 
 
@@ -141,7 +143,7 @@ def draw_all(output: Path, *, steps: int, steps_of_kinds: int, num_frames: int) 
     save(lambda: viz.plot_reach(alone, photos, image=TEMPLE, heads=HEADS), "reach-decay", output)
     save(lambda: viz.plot_decay_maps(last, photos, [PETAL]), "maps", output)
     save(lambda: viz.plot_with_and_without_decay(last, photos, [ROOF], heads=HEADS), "effect", output)
-    of_one = [layer.select([FLOWER], range(16)) for layer in layers]
+    of_one = [layer.select([FLOWER], range(0, 16, 2)) for layer in layers]
     save(lambda: draw_distances(of_one), "distance", output)
     records = [
         viz.record(train([kind], photos, dim=64, num_heads=4, steps=steps_of_kinds), photos)[0] for kind in KINDS
@@ -149,8 +151,8 @@ def draw_all(output: Path, *, steps: int, steps_of_kinds: int, num_frames: int) 
     save(lambda: viz.plot_kinds(records, photos, PETAL), "kinds", output)
     animation: FuncAnimation = viz.animate_query(last, photos, loop(num_frames), image=TEMPLE, head=HEADS[1])
     animation.save(output / "gallery-query.gif", writer="pillow", dpi=80)
-    lines = [f"{name:32} {value:8.4f}" for name, value in viz.gate_statistics(layers).items()]
-    (output / "gallery-gates.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, value in viz.gate_statistics(layers).items():
+        print(f"{name:32} {value:8.4f}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -158,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of docs/gallery.md.")
     folder = Path(__file__).parents[1] / "docs" / "pictures"
     parser.add_argument("--output", type=Path, default=folder, help="new pictures for old (default: docs/pictures)")
-    parser.add_argument("--steps", type=int, default=250, help="of training the model (default: 250)")
+    parser.add_argument("--steps", type=int, default=120, help="of training the model (default: 120)")
     parser.add_argument("--steps-of-kinds", type=int, default=120, help="of training each kind (default: 120)")
     parser.add_argument("--frames", type=int, default=24, help="of the animation (default: 24)")
     arguments = parser.parse_args(argv)

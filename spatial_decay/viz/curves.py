@@ -38,7 +38,7 @@ def plot_attention_distance(layers: Sequence[LayerRecord], *, label: str = "atte
         ax.plot([depth] * len(heads), heads, "o", markersize=5, alpha=0.5, color=line.get_color())
     ax.set(xlabel="layer", ylabel="mean distance of attention (grid steps)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(bottom=0, auto=True)  # the next line may reach higher
     ax.grid(alpha=0.3)
     ax.legend()
     return ax

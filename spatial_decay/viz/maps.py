@@ -22,7 +22,7 @@ def plot_decay_maps(
 ) -> Figure:
     """Gates, decay and attention of one layer: a block for each query, which is ringed, a map for each head.
 
-    Decay and attention have logarithmic colour scales over three powers of ten at most: less is as good as nothing.
+    Decay and attention have logarithmic colour scales over four powers of ten at most: less is as good as nothing.
 
     Args:
         layer: From record.
@@ -38,9 +38,8 @@ def plot_decay_maps(
 
     Examples:
         >>> from spatial_decay.viz import record
-        >>> images = torch.rand(1, 3, 64, 64)
-        >>> layer = record(sdt_h_tiny(num_classes=10).eval(), images)[-1]
-        >>> figure = plot_decay_maps(layer, images, [(0, 1, 0)], heads=[0, 5])
+        >>> (layer,) = record(SpatialDecayAttention(64, 4), torch.randn(1, 6, 8, 64))
+        >>> figure = plot_decay_maps(layer, torch.rand(1, 3, 48, 64), [(0, 2, 5)], heads=[3])
     """
     heads = _heads(layer, heads)
     decay, attention = _of_queries(layer, queries, heads)
@@ -161,9 +160,8 @@ def plot_reach(
 
     Examples:
         >>> from spatial_decay.viz import record
-        >>> images = torch.rand(1, 3, 64, 64)
-        >>> layers = record(sdt_h_tiny(num_classes=10).eval(), images)
-        >>> figure = plot_reach(layers[-2:], images, heads=[0, 5])
+        >>> layers = record(SpatialDecayAttention(64, 4), torch.randn(1, 6, 8, 64))
+        >>> figure = plot_reach(layers, torch.rand(1, 3, 48, 64), heads=[3])
     """
     if not layers:
         raise ValueError("layers must be one record or more: got none.")

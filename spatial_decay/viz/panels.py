@@ -149,7 +149,7 @@ def linear_scale(values: Tensor) -> Normalize:
     return Normalize(values.min().item(), values.max().item()) if len(values) else Normalize(0.0, 1.0)
 
 
-def log_scale(values: Tensor, *, highest: float = 0.0, decades: float = 3.0) -> LogNorm:
+def log_scale(values: Tensor, *, highest: float = 0.0, decades: float = 4.0) -> LogNorm:
     """Up to the largest value, or to `highest` where that is more, from at most so many powers of ten below; what is
     less has the last colour. One decade at least, so that what hardly differs is drawn alike.
     """
