@@ -11,6 +11,7 @@ import argparse
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spatial_decay import SDTBlock, viz
-from spatial_decay.layers.kinds import KINDS, DecayLike
+from spatial_decay.layers.kinds import DecayLike, KindName
 
 PATCH_SIZE = 8  # pixels
 PHOTO_SIZE = (448, 640)  # pixels: 56 x 80 patches
@@ -75,7 +76,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     side = CROP * PATCH_SIZE
-    for _ in tqdm(range(steps), desc=", ".join(map(str, decays))):
+    for _ in tqdm(range(steps), desc="train"):
         places = [[int(torch.randint(n - side + 1, ())) for n in PHOTO_SIZE] for _ in range(4)]
         crops = torch.stack([photos[i % 2, :, y : y + side, x : x + side] for i, (y, x) in enumerate(places)])
         hidden = torch.rand(len(crops), CROP, CROP) < 0.5
@@ -135,7 +136,7 @@ def draw_distances(layers: Sequence[viz.LayerRecord]) -> Figure:
 def draw_all(output: Path, *, steps: int, steps_of_kinds: int, num_frames: int) -> None:
     """Train and draw."""
     photos = load_photos()
-    model = train(["full"] * 3, photos, dim=128, num_heads=16, steps=steps)
+    model = train(("full", "full", "full"), photos, dim=128, num_heads=16, steps=steps)
     layers = viz.record(model, photos)
     last = layers[-1]
     save(lambda: viz.plot_reach(layers, photos, image=FLOWER, heads=HEADS), "reach", output)
@@ -145,9 +146,9 @@ def draw_all(output: Path, *, steps: int, steps_of_kinds: int, num_frames: int) 
     save(lambda: viz.plot_with_and_without_decay(last, photos, [ROOF], heads=HEADS), "effect", output)
     of_one = [layer.select([FLOWER], range(0, 16, 2)) for layer in layers]
     save(lambda: draw_distances(of_one), "distance", output)
-    records = [
-        viz.record(train([kind], photos, dim=64, num_heads=4, steps=steps_of_kinds), photos)[0] for kind in KINDS
-    ]
+    kinds: tuple[KindName, ...] = get_args(KindName)
+    models = [train([kind], photos, dim=64, num_heads=4, steps=steps_of_kinds) for kind in kinds]
+    records = [viz.record(model, photos)[0] for model in models]
     save(lambda: viz.plot_kinds(records, photos, PETAL), "kinds", output)
     animation: FuncAnimation = viz.animate_query(last, photos, loop(num_frames), image=TEMPLE, head=HEADS[1])
     animation.save(output / "gallery-query.gif", writer="pillow", dpi=80)

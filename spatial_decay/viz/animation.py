@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from matplotlib.animation import FuncAnimation
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def animate_query(
         ax.set_title(title, fontsize="small")
     circles = [circle for ax in (photo_ax, *axes) for circle in ring(ax, path[0], part.layout.size)]
 
-    def show(frame: int) -> list[object]:
+    def show(frame: int) -> list[Artist]:
         for heat, values in zip(heats, (decay, attention), strict=True):
             heat.set_data(values[frame].float().cpu().numpy())
         h, w = path[frame]

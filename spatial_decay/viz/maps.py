@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -175,7 +176,7 @@ def plot_reach(
         heat = show_map(ax, maps[0][0], "viridis", linear_scale(maps[0]), images[image])
         figure = ax.get_figure(root=True)
         assert isinstance(figure, Figure)
-        figure.colorbar(heat, ax=ax, label=unit).solids.set_alpha(1.0)
+        figure.colorbar(ScalarMappable(heat.norm, heat.cmap), ax=ax, label=unit)  # opaque, as the map is not
         return figure
     strips = [
         Strip(layer.name, unit, values, _names(chosen), "viridis", linear_scale(values), is_over_photo=True)

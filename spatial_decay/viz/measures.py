@@ -79,7 +79,8 @@ def gate_statistics(layers: Sequence[LayerRecord]) -> dict[str, float]:
         >>> [name for name in gate_statistics(record(attn, torch.randn(1, 9, 64)))][:2]
         ['SpatialDecayAttention/gate/mean', 'SpatialDecayAttention/gate/min']
     """
-    statistics, calls = {}, dict.fromkeys((layer.name for layer in layers), 0)
+    statistics: dict[str, float] = {}
+    calls = dict.fromkeys((layer.name for layer in layers), 0)
     for layer in layers:
         calls[layer.name] += 1
         name = layer.name if calls[layer.name] == 1 else f"{layer.name}#{calls[layer.name]}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -83,19 +84,17 @@ def draw_blocks(blocks: Sequence[Block], title: str, *, max_columns: int = MAX_C
         show_photo(ax, block.image, block.strips[0].maps.shape[1:])
         _ring_query(ax, block)
         for strip, count in zip(block.strips, counts, strict=True):
-            heat = None
             for i, values in enumerate(strip.maps):
                 line, column = divmod(i, columns)
                 ax = figure.add_subplot(cells[row + line, 1 + column])
                 ax.set_title(strip.names[i], fontsize="x-small", pad=2)
                 if i == 0:
                     ax.set_ylabel(strip.title, fontsize="small")
-                heat = show_map(ax, values, strip.cmap, strip.norm, block.image if strip.is_over_photo else None)
+                show_map(ax, values, strip.cmap, strip.norm, block.image if strip.is_over_photo else None)
                 _ring_query(ax, block)
             bar_ax = figure.add_subplot(cells[row : row + count, -1])
             ticks = [strip.norm.inverse(place) for place in (0.0, 0.5, 1.0)]
-            bar = figure.colorbar(heat, bar_ax, ticks=ticks, format="%.2g")
-            bar.solids.set_alpha(1.0)
+            bar = figure.colorbar(ScalarMappable(strip.norm, strip.cmap), bar_ax, ticks=ticks, format="%.2g")
             bar.minorticks_off()
             bar.ax.tick_params(labelsize="x-small")
             bar.set_label(strip.unit, fontsize="x-small")
