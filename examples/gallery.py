@@ -151,7 +151,7 @@ def draw_all(output: Path, *, steps: int, steps_of_kinds: int, num_frames: int) 
     records = [viz.record(model, photos)[0] for model in models]
     save(lambda: viz.plot_kinds(records, photos, PETAL), "kinds", output)
     animation: FuncAnimation = viz.animate_query(last, photos, loop(num_frames), image=TEMPLE, head=HEADS[1])
-    animation.save(output / "gallery-query.gif", writer="pillow", dpi=80)
+    animation.save(output / "gallery-query.gif", writer="pillow", dpi=72)
     for name, value in viz.gate_statistics(layers).items():
         print(f"{name:32} {value:8.4f}")
 
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=folder, help="new pictures for old (default: docs/pictures)")
     parser.add_argument("--steps", type=int, default=120, help="of training the model (default: 120)")
     parser.add_argument("--steps-of-kinds", type=int, default=120, help="of training each kind (default: 120)")
-    parser.add_argument("--frames", type=int, default=24, help="of the animation (default: 24)")
+    parser.add_argument("--frames", type=int, default=16, help="of the animation (default: 16)")
     arguments = parser.parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
     draw_all(

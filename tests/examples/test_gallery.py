@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from examples import gallery
@@ -19,7 +18,7 @@ def pictures_of_the_page():
 def test_the_pages_pictures_are_there_and_small():
     paths = {path.name: path for path in (DOCS / "pictures").glob("gallery-*")}
     assert set(paths) == pictures_of_the_page()
-    assert [name for name, path in paths.items() if path.stat().st_size > 600_000] == []
+    assert [name for name, path in paths.items() if path.stat().st_size > 700_000] == []
 
 
 def test_a_loop_stays_on_the_grid():
@@ -30,12 +29,11 @@ def test_a_loop_stays_on_the_grid():
 
 @pytest.mark.slow
 def test_the_gallery_is_made_anew(tmp_path, capsys):
-    torch.set_num_threads(1)
     gallery.main(["--output", str(tmp_path), "--steps", "2", "--steps-of-kinds", "1", "--frames", "2"])
     made = {path.name: path for path in tmp_path.iterdir()}
     assert set(made) == pictures_of_the_page()
     for name, path in made.items():
-        new, old = Image.open(path), Image.open(DOCS / "pictures" / name)
-        # Labels of colour bars are as wide as their numbers.
-        assert max(abs(x - y) for x, y in zip(new.size, old.size, strict=True)) <= 40, name
+        with Image.open(path) as new, Image.open(DOCS / "pictures" / name) as old:
+            # Labels of colour bars are as wide as their numbers.
+            assert max(abs(x - y) for x, y in zip(new.size, old.size, strict=True)) <= 40, name
     assert "blocks.2.attn/gate/std_tokens" in capsys.readouterr().out
