@@ -11,7 +11,7 @@ import argparse
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ PHOTO_SIZE = (448, 640)  # pixels: 56 x 80 patches
 CROP = 14  # patches along a side of what is trained on
 LEARNING_RATE = 2e-3
 DARK, LIGHT = "#1e2129", "#e2e4e9"  # of the site's dark scheme
-MAX_COLOURS = 255  # of a picture: a third of the bytes
+MAX_COLOURS = 255  # of a picture
 
 FLOWER, TEMPLE = 1, 0
 PETAL, ROOF = (FLOWER, 30, 38), (TEMPLE, 18, 22)
@@ -104,10 +104,19 @@ def save(draw: Callable[[], Figure], name: str, output: Path) -> None:
             darken(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=150)
-        picture = Image.open(buffer).convert("RGB")
-        colours = picture.quantize(MAX_COLOURS, kmeans=3)
-        picture = picture.quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG)  # a sky without steps
+        picture = in_few_colours(Image.open(buffer).convert("RGB"))
         picture.save(output / f"gallery-{name}-{style}.png", optimize=True)
+
+
+def in_few_colours(picture: Image.Image) -> Image.Image:
+    """A third of the bytes; dithered, so that a sky has no steps, on exactly the background that it had."""
+    colours = picture.quantize(MAX_COLOURS, kmeans=3)
+    result = picture.quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG)
+    palette: Any = result.getpalette()
+    background: Any = result.getpixel((0, 0))  # its number in the palette
+    palette[3 * background : 3 * background + 3] = picture.getpixel((0, 0))
+    result.putpalette(palette)
+    return result
 
 
 def darken(figure: Figure) -> None:

@@ -17,8 +17,8 @@ __all__ = ["Block", "Strip", "draw_blocks", "linear_scale", "log_scale", "ring",
 MAX_COLUMNS = 8
 """Maps side by side; more go on in the next line, so that a page shows them in a size that can be read."""
 
-_WIDTH = 7.4  # inches of the maps of a line together
-_PHOTO_WIDTH = 1.7
+_WIDTH = 6.4  # inches of the maps of a line together
+_PHOTO_WIDTH = 1.5
 _TITLE_HEIGHT = 0.25
 
 
@@ -80,14 +80,14 @@ def draw_blocks(blocks: Sequence[Block], title: str, *, max_columns: int = MAX_C
     row = 0
     for block, counts in zip(blocks, lines, strict=True):
         ax = figure.add_subplot(cells[row : row + sum(counts), 0], anchor="N")
-        ax.set_title(block.label, fontsize="small")
+        ax.set_title(block.label, fontsize="medium")
         show_photo(ax, block.image, block.strips[0].maps.shape[1:])
         _ring_query(ax, block)
         for strip, count in zip(block.strips, counts, strict=True):
             for i, values in enumerate(strip.maps):
                 line, column = divmod(i, columns)
                 ax = figure.add_subplot(cells[row + line, 1 + column])
-                ax.set_title(strip.names[i], fontsize="x-small", pad=2)
+                ax.set_title(strip.names[i], fontsize="small", pad=3)
                 if i == 0:
                     ax.set_ylabel(strip.title, fontsize="small")
                 show_map(ax, values, strip.cmap, strip.norm, block.image if strip.is_over_photo else None)
@@ -96,8 +96,8 @@ def draw_blocks(blocks: Sequence[Block], title: str, *, max_columns: int = MAX_C
             ticks = [strip.norm.inverse(place) for place in (0.0, 0.5, 1.0)]
             bar = figure.colorbar(ScalarMappable(strip.norm, strip.cmap), bar_ax, ticks=ticks, format="%.2g")
             bar.minorticks_off()
-            bar.ax.tick_params(labelsize="x-small")
-            bar.set_label(strip.unit, fontsize="x-small")
+            bar.ax.tick_params(labelsize="small")
+            bar.set_label(strip.unit, fontsize="small")
             row += count
     return figure
 
