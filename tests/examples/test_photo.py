@@ -67,7 +67,8 @@ def test_main_makes_the_pictures_of_the_readme_anew(tmp_path, monkeypatch):
     assert [path.name for path in pictures] == ["photo-dark.png", "photo-light.png"]
     for path in pictures:
         assert path.stat().st_size < 300_000
-        assert Image.open(path).size == Image.open(photo.PICTURES / path.name).size
+        with Image.open(path) as new, Image.open(photo.PICTURES / path.name) as committed:
+            assert new.size == committed.size
     for view in seen:  # the gates tell the parts of the photograph apart
         low, high = view.half.quantile(torch.tensor([0.1, 0.9]))
         assert high > 2 * low
