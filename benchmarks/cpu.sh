@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a CPU is measured by, some 15 minutes on two idle cores. Results go to benchmarks/results/cpu-<date>/, the
+# All that a CPU is measured by, some 20 minutes on two idle cores. Results go to benchmarks/results/cpu-<date>/, the
 # picture with them. In an environment with the package, its kernel, and its extras [test] and [viz].
 #
 #   bash benchmarks/cpu.sh            # everything

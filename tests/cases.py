@@ -30,6 +30,16 @@ def widest_dtype(backend: str) -> torch.dtype:
     return torch.float32 if backend == "native" else torch.float64
 
 
+# A small SDTH with a block of each arrangement.
+TWO_STAGES = {
+    "embed_dims": [16, 32],
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "mlp_ratios": [2, 2],
+    "decay": ["decomposed", "full"],
+    "projection_dim": 24,
+}
+
 GRIDS = [(1, 1), (1, 7), (7, 1), (5, 9), (14, 14)]
 
 ALPHA, INITIAL_VALUE, HEADS_RANGE = 0.1, 2.0, 4.0

@@ -7,7 +7,7 @@ import torch
 
 import spatial_decay as sd
 from spatial_decay.layers.kinds import KINDS
-from tests.cases import relative_error
+from tests.cases import TWO_STAGES, relative_error
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler"
@@ -21,15 +21,7 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-TWO_STAGES = {
-    "embed_dims": [16, 32],
-    "depths": [1, 1],
-    "num_heads": [2, 2],
-    "mlp_ratios": [2, 2],
-    "decay": ["decomposed", "full"],
-    "init_values": [None, 1e-6],
-    "projection_dim": 24,
-}
+WITH_SCALES = TWO_STAGES | {"init_values": [None, 1e-6]}
 
 
 def backward(module, x):
@@ -68,7 +60,7 @@ def test_gradients_of_the_layer(kind):
 @pytest.mark.slow
 def test_sdt_h():
     """A block of each arrangement and what stands before and between them; all other blocks are the same code."""
-    model = sd.SDTH(10, **TWO_STAGES).eval()
+    model = sd.SDTH(10, **WITH_SCALES).eval()
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert relative_error(torch.compile(model, fullgraph=True)(x), model(x)) < 1e-5
@@ -118,7 +110,7 @@ def test_layer_is_one_graph_under_autocast(dtype):
 
 @pytest.mark.slow
 def test_sdt_h_is_one_graph_in_training_with_checkpointing():
-    model = sd.SDTH(10, drop_path_rate=0.0, **TWO_STAGES)
+    model = sd.SDTH(10, drop_path_rate=0.0, **WITH_SCALES)
     model.set_grad_checkpointing()
     x = torch.randn(2, 3, 16, 16)
     compiled = torch.compile(model, fullgraph=True, backend="eager")

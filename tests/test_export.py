@@ -11,22 +11,16 @@ from torch.export import Dim
 
 import spatial_decay as sd
 from spatial_decay.ops import sdpa
-from tests.cases import relative_error
+from tests.cases import TWO_STAGES, relative_error
 
-TWO_STAGES = {
-    "embed_dims": [16, 32],
-    "depths": [1, 1],
-    "num_heads": [2, 2],
-    "mlp_ratios": [2, 2],
-    "decay": ["decomposed", "full"],
-    "init_values": [None, None],
-    "projection_dim": 24,
-    "rope": "none",  # sdt_p has it
-}
 VIT = {"img_size": 64, "dim": 24, "depth": 1, "num_heads": 2}
 # Name: model, channels, size of a step (the total stride or the patch).
 MODELS = {
-    "sdt_h": (lambda: sd.SDTH(5, stem_stride=1, **TWO_STAGES), 3, 2),
+    "sdt_h": (  # without rotary embeddings, which sdt_p has
+        lambda: sd.SDTH(5, stem_stride=1, rope="none", init_values=[None, None], **TWO_STAGES),
+        3,
+        2,
+    ),
     "sdt_p": (lambda: sd.SDTP(8, 2, 4, 10, dim=24, depth=1, num_heads=2, gate_rank=4), 4, 2),
     "vit_full": (lambda: sd.ViT(5, decay="full", num_registers=1, **VIT), 3, 16),
     "locatvit": (lambda: sd.ViT(5, decay="gaussian", global_pool="prr", **VIT), 3, 16),

@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 
 from spatial_decay import explain_backend
 from spatial_decay.decay import AxialDecay, ManhattanDecay
+from spatial_decay.layers import SpatialDecayAttention
 from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS, choice, decay_attention
 from spatial_decay.ops.inputs import checked_inputs
@@ -148,3 +149,16 @@ def test_a_named_backend_says_all_its_reasons(backend):
     assert lines[0] == f"backend='{backend}' cannot run these inputs:"
     assert {"  - dropout_p=0.5 (needs 0)", "  - attn_mask requires grad (needs one without)"} <= set(lines)
     assert lines[-1] == "Use backend='auto' or one of: sdpa, math."
+
+
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_native), "tiled", "auto"])
+def test_exported_programs(backend):
+    """By name it is one operator of the program; auto leaves it out, so that the program needs no package."""
+    attn = SpatialDecayAttention(16, 2, backend=backend).eval()
+    x = torch.randn(2, 18, 19, 16)
+    program = torch.export.export(attn, (x,), strict=False)
+    torch.testing.assert_close(program.module()(x), attn(x), rtol=1e-5, atol=1e-6)
+    if hasattr(torch.compiler, "is_exporting"):  # torch 2.6 does not tell
+        operators = {str(node.target) for node in program.graph.nodes}
+        for name in ("native", "tiled"):
+            assert (f"spatial_decay.{name}.default" in operators) == (backend == name)

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 
-from spatial_decay import SpatialDecayAttention
 from spatial_decay.decay import PathDecay
 from spatial_decay.layout import Grid
 from spatial_decay.ops import decay_attention, tiled
@@ -141,15 +140,3 @@ print(resident("VmHWM") - before)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     tensors = 9 * side**2 * 16 * 4 / 2**20  # q, k, v, out, their gradients and the output's
     assert float(done.stdout) - tensors < 64  # MiB
-
-
-@pytest.mark.parametrize("backend", ["tiled", "auto"])
-def test_exported_programs(backend):
-    """By name it is one operator of the program; auto leaves it out, so that the program needs no package."""
-    attn = SpatialDecayAttention(16, 2, backend=backend).eval()
-    x = torch.randn(2, 18, 19, 16)
-    program = torch.export.export(attn, (x,), strict=False)
-    torch.testing.assert_close(program.module()(x), attn(x), rtol=1e-5, atol=1e-6)
-    if hasattr(torch.compiler, "is_exporting"):  # torch 2.6 does not tell
-        operators = {str(node.target) for node in program.graph.nodes}
-        assert ("spatial_decay.tiled.default" in operators) == (backend == "tiled")

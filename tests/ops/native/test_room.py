@@ -183,18 +183,6 @@ def test_one_graph_for_many_sizes():
             torch.testing.assert_close(compiled(x), attn(x), rtol=1e-5, atol=1e-5)
 
 
-@needs_native
-@pytest.mark.parametrize("backend", ["native", "auto"])
-def test_exported_programs(backend):
-    """By name it is one operator of the program; auto leaves it out, so that the program needs no package."""
-    attn = SpatialDecayAttention(16, 2, backend=backend).eval()
-    x = torch.randn(2, 18, 19, 16)
-    program = torch.export.export(attn, (x,), strict=False)
-    torch.testing.assert_close(program.module()(x), attn(x), rtol=1e-5, atol=1e-6)
-    operators = {str(node.target) for node in program.graph.nodes}
-    assert ("spatial_decay.native.default" in operators) == (backend == "native")
-
-
 def test_numbers_of_a_gaussian_are_finite_however_narrow_it_is():
     """The Triton kernels read the same."""
     variances = torch.tensor([1.0, 1e-20, 1e-38, 1e-45]).view(1, 1, 4).requires_grad_()
