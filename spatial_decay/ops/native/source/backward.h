@@ -79,14 +79,12 @@ void backward(int64_t, int64_t, void* context) {
   if (!has_memory) return task.fail();
   NoSubnormals no_subnormals;
 
-  int64_t image = -1, sequence = -1;
-  Items items(task);
-  for (int64_t item; items.take(&item);) {
-    const int64_t part = item % task.parts;
-    const Sequence at = sequence_of(p, item / task.parts);
-    if (image != at.image) read_positions(p, at, padded + BACKWARD_KEYS, tokens), image = at.image;
-    if (sequence != item / task.parts) {
-      sequence = item / task.parts;
+  Items item(task);
+  while (item.take()) {
+    const Sequence at = item.at;
+    const int64_t part = item.part, sequence = item.sequence;
+    if (item.has_new_image) read_positions(p, at, padded + BACKWARD_KEYS, tokens);
+    if (item.has_new_sequence) {
       pack(features(p, p.q, p.q_strides, at), 0, L, rows, d, dp, scale2, q);
       pack(features(p, p.grad, p.grad_strides, at), 0, L, rows, d, dp, 1.0f, grad);
       pack(features(p, p.out, p.out_strides, at), 0, L, rows, d, dp, 1.0f, dq);  // O; dq is free until then
@@ -101,7 +99,7 @@ void backward(int64_t, int64_t, void* context) {
     }
     float* dnumbers[3];  // of this part, (M, L)
     for (int64_t m = 0; m < M; m++) {
-      dnumbers[m] = task.dnumber_parts ? task.dnumber_parts + (item * M + m) * L
+      dnumbers[m] = task.dnumber_parts ? task.dnumber_parts + (item.index * M + m) * L
                                        : p.dnumbers + (m * num_sequences + sequence) * L;
       memset(of_rows[m], 0, rows * 4);
       memset(dnumbers[m], 0, L * 4);
@@ -153,7 +151,7 @@ void backward(int64_t, int64_t, void* context) {
     }
     for (int64_t m = 0; m < M; m++)
       for (int64_t i = 0; i < L; i++) dnumbers[m][i] += of_rows[m][i];
-    const Features of_dq = task.dq_parts ? Features{task.dq_parts + item * L * d, d, FLOAT32}
+    const Features of_dq = task.dq_parts ? Features{task.dq_parts + item.index * L * d, d, FLOAT32}
                                          : features(p, p.dq, p.dq_strides, at);
     unpack(dq, dp, L, d, &scale, 0, of_dq, 0);
   }

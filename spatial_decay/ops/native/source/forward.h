@@ -32,18 +32,26 @@ struct Task {
 // to chance: what an item gives does not depend on it.
 class Items {
  public:
+  int64_t index, part, sequence = -1;  // the item in hand: a part of a sequence
+  Sequence at = {-1, 0, 0};
+  bool has_new_image, has_new_sequence;  // since the one before
+
   explicit Items(Task& task) : task(task), count(least(task.p.heads, task.num_items() / (8 * task.p.threads))) {
     if (count < 1 || task.parts > 1) count = 1;
   }
-  bool take(int64_t* item) {
-    if (at == end) at = __atomic_fetch_add(&task.next, count, __ATOMIC_RELAXED), end = at + count;
-    *item = at++;
-    return *item < task.num_items();
+  bool take() {
+    if (next == end) next = __atomic_fetch_add(&task.next, count, __ATOMIC_RELAXED), end = next + count;
+    index = next++;
+    if (index >= task.num_items()) return false;
+    const int64_t image = at.image, before = sequence;
+    part = index % task.parts, sequence = index / task.parts, at = sequence_of(task.p, sequence);
+    has_new_image = at.image != image, has_new_sequence = sequence != before;
+    return true;
   }
 
  private:
   Task& task;
-  int64_t count, at = 0, end = 0;
+  int64_t count, next = 0, end = 0;
 };
 
 // Adds the decay to the scores (GROUP, n) of the keys from j on and finds the largest of each row.
@@ -94,7 +102,7 @@ void forward(int64_t, int64_t, void* context) {
   const int64_t num_blocks = (padded + Arithmetic::KEYS - 1) / Arithmetic::KEYS;
   // Rows of S are no power of two apart: such rows would have few places of the cache for all of them.
   const int64_t keys = up((padded + num_blocks - 1) / num_blocks, PANEL), lds = keys + W;
-  const int64_t queries = up((L + task.parts - 1) / task.parts, ROWS);                     // of a part
+  const int64_t queries = up((L + task.parts - 1) / task.parts, ROWS);  // of a part
   const float scale = (float)(p.scale * LOG2E), max_square = (float)(p.max_step * p.max_step);
 
   float *o, *peak, *total, *s, *mask;
@@ -111,14 +119,12 @@ void forward(int64_t, int64_t, void* context) {
   if (!has_memory) return task.fail();
   NoSubnormals no_subnormals;
 
-  int64_t image = -1, sequence = -1;
-  Items items(task);
-  for (int64_t item; items.take(&item);) {
-    const int64_t part = item % task.parts;
-    const Sequence at = sequence_of(p, item / task.parts);
-    if (image != at.image) read_positions(p, at, padded + FORWARD_QUERIES, tokens), image = at.image;
-    if (sequence != item / task.parts) {
-      sequence = item / task.parts;
+  Items item(task);
+  while (item.take()) {
+    const Sequence at = item.at;
+    const int64_t part = item.part, sequence = item.sequence;
+    if (item.has_new_image) read_positions(p, at, padded + FORWARD_QUERIES, tokens);
+    if (item.has_new_sequence) {
       products.pack_keys(features(p, p.k, p.k_strides, at), features(p, p.v, p.v_strides, at), L);
       read_tokens(p, at, padded, tokens);
     }
