@@ -109,8 +109,11 @@ CASES: dict[str, list[Case]] = {
     ],
     "cuda": [
         *(Case(kind, *shape) for kind in ("full", "1d") for shape in _ON_CUDA),
+        Case("full", 64, 12, Grid(14, 14, num_prefix_tokens=1), 64),
         Case("decomposed", 128, 4, Grid(28, 28), 32),
         Case("decomposed", 128, 4, Grid(56, 56), 16),
+        Case("gaussian", 64, 12, Grid(14, 14, num_prefix_tokens=1), 64),
+        Case("gaussian", 8, 16, Grid(32, 32), 64),
     ],
 }
 """By device, the smallest of a kind first: layers of SDT-H, ViT-B, SDT-P and larger images; on cuda in real batches."""
