@@ -254,13 +254,18 @@ PEERS: dict[str, Callable[[Case, torch.device], Attend]] = {
     FLEX_AUTOTUNED: lambda case, _device: flex_autotuned(case),
 }
 AUTOTUNED = ("triton_autotune", FLEX_AUTOTUNED)
+NOT_MEANT_FOR_CUDA = ("auto", "native", "tiled", "math")
+"""auto is triton there, and the others take 10 to 30 times as long."""
 COMPILED = (MASK_COMPILED, "flex", FLEX_AUTOTUNED)
 
 
 def contenders(device: torch.device, *, autotune: bool = False) -> list[str]:
     """The floor, the backends of this package, the peers; those that time their tiles first only where asked for."""
-    names = [*(PLAIN if device.type == "cuda" else [FLOOR]), "auto", *BACKENDS, *PEERS]
-    return [name for name in names if autotune or name not in AUTOTUNED]
+    is_cuda = device.type == "cuda"
+    names = [*(PLAIN if is_cuda else [FLOOR]), "auto", *BACKENDS, *PEERS]
+    return [
+        name for name in names if (autotune or name not in AUTOTUNED) and not (is_cuda and name in NOT_MEANT_FOR_CUDA)
+    ]
 
 
 def attend_by(contender: str, case: Case, device: torch.device) -> Attend:

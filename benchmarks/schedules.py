@@ -20,7 +20,7 @@ from benchmarks.report import DTYPES, Row, command_line, format_table, machine, 
 from spatial_decay.ops.triton import schedule as schedules
 from spatial_decay.ops.triton.schedule import Schedule
 
-_SLICES = 4
+_SLICES = 8
 """Into which the schedules of a case are cut for the processes that compile them."""
 
 
@@ -69,10 +69,13 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the command line; the rows of results.csv."""
     parser = command_line(__doc__.splitlines()[0], "schedules", rounds=1)
     parser.add_argument("--memory", choices=("tokens", "heads"), default="tokens", help="order of q, k and v there")
+    parser.add_argument("--cases", help="such as 'full 8,' or '1d', separated by semicolons; all where it is not given")
     parser.set_defaults(device="cuda", dtype="bfloat16")
     arguments = parser.parse_args(argv)
     setting = Setting(torch.device(arguments.device), DTYPES[arguments.dtype], arguments.memory)
-    cases = CASES["cuda"][:1] if arguments.quick else CASES["cuda"]
+    wanted = tuple(arguments.cases.split(";")) if arguments.cases else ("",)
+    cases = [case for case in CASES["cuda"] if f"{case.kind} {case.shape}".startswith(wanted)]
+    cases = cases[:1] if arguments.quick else cases
     context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), mp_context=context) as pool:
         jobs = [pool.submit(_compile, case, setting, part) for case in cases for part in range(_SLICES)]
