@@ -346,8 +346,9 @@ def features_at(tensor, place, const):
     8, and with head_dim 72 it would load 2 bytes at a time instead of 16.
     """
     start, image, line, head, token = tensor
-    image, line, head, token = image * const.UNIT, line * const.UNIT, head * const.UNIT, token * const.UNIT
-    return Features(start + (place.image * image + place.line * line + place.head * head), token)
+    # The place is in 64 bits, and before the unit: strides of 2**31 elements and more come in units of 32 bits.
+    offset = (place.image * image + place.line * line + place.head * head) * const.UNIT
+    return Features(start + offset, token * const.UNIT)
 
 
 @triton.jit
