@@ -1,6 +1,7 @@
 """Backend `triton` at its limits: inference mode, CUDA graphs, what it keeps, and tensors too large for 32 bits."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -130,3 +131,10 @@ def test_images_and_gradients_far_apart(case):
     expected = run(q, k, v, grad, decay)
     for got, wanted in zip(run(far_q, k, v, far_grad, decay), expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("size", [(7, 10), (4, 5)], ids=["long", "short"])
+def test_long_paths_in_float32(size):
+    """Whose sums are large, with a scale that is no power of two: their differences are as they were."""
+    q, k, v, grad, decay = make(PATH, Grid(*size), head_dim=72, num_heads=1)
+    check((q, k, v, grad, dataclasses.replace(decay, cumulative=decay.cumulative + 700)))

@@ -1,5 +1,6 @@
 """One launch of the Triton kernel: what it takes besides the tensors, and by which schedule it runs."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
@@ -14,7 +15,7 @@ from spatial_decay.ops.formulas import FORMULAS, position_table
 from spatial_decay.ops.triton import schedule as schedules
 from spatial_decay.ops.triton.schedule import Schedule, Step, Work, power_of_two
 
-__all__ = ["TOO_FAR", "Launch", "is_short", "positions_of", "reaches_too_far"]
+__all__ = ["TOO_FAR", "Launch", "is_short", "positions_of", "reaches_too_far", "split_scale"]
 
 TOO_FAR = "2**31 or more elements apart (needs fewer, for 32-bit offsets)"
 
@@ -119,7 +120,7 @@ class _Plan:
         self.key_mask_strides = (*of_mask[:2], of_mask[3]) if work.has_key_mask else (0, 0, 0)
         self.position_stride = position_stride
         self.strides = (*self.feature_strides, self.number_strides, self.key_mask_strides, position_stride)
-        self.sizes = (num_outer, num_heads, self._length, scale)
+        self.sizes = (num_outer, num_heads, self._length, *split_scale(scale, work.dtype))
         first, rest = _parts(head_dim)
         self._constants: dict[str, Any] = {
             "STEP": step,
@@ -250,6 +251,18 @@ _KEPT: dict[tuple[Layout, bool, torch.device], Tensor] = {}  # for good: CUDA gr
 def reaches_too_far(length: int, token_stride: int) -> bool:
     """Whether the tokens of a sequence lie too far apart for the kernels, which count elements within it in 32 bits."""
     return token_stride * length >= 2**31
+
+
+def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """As a power of two and a factor from 1 on, of which a program multiplies its own queries or keys.
+
+    The numbers of a decay are divided by the first, which rounds them not: sums along a path are large, and near tokens
+    have small differences of them. Half precision would round the queries, and has no digits that this would save.
+    """
+    if dtype != torch.float32:
+        return scale, 1.0
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(1.0, exponent - 1), 2 * mantissa
 
 
 def _parts(head_dim: int) -> tuple[int, int]:

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1e30)  # instead of -inf, so that -inf - peak is no NaN
+# Of a row's scores times log2(e), instead of -inf, so that -inf - peak is no NaN. A peak is rounded, and the product
+# from which it is subtracted is not, in one instruction: of -1e10 that leaves 2^500 for the largest weight.
+LOWEST_PEAK = tl.constexpr(-(2.0**24))
 
 
 class Constants(NamedTuple):
@@ -43,7 +45,8 @@ class Call(NamedTuple):
     num_outer: Any  # O
     num_heads: Any
     length: Any
-    scale: Any
+    scale: Any  # of the scores within exp2; times the factor it is the caller's
+    factor: Any  # of q or k, which are multiplied by it beforehand: see scaled
 
 
 class Place(NamedTuple):
@@ -123,7 +126,7 @@ def add_decay(scores, query, key, FORMULA: tl.constexpr, const):
 def slopes(ds, query, key, FORMULA: tl.constexpr, const):
     """dS o dM/dt of the query's three numbers and of the key's, to be summed; what a formula lacks repeats another."""
     if FORMULA == "manhattan":
-        slope = ds * (tl.abs(query.h - key.h) + tl.abs(query.w - key.w))
+        slope = product(ds, tl.abs(query.h - key.h) + tl.abs(query.w - key.w))
         return slope, slope, slope, slope
     elif FORMULA == "path":
         # dS o dM/dc_j, whose sign is that of w_i - w_j, the tokens' places along the path, for c_j - c_i may be 0.
@@ -135,11 +138,24 @@ def slopes(ds, query, key, FORMULA: tl.constexpr, const):
         return -slope, -slope, -slope, slope
     elif FORMULA == "gaussian":  # the factor -a_i of the second and third comes after the sum
         dh, dw = query.h - key.h, query.w - key.w
-        slope = ds * _bell(query, dh, dw)
-        return slope, slope * dh * dh, slope * dw * dw, slope
+        slope = product(ds, _bell(query, dh, dw))
+        return slope, product(slope * dh, dh), product(slope * dw, dw), slope
     else:
         tl.static_assert(FORMULA == "none")
         return ds, ds, ds, ds
+
+
+@triton.jit
+def product(a, b):
+    """a * b, to be summed; rounded before that in small tiles.
+
+    In these a thread may have one product of a row. In one instruction with the first addition its own would not be
+    rounded, but those that other threads hand over: the last bits of the sum would differ from thread to thread.
+    """
+    if a.shape[0] * a.shape[1] <= 512:
+        return tl.fma(a, b, tl.zeros_like(a))
+    else:
+        return a * b
 
 
 @triton.jit
@@ -280,6 +296,15 @@ def load_features(features, index, stop, MASKED: tl.constexpr, const):
         return first, _load_part(features, index, stop, const.D1, const.D2, MASKED, const)
     else:
         return first, first
+
+
+@triton.jit
+def scaled(features, factor):
+    """Both parts times a factor; only of float32, see launch.split_scale."""
+    if features[0].dtype == tl.float32:
+        return features[0] * factor, features[1] * factor
+    else:
+        return features
 
 
 @triton.jit
