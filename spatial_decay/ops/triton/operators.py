@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spatial_decay.ops.formulas import FORMULAS
 from spatial_decay.ops.operands import empty_heads, summed_as, with_features_together
-from spatial_decay.ops.triton.launch import Launch
+from spatial_decay.ops.triton.launch import Launch, reaches_too_far
 
 __all__ = ["backward", "forward", "short_backward", "short_forward"]
 
@@ -59,7 +59,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
     dq, dk, dv = (empty_heads(q) for _ in range(3))
-    q, k, v, grad = (with_features_together(x) for x in (q, k, v, grad))
+    q, k, v, grad = (with_features_together(x) for x in (q, k, v, _within_reach(grad)))
     delta, dnumbers = torch.empty_like(lse), _empty_gradient(q, formula, numbers)
     row_tensors, inputs = (lse, delta, dnumbers), (formula, numbers, *others)
     rows = Launch("backward rows", (q, k, v, out, grad, dq), row_tensors, *inputs)
@@ -97,7 +97,7 @@ def short_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
     dq, dk, dv = (empty_heads(q) for _ in range(3))
-    q, k, v, grad = (with_features_together(x) for x in (q, k, v, grad))
+    q, k, v, grad = (with_features_together(x) for x in (q, k, v, _within_reach(grad)))
     dnumbers = _empty_gradient(q, formula, numbers)
     launch = Launch("short backward", (q, k, v, grad, dq, dk, dv), (dnumbers,), formula, numbers, *others)
     with torch.cuda.device_of(q):
@@ -147,6 +147,11 @@ def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
 
 forward.register_autograd(_differentiate, setup_context=_save)
 short_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _within_reach(grad: Tensor) -> Tensor:
+    """The output's gradient, copied where the kernels cannot reach all of it: nobody can ask for its strides before."""
+    return grad.contiguous() if reaches_too_far(grad.shape[3], grad.stride(3)) else grad
 
 
 def _empty_rows(q: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ def candidates(step: Step, first: Schedule) -> list[Schedule]:
     return [first, *(other for other in others if other != first)]
 
 
+_MOST_KEPT = 1024
 _FASTEST: dict[Hashable, Schedule] = {}
 
 
@@ -114,6 +115,8 @@ def fastest(key: Hashable, schedules: Sequence[Schedule], seconds: Callable[[Sch
         times = {schedule: time for schedule in schedules if (time := seconds(schedule)) is not None}
         if not times:
             raise RuntimeError(f"none of {len(schedules)} schedules fits into this GPU: {key}. Take backend='auto'.")
+        if len(_FASTEST) >= _MOST_KEPT:
+            del _FASTEST[next(iter(_FASTEST))]  # the oldest
         _FASTEST[key] = min(times, key=times.__getitem__)
     return _FASTEST[key]
 

@@ -3,7 +3,7 @@
     O = softmax(S) V,    S = scale * Q K^T + M
 
 Forward: one program owns BLOCK_Q queries of one head and walks over all keys, BLOCK_K at a time. It keeps the largest
-score so far (peak), the sum of the weights (total) and the weighted sum of the values (out), and scales the last two
+score so far (peak, times log2(e)), the sum of the weights (total) and the weighted sum of the values (out), and scales the last two
 down whenever peak grows. No L x L matrix is ever stored; for the backward pass one number a query is kept,
 
     lse_i = log2 sum_j exp(S_ij),    so that    P_ij = exp2(S_ij * log2(e) - lse_i).
@@ -17,7 +17,8 @@ and for a number t of each token, dt_i = sum_j dS_ij dM_ij/dt_i + sum_j dS_ji dM
 programs that own queries (backward_rows, with delta and dQ), the second to those that own keys (backward_columns, with
 dK and dV), which add theirs to what the first wrote. So nothing is added atomically, and results repeat bit for bit.
 
-Inside, scores are Q K^T + M / scale: scale comes in once, within exp2. All sums are float32, because half precision has
+Inside, scores are Q K^T + M / scale: scale comes in once, within exp2. It is a power of two in float32, so that the
+numbers of M lose nothing to it, and the factor that is left goes to the side that a program owns. All sums are float32, because half precision has
 too few bits for sums of hundreds of terms. Lanes past the end of a sequence are loaded as 0 and never stored; as keys
 they get the score -inf, as queries lse = +inf: in both cases P = 0.
 
@@ -33,7 +34,7 @@ import triton.language as tl
 
 from spatial_decay.ops.triton.kernels.tiles import (
     LOG2E,
-    LOWEST,
+    LOWEST_PEAK,
     across,
     add_decay,
     add_dot,
@@ -48,6 +49,7 @@ from spatial_decay.ops.triton.kernels.tiles import (
     load_row,
     only_placed,
     place_of,
+    scaled,
     scores_of,
     sequence_at,
     slopes,
@@ -93,9 +95,9 @@ def _over_keys(
         key_mask = load_key_mask(sequence, j, stop, MASKED, const)
         query, key = _face(down(queries), across(keys), const)
         scores = scores_of(dot_features(q, k, const), query, key, key_mask, j, stop, FORMULA, MASKED, const)
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        p = tl.math.exp2(scores * to_log2 - (new_peak * to_log2)[:, None])
-        shrink = tl.math.exp2((peak - new_peak) * to_log2)
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * to_log2)
+        p = tl.math.exp2(scores * to_log2 - new_peak[:, None])
+        shrink = tl.math.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
         v, v2 = load_features(v_at, j, stop, MASKED, const)
         p = p.to(v.dtype)
@@ -115,17 +117,17 @@ def forward(call, const):
     k_at, v_at = features_at(k_tensor, place, const), features_at(v_tensor, place, const)
     sequence = sequence_at(call, place, const)
     walked = (k_at, v_at, sequence)
-    q = load_features(features_at(q_tensor, place, const), i, call.length, True, const)
+    q = scaled(load_features(features_at(q_tensor, place, const), i, call.length, True, const), call.factor)
     owned = (q, load_numbers(sequence, i, const.FORMULA, const.NUM_PREFIX, True, const))
     zeros = tl.zeros([const.BLOCK_Q, const.D1], tl.float32)
     zeros2 = tl.zeros([const.BLOCK_Q, const.D2], tl.float32) if const.D2 > 0 else zeros
-    state = (zeros, zeros2, tl.zeros([const.BLOCK_Q], tl.float32), tl.full([const.BLOCK_Q], LOWEST, tl.float32))
+    state = (zeros, zeros2, tl.zeros([const.BLOCK_Q], tl.float32), tl.full([const.BLOCK_Q], LOWEST_PEAK, tl.float32))
     out, out2, total, peak = _walk(_over_keys, state, owned, walked, call.length, const.BLOCK_K, const)
     # A query that may attend to nothing: O = 0, and lse = +inf makes P = 0 in the backward pass.
     is_empty = total == 0.0
     total = tl.where(is_empty, 1.0, total)
     inverse = tl.where(is_empty, 0.0, 1.0 / total)
-    lse = tl.where(is_empty, float("inf"), peak * (call.scale * LOG2E) + tl.math.log2(total))
+    lse = tl.where(is_empty, float("inf"), peak + tl.math.log2(total))
     out, out2 = out * inverse[:, None], out2 * inverse[:, None]
     store_features(features_at(o_tensor, place, const), i, call.length, out, out2, const)
     tl.store(call.rows[0] + place.row + i, lse, mask=i < call.length)
@@ -173,7 +175,7 @@ def backward_rows(call, const):
     k_at, v_at = features_at(k_tensor, place, const), features_at(v_tensor, place, const)
     sequence = sequence_at(call, place, const)
     walked = (k_at, v_at, sequence)
-    q = load_features(features_at(q_tensor, place, const), i, call.length, True, const)
+    q = scaled(load_features(features_at(q_tensor, place, const), i, call.length, True, const), call.factor)
     o, o2 = load_features(features_at(o_tensor, place, const), i, call.length, True, const)
     do, do2 = load_features(features_at(do_tensor, place, const), i, call.length, True, const)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -188,7 +190,8 @@ def backward_rows(call, const):
     state, owned = (zeros, zeros2, none, none, none), (q, (do, do2), query, lse, delta)
     state = _walk(_back_over_keys, state, owned, walked, call.length, const.BLOCK_K, const)
     dq, dq2, sum1, sum2, sum3 = state
-    dq, dq2 = dq * call.scale, dq2 * call.scale
+    scale = call.scale * call.factor
+    dq, dq2 = dq * scale, dq2 * scale
     store_features(features_at(dq_tensor, place, const), i, call.length, dq, dq2, const)
     first, second, third = completed(sum1, sum2, sum3, query, call.scale, const.FORMULA)
     if const.NUM_NUMBERS > 0:
@@ -247,7 +250,7 @@ def backward_columns(call, const):
     q_at, do_at = features_at(q_tensor, place, const), features_at(do_tensor, place, const)
     sequence = sequence_at(call, place, const)
     walked = (q_at, do_at, LSE + place.row, DELTA + place.row, sequence)
-    k = load_features(features_at(k_tensor, place, const), j, call.length, True, const)
+    k = scaled(load_features(features_at(k_tensor, place, const), j, call.length, True, const), call.factor)
     v = load_features(features_at(v_tensor, place, const), j, call.length, True, const)
     key = load_numbers(sequence, j, const.FORMULA, const.NUM_PREFIX, True, const)
     owned = (k, v, key, load_key_mask(sequence, j, call.length, True, const))
@@ -256,7 +259,8 @@ def backward_columns(call, const):
     state = (zeros, zeros2, zeros, zeros2, tl.zeros([const.BLOCK_K], tl.float32))
     state = _walk(_over_queries, state, owned, walked, call.length, const.BLOCK_Q, const)
     dk, dk2, dv, dv2, total = state
-    dk, dk2 = dk * call.scale, dk2 * call.scale
+    scale = call.scale * call.factor
+    dk, dk2 = dk * scale, dk2 * scale
     store_features(features_at(dk_tensor, place, const), j, call.length, dk, dk2, const)
     store_features(features_at(dv_tensor, place, const), j, call.length, dv, dv2, const)
     if const.READS_KEYS:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from spatial_decay.ops.triton.kernels.tiles import (
     LOG2E,
-    LOWEST,
+    LOWEST_PEAK,
     across,
     completed,
     dot,
@@ -24,6 +24,8 @@ from spatial_decay.ops.triton.kernels.tiles import (
     load_key_mask,
     load_numbers,
     place_of,
+    product,
+    scaled,
     scores_of,
     sequence_at,
     slopes,
@@ -34,16 +36,16 @@ __all__ = ["backward", "forward"]
 
 
 @triton.jit
-def _softmax(q, k, numbers, sequence, index, const):
+def _softmax(q, k, numbers, sequence, factor, index, const):
     """P (L, L) before it is divided by its row sums, and the inverses of these sums."""
     key_mask = load_key_mask(sequence, index, sequence.length, True, const)
     scores = scores_of(
-        dot_features(q, k, const), down(numbers), across(numbers), key_mask, index, sequence.length, const.FORMULA,
+        dot_features(scaled(q, factor), k, const), down(numbers), across(numbers), key_mask, index, sequence.length, const.FORMULA,
         True, const,
     )  # fmt: skip
     to_log2 = sequence.scale * LOG2E
-    peak = tl.maximum(tl.max(scores, 1), LOWEST)
-    p = tl.math.exp2(scores * to_log2 - (peak * to_log2)[:, None])
+    peak = tl.maximum(tl.max(scores, 1) * to_log2, LOWEST_PEAK)
+    p = tl.math.exp2(scores * to_log2 - peak[:, None])
     total = tl.sum(p, 1)
     return p, 1.0 / tl.where(total == 0.0, 1.0, total)
 
@@ -59,7 +61,7 @@ def forward(call, const):
     v = load_features(features_at(v_tensor, place, const), index, call.length, True, const)
     sequence = sequence_at(call, place, const)
     numbers = load_numbers(sequence, index, const.FORMULA, 0, True, const)
-    p, inverse = _softmax(q, k, numbers, sequence, index, const)
+    p, inverse = _softmax(q, k, numbers, sequence, call.factor, index, const)
     p = p.to(v[0].dtype)
     out = dot(p, v[0], const) * inverse[:, None]
     out2 = dot(p, v[1], const) * inverse[:, None] if const.D2 > 0 else out
@@ -79,10 +81,10 @@ def backward(call, const):
     do = load_features(features_at(do_tensor, place, const), index, call.length, True, const)
     sequence = sequence_at(call, place, const)
     numbers = load_numbers(sequence, index, const.FORMULA, 0, True, const)
-    p, inverse = _softmax(q, k, numbers, sequence, index, const)
+    p, inverse = _softmax(q, k, numbers, sequence, call.factor, index, const)
     p = p * inverse[:, None]
     dp = dot_features(do, v, const)
-    ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+    ds = p * (dp - tl.sum(product(p, dp), 1)[:, None])
     if const.NUM_NUMBERS > 0:  # here one at most
         row, _, _, column = slopes(ds, down(numbers), across(numbers), const.FORMULA, const)
         dnumbers, _, _ = completed(tl.sum(row, 1), 0.0, 0.0, numbers, call.scale, const.FORMULA)
@@ -91,10 +93,11 @@ def backward(call, const):
         tl.store(DNUMBERS + place.row + index, dnumbers, mask=index < call.length)
     p, ds = tl.trans(p.to(do[0].dtype)), ds.to(q[0].dtype)
     ds_t = tl.trans(ds)
-    dq, dk, dv = dot(ds, k[0], const) * call.scale, dot(ds_t, q[0], const) * call.scale, dot(p, do[0], const)
+    scale = call.scale * call.factor
+    dq, dk, dv = dot(ds, k[0], const) * scale, dot(ds_t, q[0], const) * scale, dot(p, do[0], const)
     dq2, dk2, dv2 = dq, dk, dv
     if const.D2 > 0:
-        dq2, dk2 = dot(ds, k[1], const) * call.scale, dot(ds_t, q[1], const) * call.scale
+        dq2, dk2 = dot(ds, k[1], const) * scale, dot(ds_t, q[1], const) * scale
         dv2 = dot(p, do[1], const)
     store_features(features_at(dq_tensor, place, const), index, call.length, dq, dq2, const)
     store_features(features_at(dk_tensor, place, const), index, call.length, dk, dk2, const)

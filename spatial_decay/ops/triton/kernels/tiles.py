@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1e30)  # instead of -inf, so that -inf - peak is no NaN
+# Of a row's scores times log2(e), instead of -inf, so that -inf - peak is no NaN. A peak is rounded, and the product
+# from which it is subtracted is not, in one instruction: of -1e10 that leaves 2^500 for the largest weight.
+LOWEST_PEAK = tl.constexpr(-(2.0**24))
 
 
 class Constants(NamedTuple):
@@ -43,7 +45,8 @@ class Call(NamedTuple):
     num_outer: Any  # O
     num_heads: Any
     length: Any
-    scale: Any
+    scale: Any  # of the scores within exp2; times the factor it is the caller's
+    factor: Any  # of q or k, which are multiplied by it beforehand: see scaled
 
 
 class Place(NamedTuple):
@@ -123,7 +126,7 @@ def add_decay(scores, query, key, FORMULA: tl.constexpr, const):
 def slopes(ds, query, key, FORMULA: tl.constexpr, const):
     """dS o dM/dt of the query's three numbers and of the key's, to be summed; what a formula lacks repeats another."""
     if FORMULA == "manhattan":
-        slope = ds * (tl.abs(query.h - key.h) + tl.abs(query.w - key.w))
+        slope = product(ds, tl.abs(query.h - key.h) + tl.abs(query.w - key.w))
         return slope, slope, slope, slope
     elif FORMULA == "path":
         # dS o dM/dc_j, whose sign is that of w_i - w_j, the tokens' places along the path, for c_j - c_i may be 0.
@@ -135,11 +138,24 @@ def slopes(ds, query, key, FORMULA: tl.constexpr, const):
         return -slope, -slope, -slope, slope
     elif FORMULA == "gaussian":  # the factor -a_i of the second and third comes after the sum
         dh, dw = query.h - key.h, query.w - key.w
-        slope = ds * _bell(query, dh, dw)
-        return slope, slope * dh * dh, slope * dw * dw, slope
+        slope = product(ds, _bell(query, dh, dw))
+        return slope, product(slope * dh, dh), product(slope * dw, dw), slope
     else:
         tl.static_assert(FORMULA == "none")
         return ds, ds, ds, ds
+
+
+@triton.jit
+def product(a, b):
+    """a * b, to be summed; rounded before that in small tiles.
+
+    In these a thread may have one product of a row. In one instruction with the first addition its own would not be
+    rounded, but those that other threads hand over: the last bits of the sum would differ from thread to thread.
+    """
+    if a.shape[0] * a.shape[1] <= 512:
+        return tl.fma(a, b, tl.zeros_like(a))
+    else:
+        return a * b
 
 
 @triton.jit
@@ -296,6 +312,15 @@ def load_features(features, index, stop, MASKED: tl.constexpr, const):
 
 
 @triton.jit
+def scaled(features, factor):
+    """Both parts times a factor; only of float32, see launch.split_scale."""
+    if features[0].dtype == tl.float32:
+        return features[0] * factor, features[1] * factor
+    else:
+        return features
+
+
+@triton.jit
 def store_features(features, index, stop, first, rest, const):
     """The inverse of load_features, in the dtype of the memory."""
     column = tl.arange(0, const.D1)
@@ -359,8 +384,9 @@ def features_at(tensor, place, const):
     8, and with head_dim 72 it would load 2 bytes at a time instead of 16.
     """
     start, image, line, head, token = tensor
-    image, line, head, token = image * const.UNIT, line * const.UNIT, head * const.UNIT, token * const.UNIT
-    return Features(start + (place.image * image + place.line * line + place.head * head), token)
+    # The place is in 64 bits, and before the unit: strides of 2**31 elements and more come in units of 32 bits.
+    offset = (place.image * image + place.line * line + place.head * head) * const.UNIT
+    return Features(start + offset, token * const.UNIT)
 
 
 @triton.jit
