@@ -133,7 +133,6 @@ class _Plan:
             "D": head_dim,
             "D1": first,
             "D2": rest,
-            "PREFIX_BLOCK": min(64, max(16, power_of_two(work.num_prefix))),
             "UNIT": unit,
             "UPCAST": _kernels().are_interpreted and work.dtype == torch.bfloat16,
             "enable_fp_fusion": True,  # a product and a sum in one instruction
@@ -152,11 +151,11 @@ class _Plan:
         owned, walked = schedule.queries, schedule.keys
         if self._step == "backward columns":
             owned, walked = walked, owned
-        rest = 0 if self._step.startswith("short") else self.work.num_patches % walked
+        rest = 0 if self._step.startswith("short") else self.work.num_prefix + self.work.num_patches % walked
         return (self._num_sequences * -(-self._length // owned),), self._constants | {
             "BLOCK_Q": schedule.queries,
             "BLOCK_K": schedule.keys,
-            "TAIL_BLOCK": 0 if rest == 0 else max(16, power_of_two(rest)),  # as small as can be
+            "REST_BLOCK": 0 if rest == 0 else min(walked, max(16, power_of_two(rest))),  # as small as can be
             "num_warps": schedule.num_warps,
             "num_stages": schedule.num_stages,
             "maxnreg": schedule.max_registers or None,

@@ -53,6 +53,8 @@ def from_table(step: Step, work: Work) -> Schedule:
     is_wide = work.head_dim > 64
     if work.dtype == torch.float32:
         return Schedule(32, 32, 8 if is_wide else 4, 2)
+    if work.has_warp_groups and not is_wide:
+        return {"forward": Schedule(128, 64, 4, 3), "backward rows": Schedule(64, 32, 4, 3)}.get(step, Schedule(64, 64, 4, 3))
     if step == "forward":
         # 128 keys at a time take the fewest instructions; a last step of 128 that is half empty, or a mask, takes more.
         fits = not is_wide and not (work.has_key_mask or work.has_flags) and work.num_patches % 128 <= 64
@@ -81,9 +83,9 @@ def num_warps_of_short(work: Work) -> int:
     return 8 if length <= 128 and (head_dim <= 32 or work.has_warp_groups) else 0
 
 
-_FORWARD = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (128, 32, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4))
-_ROWS = ((128, 64, 8), (128, 32, 8), (128, 32, 4), (64, 64, 4), (64, 32, 4), (32, 32, 4))
-_COLUMNS = ((64, 128, 8), (64, 64, 8), (64, 64, 4), (32, 128, 8), (32, 64, 4), (16, 128, 8), (32, 32, 4))
+_FORWARD = ((128, 64, 4), (64, 64, 4), (64, 32, 4), (128, 64, 8), (32, 32, 4))
+_ROWS = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 8), (32, 32, 4))
+_COLUMNS = ((64, 64, 4), (32, 64, 4), (64, 128, 8), (16, 128, 8), (32, 32, 4))
 _REGISTERS = (0, 168, 128)
 """Of a thread, with which 8, 12 and 16 warps run on a multiprocessor at once."""
 
@@ -94,8 +96,9 @@ def candidates(step: Step, first: Schedule) -> list[Schedule]:
         others = [first._replace(num_warps=num_warps) for num_warps in (1, 2, 4, 8)]
     else:
         sizes = {"forward": _FORWARD, "backward rows": _ROWS, "backward columns": _COLUMNS}[step]
-        others = [Schedule(*size, 2, registers) for size in sizes for registers in _REGISTERS]
-        others += [Schedule(*size, 3) for size in sizes]
+        others = [Schedule(*size, 3, registers) for size in sizes[:3] for registers in _REGISTERS]
+        others += [Schedule(*size, 4) for size in sizes[:3]]
+        others += [Schedule(*size, 2) for size in sizes]
     return [first, *(other for other in others if other != first)]
 
 

@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 
 from spatial_decay.ops.triton.kernels.tiles import (
+    AHEAD,
     LOG2E,
     LOWEST_PEAK,
     across,
@@ -62,44 +63,55 @@ __all__ = ["backward_columns", "backward_rows", "forward"]
 
 @triton.jit
 def _walk(LOOP: tl.constexpr, state, owned, walked, length, BLOCK: tl.constexpr, const):
-    """LOOP over all tokens: those of the prefix, the others in whole blocks, and a last block as small as can be."""
-    if const.NUM_PREFIX > 0:
-        state = LOOP(state, owned, walked, 0, const.NUM_PREFIX, "none", const.PREFIX_BLOCK, True, const)
+    """LOOP over all tokens: whole blocks of those with a position, then the rest, _tokens."""
     whole = length - (length - const.NUM_PREFIX) % BLOCK
-    state = LOOP(state, owned, walked, const.NUM_PREFIX, whole, const.FORMULA, BLOCK, False, const)
-    if const.TAIL_BLOCK > 0:
-        state = LOOP(state, owned, walked, whole, length, const.FORMULA, const.TAIL_BLOCK, True, const)
+    state = LOOP(state, owned, walked, const.NUM_PREFIX, whole, whole, BLOCK, False, const)
+    if const.REST_BLOCK > 0:
+        num_rest = const.NUM_PREFIX + length - whole
+        state = LOOP(state, owned, walked, 0, num_rest, whole, const.REST_BLOCK, True, const)
     return state
 
 
 @triton.jit
-def _face(owned, walked, const):
+def _tokens(first, whole, BLOCK: tl.constexpr, IS_REST: tl.constexpr, const):
+    """A block of tokens; the rest are those of the prefix and those from whole on."""
+    index = first + tl.arange(0, BLOCK)
+    if IS_REST and const.NUM_PREFIX > 0:
+        return tl.where(index < const.NUM_PREFIX, index, index + (whole - const.NUM_PREFIX))
+    elif IS_REST:
+        return index + whole
+    else:
+        return index
+
+
+@triton.jit
+def _face(owned, walked, IS_REST: tl.constexpr, const):
     """Numbers of the side that a program owns and of that which it walks over, as they stand to each other."""
-    faced = beside(owned, walked.flag, const.HAS_FLAGS)
+    faced = beside(owned, walked.flag, const.HAS_FLAGS or (IS_REST and const.NUM_PREFIX > 0))
     return faced, beside(walked, owned.flag, const.NUM_PREFIX > 0 or const.HAS_FLAGS)
 
 
 @triton.jit
-def _over_keys(
-    state, owned, walked, start, stop, FORMULA: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, const
-):
+def _over_keys(state, owned, walked, start, stop, whole, BLOCK: tl.constexpr, IS_REST: tl.constexpr, const):
     """The loop of forward over the keys start .. stop - 1; state: out in two parts, total and peak."""
     out, out2, total, peak = state
     q, queries = owned
     k_at, v_at, sequence = walked
     to_log2 = sequence.scale * LOG2E
     for first in range(start, stop, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        k = load_features(k_at, j, stop, MASKED, const)
-        keys = walked_numbers(sequence, j, first, stop, FORMULA, MASKED, const)
-        key_mask = load_key_mask(sequence, j, stop, MASKED, const)
-        query, key = _face(down(queries), across(keys), const)
-        scores = scores_of(dot_features(q, k, const), query, key, key_mask, j, stop, FORMULA, MASKED, const)
+        j = _tokens(first, whole, BLOCK, IS_REST, const)
+        k = load_features(k_at, j, sequence.length, IS_REST, const)
+        keys = walked_numbers(sequence, j, first, stop, IS_REST, const)
+        key_mask = load_key_mask(sequence, j, sequence.length, IS_REST, const)
+        query, key = _face(down(queries), across(keys), IS_REST, const)
+        scores = scores_of(
+            dot_features(q, k, const), query, key, key_mask, j, sequence.length, const.FORMULA, IS_REST, const
+        )
         new_peak = tl.maximum(peak, tl.max(scores, 1) * to_log2)
         p = tl.math.exp2(scores * to_log2 - new_peak[:, None])
         shrink = tl.math.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
-        v, v2 = load_features(v_at, j, stop, MASKED, const)
+        v, v2 = load_features(v_at, j, sequence.length, IS_REST, const)
         p = p.to(v.dtype)
         out = add_dot(out * shrink[:, None], p, v, const)
         if const.D2 > 0:
@@ -134,25 +146,25 @@ def forward(call, const):
 
 
 @triton.jit
-def _back_over_keys(
-    state, owned, walked, start, stop, FORMULA: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, const
-):
+def _back_over_keys(state, owned, walked, start, stop, whole, BLOCK: tl.constexpr, IS_REST: tl.constexpr, const):
     """The loop of backward_rows over the keys; state: dQ / scale in two parts and the sums of the query's slopes."""
     dq, dq2, sum1, sum2, sum3 = state
     q, do, queries, lse, delta = owned
     k_at, v_at, sequence = walked
     for first in range(start, stop, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        k = load_features(k_at, j, stop, MASKED, const)
-        v = load_features(v_at, j, stop, MASKED, const)
-        keys = walked_numbers(sequence, j, first, stop, FORMULA, MASKED, const)
-        key_mask = load_key_mask(sequence, j, stop, MASKED, const)
-        query, key = _face(down(queries), across(keys), const)
-        scores = scores_of(dot_features(q, k, const), query, key, key_mask, j, stop, FORMULA, MASKED, const)
+        j = _tokens(first, whole, BLOCK, IS_REST, const)
+        k = load_features(k_at, j, sequence.length, IS_REST, const)
+        v = load_features(v_at, j, sequence.length, IS_REST, const)
+        keys = walked_numbers(sequence, j, first, stop, IS_REST, const)
+        key_mask = load_key_mask(sequence, j, sequence.length, IS_REST, const)
+        query, key = _face(down(queries), across(keys), IS_REST, const)
+        scores = scores_of(
+            dot_features(q, k, const), query, key, key_mask, j, sequence.length, const.FORMULA, IS_REST, const
+        )
         p = tl.math.exp2(scores * (sequence.scale * LOG2E) - lse[:, None])
         ds = p * (dot_features(do, v, const) - delta[:, None])
-        if FORMULA != "none":
-            slope1, slope2, slope3, _ = slopes(only_placed(ds, key, const), query, key, FORMULA, const)
+        if const.FORMULA != "none":
+            slope1, slope2, slope3, _ = slopes(only_placed(ds, key, IS_REST, const), query, key, const.FORMULA, const)
             sum1 += tl.sum(slope1, 1)
             if const.NUM_NUMBERS > 1:
                 sum2 += tl.sum(slope2, 1)
@@ -203,9 +215,15 @@ def backward_rows(call, const):
 
 
 @triton.jit
-def _over_queries(
-    state, owned, walked, start, stop, FORMULA: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, const
-):
+def load_sums(LSE, DELTA, i, length, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(LSE + i, mask=i < length, other=float("inf")), tl.load(DELTA + i, mask=i < length, other=0.0)
+    else:
+        return tl.load(LSE + i), tl.load(DELTA + i)
+
+
+@triton.jit
+def _over_queries(state, owned, walked, start, stop, whole, BLOCK: tl.constexpr, IS_REST: tl.constexpr, const):
     """The loop of backward_columns over the queries, tiles lying (BLOCK_K, BLOCK_Q).
 
     state: dK / scale and dV in two parts each, and the sums of the key's slopes.
@@ -214,22 +232,23 @@ def _over_queries(
     k, v, keys, key_mask = owned
     q_at, do_at, LSE, DELTA, sequence = walked
     for first in range(start, stop, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        q = load_features(q_at, i, stop, MASKED, const)
-        do = load_features(do_at, i, stop, MASKED, const)
-        queries = walked_numbers(sequence, i, first, stop, FORMULA, MASKED, const)
+        i = _tokens(first, whole, BLOCK, IS_REST, const)
+        q = load_features(q_at, i, sequence.length, IS_REST, const)
+        do = load_features(do_at, i, sequence.length, IS_REST, const)
+        queries = walked_numbers(sequence, i, first, stop, IS_REST, const)
         lse, delta = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        if first < stop:
-            lse = tl.load(LSE + i, mask=i < stop, other=float("inf"))
-            delta = load_row(DELTA + i, i < stop, MASKED)
-        key, query = _face(down(keys), across(queries), const)
-        scores = add_decay(dot_features(k, q, const), query, key, FORMULA, const)
+        if AHEAD:
+            lse, delta = load_sums(LSE, DELTA, i, sequence.length, IS_REST)
+        elif first < stop:
+            lse, delta = load_sums(LSE, DELTA, i, sequence.length, IS_REST)
+        key, query = _face(down(keys), across(queries), IS_REST, const)
+        scores = add_decay(dot_features(k, q, const), query, key, const.FORMULA, const)
         if const.HAS_KEY_MASK:
             scores += key_mask[:, None]
         p = tl.math.exp2(scores * (sequence.scale * LOG2E) - lse[None, :])
         ds = p * (dot_features(v, do, const) - delta[None, :])
-        if FORMULA != "none" and const.READS_KEYS:
-            _, _, _, slope = slopes(only_placed(ds, query, const), query, key, FORMULA, const)
+        if const.FORMULA != "none" and const.READS_KEYS:
+            _, _, _, slope = slopes(only_placed(ds, query, IS_REST, const), query, key, const.FORMULA, const)
             total += tl.sum(slope, 1)
         p, ds = p.to(do[0].dtype), ds.to(q[0].dtype)
         dv = add_dot(dv, p, do[0], const)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+AHEAD = tl.constexpr(True)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Of a row's scores times log2(e), instead of -inf, so that -inf - peak is no NaN. A peak is rounded, and the product
 # from which it is subtracted is not, in one instruction: of -1e10 that leaves 2^500 for the largest weight.
@@ -28,8 +29,7 @@ class Constants(NamedTuple):
     D2: Any  # and a rest, 0 if there is none: 72 costs 64 + 16
     BLOCK_Q: Any
     BLOCK_K: Any
-    PREFIX_BLOCK: Any  # of the walk over prefix tokens
-    TAIL_BLOCK: Any  # of the last step of the walk, 0 if there is none
+    REST_BLOCK: Any  # of the end of the walk, over prefix tokens and what fills no block; 0 if there is none
     UNIT: Any  # of the strides of features, in elements
     UPCAST: Any  # see dot
 
@@ -204,16 +204,19 @@ def load_numbers(
 
 
 @triton.jit
-def walked_numbers(sequence, index, first, stop, FORMULA: tl.constexpr, MASKED: tl.constexpr, const):
+def walked_numbers(sequence, index, first, stop, IS_REST: tl.constexpr, const):
     """Numbers of the tokens that a loop is at."""
-    # In a branch, which is always taken: Triton would copy rows ahead into shared memory, every thread its own copy.
-    numbers = Numbers(
-        tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32),
-        tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32),
-    )  # fmt: skip
-    if first < stop:
-        numbers = load_numbers(sequence, index, FORMULA, 0, MASKED, const)
-    return numbers
+    NUM_PREFIX: tl.constexpr = const.NUM_PREFIX if IS_REST else 0
+    if AHEAD:
+        return load_numbers(sequence, index, const.FORMULA, NUM_PREFIX, IS_REST, const)
+    else:
+        numbers = Numbers(
+            tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32),
+            tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32),
+        )  # fmt: skip
+        if first < stop:
+            numbers = load_numbers(sequence, index, const.FORMULA, NUM_PREFIX, IS_REST, const)
+        return numbers
 
 
 @triton.jit
@@ -248,9 +251,9 @@ def beside(numbers, flag, ASKS: tl.constexpr):
 
 
 @triton.jit
-def only_placed(ds, walked, const):
+def only_placed(ds, walked, IS_REST: tl.constexpr, const):
     """ds, 0 where the token of the side that is walked over has no position."""
-    if const.HAS_FLAGS:
+    if const.HAS_FLAGS or (IS_REST and const.NUM_PREFIX > 0):
         return ds * walked.flag
     else:
         return ds
