@@ -3,8 +3,8 @@
     O = softmax(S) V,    S = scale * Q K^T + M
 
 Forward: one program owns BLOCK_Q queries of one head and walks over all keys, BLOCK_K at a time. It keeps the largest
-score so far (peak, times log2(e)), the sum of the weights (total) and the weighted sum of the values (out), and scales the last two
-down whenever peak grows. No L x L matrix is ever stored; for the backward pass one number a query is kept,
+score so far (peak, times log2(e)), the sum of the weights (total) and the weighted sum of the values (out), and scales
+the last two down whenever peak grows. No L x L matrix is ever stored; for the backward pass one number a query is kept,
 
     lse_i = peak_i + log2(total_i),    so that    P_ij = exp2(S_ij * log2(e) - lse_i).
 
@@ -21,9 +21,9 @@ programs that own queries (backward_rows, with delta and dQ), the second to thos
 dK and dV), which add theirs to what the first wrote. So nothing is added atomically, and results repeat bit for bit.
 
 Inside, scores are Q K^T + M / scale: scale comes in once, within exp2. It is a power of two in float32, so that the
-numbers of M lose nothing to it, and the factor that is left goes to the side that a program owns. All sums are float32, because half precision has
-too few bits for sums of hundreds of terms. Lanes past the end of a sequence are loaded as 0 and never stored; as keys
-they get the score -inf, as queries lse = +inf: in both cases P = 0.
+numbers of M lose nothing to it, and the factor that is left goes to the side that a program owns. All sums are float32,
+because half precision has too few bits for sums of hundreds of terms. Lanes past the end of a sequence are loaded as 0
+and never stored; as keys they get the score -inf, as queries lse = +inf: in both cases P = 0.
 
 Prefix tokens have no position: M = 0 wherever they take part. On the side that is walked over they are a small block of
 their own without decay; on the other, all numbers are 0 to them (beside). Where such tokens may be anywhere
@@ -57,6 +57,7 @@ from spatial_decay.ops.triton.kernels.tiles import (
     sequence_at,
     slopes,
     store_features,
+    walked_numbers,
 )
 
 __all__ = ["backward_columns", "backward_rows", "forward"]
@@ -93,7 +94,7 @@ def _over_keys(
     for first in range(start, stop, BLOCK):
         j = first + tl.arange(0, BLOCK)
         k = load_features(k_at, j, stop, MASKED, const)
-        keys = load_numbers(sequence, j, FORMULA, 0, MASKED, const)
+        keys = walked_numbers(sequence, j, first, stop, FORMULA, MASKED, const)
         key_mask = load_key_mask(sequence, j, stop, MASKED, const)
         query, key = _face(down(queries), across(keys), const)
         scores = scores_of(dot_features(q, k, const), query, key, key_mask, j, stop, FORMULA, MASKED, const)
@@ -175,7 +176,7 @@ def _back_over_keys(
         j = first + tl.arange(0, BLOCK)
         k = load_features(k_at, j, stop, MASKED, const)
         v = load_features(v_at, j, stop, MASKED, const)
-        keys = load_numbers(sequence, j, FORMULA, 0, MASKED, const)
+        keys = walked_numbers(sequence, j, first, stop, FORMULA, MASKED, const)
         key_mask = load_key_mask(sequence, j, stop, MASKED, const)
         query, key = _face(down(queries), across(keys), const)
         scores = scores_of(dot_features(q, k, const), query, key, key_mask, j, stop, FORMULA, MASKED, const)
@@ -248,9 +249,15 @@ def _over_queries(
         i = first + tl.arange(0, BLOCK)
         q = load_features(q_at, i, stop, MASKED, const)
         do = load_features(do_at, i, stop, MASKED, const)
-        queries = load_numbers(sequence, i, FORMULA, 0, MASKED, const)
-        lse, inverse = _load_sums(LSE, num_rows, i, stop, MASKED, is_split)
-        delta = load_row(DELTA + i, i < stop, MASKED)
+        queries = walked_numbers(sequence, i, first, stop, FORMULA, MASKED, const)
+        lse, inverse, delta = (
+            tl.zeros([BLOCK], tl.float32),
+            tl.zeros([BLOCK], tl.float32),
+            tl.zeros([BLOCK], tl.float32),
+        )
+        if first < stop:
+            lse, inverse = _load_sums(LSE, num_rows, i, stop, MASKED, is_split)
+            delta = load_row(DELTA + i, i < stop, MASKED)
         key, query = _face(down(keys), across(queries), const)
         scores = add_decay(dot_features(k, q, const), query, key, FORMULA, const)
         if const.HAS_KEY_MASK:
