@@ -36,11 +36,11 @@ __all__ = ["backward", "forward"]
 
 
 @triton.jit
-def _softmax(q, k, numbers, sequence, factor, index, const):
+def _softmax(q, k, numbers, sequence, index, const):
     """P (L, L) before it is divided by its row sums, and the inverses of these sums."""
     key_mask = load_key_mask(sequence, index, sequence.length, True, const)
     scores = scores_of(
-        dot_features(scaled(q, factor), k, const), down(numbers), across(numbers), key_mask, index, sequence.length, const.FORMULA,
+        dot_features(q, k, const), down(numbers), across(numbers), key_mask, index, sequence.length, const.FORMULA,
         True, const,
     )  # fmt: skip
     to_log2 = sequence.scale * LOG2E
@@ -56,12 +56,12 @@ def forward(call, const):
     q_tensor, k_tensor, v_tensor, o_tensor = call.features
     place = place_of(call, 1)
     index = tl.arange(0, const.BLOCK_Q)
-    q = load_features(features_at(q_tensor, place, const), index, call.length, True, const)
+    q = scaled(load_features(features_at(q_tensor, place, const), index, call.length, True, const), call.factor)
     k = load_features(features_at(k_tensor, place, const), index, call.length, True, const)
     v = load_features(features_at(v_tensor, place, const), index, call.length, True, const)
     sequence = sequence_at(call, place, const)
-    numbers = load_numbers(sequence, index, const.FORMULA, 0, True, const)
-    p, inverse = _softmax(q, k, numbers, sequence, call.factor, index, const)
+    numbers = load_numbers(sequence, index, True, const)
+    p, inverse = _softmax(q, k, numbers, sequence, index, const)
     p = p.to(v[0].dtype)
     out = dot(p, v[0], const) * inverse[:, None]
     out2 = dot(p, v[1], const) * inverse[:, None] if const.D2 > 0 else out
@@ -75,13 +75,13 @@ def backward(call, const):
     DNUMBERS = call.rows[0]
     place = place_of(call, 1)
     index = tl.arange(0, const.BLOCK_Q)
-    q = load_features(features_at(q_tensor, place, const), index, call.length, True, const)
+    q = scaled(load_features(features_at(q_tensor, place, const), index, call.length, True, const), call.factor)
     k = load_features(features_at(k_tensor, place, const), index, call.length, True, const)
     v = load_features(features_at(v_tensor, place, const), index, call.length, True, const)
     do = load_features(features_at(do_tensor, place, const), index, call.length, True, const)
     sequence = sequence_at(call, place, const)
-    numbers = load_numbers(sequence, index, const.FORMULA, 0, True, const)
-    p, inverse = _softmax(q, k, numbers, sequence, call.factor, index, const)
+    numbers = load_numbers(sequence, index, True, const)
+    p, inverse = _softmax(q, k, numbers, sequence, index, const)
     p = p * inverse[:, None]
     dp = dot_features(do, v, const)
     ds = p * (dp - tl.sum(product(p, dp), 1)[:, None])
@@ -93,11 +93,12 @@ def backward(call, const):
         tl.store(DNUMBERS + place.row + index, dnumbers, mask=index < call.length)
     p, ds = tl.trans(p.to(do[0].dtype)), ds.to(q[0].dtype)
     ds_t = tl.trans(ds)
-    scale = call.scale * call.factor
-    dq, dk, dv = dot(ds, k[0], const) * scale, dot(ds_t, q[0], const) * scale, dot(p, do[0], const)
+    # q is multiplied by the factor already.
+    of_q, of_k = call.scale * call.factor, call.scale
+    dq, dk, dv = dot(ds, k[0], const) * of_q, dot(ds_t, q[0], const) * of_k, dot(p, do[0], const)
     dq2, dk2, dv2 = dq, dk, dv
     if const.D2 > 0:
-        dq2, dk2 = dot(ds, k[1], const) * scale, dot(ds_t, q[1], const) * scale
+        dq2, dk2 = dot(ds, k[1], const) * of_q, dot(ds_t, q[1], const) * of_k
         dv2 = dot(p, do[1], const)
     store_features(features_at(dq_tensor, place, const), index, call.length, dq, dq2, const)
     store_features(features_at(dk_tensor, place, const), index, call.length, dk, dk2, const)
