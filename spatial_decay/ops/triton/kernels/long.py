@@ -148,7 +148,7 @@ def _num_rows(call, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_sums(LSE, num_rows, i, stop, MASKED: tl.constexpr, IS_SPLIT: tl.constexpr):
-    """lse and 1.0 of queries, or peak and 1 / total; past stop such that P = 0."""
+    """lse of queries, twice; or, where IS_SPLIT, peak and 1 / total. Past stop they make P = 0."""
     mask = i < stop
     lse = tl.load(LSE + i, mask=mask, other=float("inf")) if MASKED else tl.load(LSE + i)
     if IS_SPLIT:
