@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """Call it with a compute capability, 80 or 90: until the test ends backend="triton" runs on CPU tensors as compiled."""
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    from tests.ptx.launch import Emulation
+
+    def start(capability: int) -> Emulation:
+        emulation = Emulation(capability)
+        emulation.start(monkeypatch)
+        return emulation
+
+    return start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
