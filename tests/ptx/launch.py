@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ptx import emulator
+from tests.ptx.kernel import Kernel
+from tests.ptx.machine import Machine
+from tests.ptx.memory import Memory, Segment
 from tests.ptx.triton_copy import use_copy
 
 # How many of the features, the last ones, a step writes. Of the rows it writes what no launch before it has written.
@@ -77,16 +79,14 @@ class Emulation:
             findings.setdefault(kind, [0, where])[0] += count
 
         segments = _segments([x for x in flat if isinstance(x, Tensor)], written)
-        memory = emulator.Memory([segment for segment, _ in segments.values()], note)
-        params = dict(zip([name for _, name in code.params], map(_bits, flat), strict=False))
-        params |= {name: np.int64(0) for _, name in code.params[len(flat) :]}
-        at_once = max(1, _THREADS_AT_ONCE // code.threads)
+        memory = Memory([segment for segment, _ in segments.values()], note)
+        params = dict(zip(code.params, map(_bits, flat), strict=False))
+        params |= dict.fromkeys(code.params[len(flat) :], np.int64(0))
+        at_once = max(1, _THREADS_AT_ONCE // code.num_threads)
         for first in range(0, grid[0], at_once):
             num = min(at_once, grid[0] - first)
-            machine = emulator.Machine(
-                code, num, params, memory, compiled.metadata.shared, note, first_cta=first, total_ctas=grid[0]
-            )
-            self.num_instructions += machine.run() * num * code.threads // 32
+            machine = Machine(code, params, memory, compiled.metadata.shared, (first, num), grid[0], note)
+            self.num_instructions += machine.run() * num * code.num_threads // 32
         self.num_launches += 1
         for x in written:
             self._written[x.data_ptr()] = x
@@ -99,8 +99,8 @@ class Emulation:
 
 
 @lru_cache(maxsize=64)
-def _decoded(ptx: str) -> emulator.Kernel:
-    return emulator.Kernel(ptx)
+def _decoded(ptx: str) -> Kernel:
+    return Kernel(ptx)
 
 
 def _flat_arguments(compiled: Any, args: Any) -> list[Any]:
@@ -140,7 +140,7 @@ def _segments(tensors: list[Tensor], written: list[Tensor]) -> dict[int, Any]:
             if any(x is y for y in written):
                 x.fill_(float("nan"))
                 has_value &= ~_units(x)
-        segments[base] = emulator.Segment(base, buffer, may, has_value), of_storage
+        segments[base] = Segment(base, buffer, may, has_value), of_storage
     return segments
 
 

@@ -4,6 +4,7 @@ Whether Triton's own functions and our kernels are interpreted is decided when t
 leaves triton.language changed. So what compiles is a second import of both, in sys.modules only while it is used.
 """
 
+import atexit
 import importlib
 import sys
 from functools import cache
@@ -37,6 +38,7 @@ def _copy() -> dict[str, ModuleType]:
         for name in [name for name in sys.modules if _is_copied(name)]:
             del sys.modules[name]
         sys.modules.update(before)
+
     _leave_out_ptxas(copy["triton.backends.nvidia.compiler"].CUDABackend)
     return copy
 
@@ -74,3 +76,8 @@ def use_copy(monkeypatch: pytest.MonkeyPatch, capability: int) -> Any:
         monkeypatch.setitem(sys.modules, name, module)
     copy["triton.runtime.driver"].driver.set_active(NoGPU(capability))
     return copy["triton.runtime.jit"].JITFunction
+
+
+def _forget():
+    import gc
+    _copy.cache_clear(); gc.collect()
