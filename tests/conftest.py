@@ -3,10 +3,13 @@
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.ptx.launch import Emulation
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     # When it is imported, Triton decides whether its own functions run in its interpreter. Whether ours do is decided
@@ -29,17 +32,15 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
-    """Call it with a compute capability, 80 or 90: until the test ends backend="triton" runs on CPU tensors as compiled."""
+def emulated(monkeypatch: pytest.MonkeyPatch) -> "Callable[[int], Emulation]":
+    """Makes backend="triton" run on CPU tensors as compiled for a GPU until the test ends: see tests/ptx.
+
+    It takes the compute capability, 80 for 8.0.
+    """
     pytest.importorskip("triton", reason="needs Triton: pip install triton")
     from tests.ptx.launch import Emulation
 
-    def start(capability: int) -> Emulation:
-        emulation = Emulation(capability)
-        emulation.start(monkeypatch)
-        return emulation
-
-    return start
+    return lambda capability: Emulation(monkeypatch, capability)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

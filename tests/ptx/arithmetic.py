@@ -92,8 +92,8 @@ def _of_integers(o: Operation) -> Step:
     name, dtype = o.parts[0], DTYPES[o.type]
     if name in ("mul", "mad") and "wide" in o.parts:
         wide = _I64 if o.type == "s32" else _U64
-        types = [dtype, dtype] if name == "mul" else [dtype, dtype, wide]
-        return o.elementwise(lambda a, b, c=wide(0): a.astype(wide) * b.astype(wide) + c, *types)
+        types, zero = [dtype, dtype] if name == "mul" else [dtype, dtype, wide], wide(0)
+        return o.elementwise(lambda a, b, c=zero: a.astype(wide) * b.astype(wide) + c, *types)
     if name == "mul" and "hi" in o.parts:
         wide = _I64 if o.type == "s32" else _U64
         return o.elementwise(lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(dtype), dtype, dtype)

@@ -74,8 +74,9 @@ def _statements(body: str) -> Iterator[tuple[str, str]]:
         if statement.startswith("."):
             continue
         for text in statement.split(";"):
-            if text.strip(" \t{}"):
-                yield text.strip(), source
+            text = text.strip().removeprefix("{").strip()  # a block may open before an instruction, and close after it
+            if text not in ("", "}") and not text.startswith("."):
+                yield text, source
 
 
 def _instruction(text: str, source: str) -> Instruction:

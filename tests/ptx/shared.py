@@ -80,6 +80,7 @@ class Shared:
         for count, value in enumerate(values):
             data[place + count] = value
         self._mark_written(index, thread)
+        self._is_unfenced[index] = True  # copies are let through, as Triton did before it put fences behind them
         lost = [data[place + count] != value for count, value in enumerate(values)]
         if np.any(lost):
             self._note("shared: threads store different values at one place", text, int(np.sum(lost)))
@@ -196,6 +197,6 @@ class Shared:
         self._report(wrong, text)
 
     def _mark_written(self, index: Array, thread: Array) -> None:
-        self._has_value[index] = self._is_unfenced[index] = True
+        self._has_value[index] = True
         self._writer[index] = thread
         self._written[index], self._written_by_warp[index] = self._epoch, self._warp_epoch

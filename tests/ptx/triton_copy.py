@@ -13,71 +13,70 @@ from typing import Any
 
 import pytest
 
+__all__ = ["use_copy"]
+
 _KERNELS = "spatial_decay.ops.triton.kernels"
-
-
-def _is_copied(name: str) -> bool:
-    """The extension module cannot be imported twice, and keeps nothing of who uses it."""
-    is_triton = name == "triton" or name.startswith("triton.")
-    return (is_triton and not name.startswith("triton._C")) or name == _KERNELS or name.startswith(f"{_KERNELS}.")
-
-
-@cache
-def _copy() -> dict[str, ModuleType]:
-    """The modules of Triton and of the kernels, imported once more, without TRITON_INTERPRET."""
-    before = {name: module for name, module in sys.modules.items() if _is_copied(name)}
-    for name in before:
-        del sys.modules[name]
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("TRITON_INTERPRET", raising=False)
-            for name in ("triton.backends.nvidia.compiler", "triton.runtime.jit", "triton.compiler", _KERNELS):
-                importlib.import_module(name)
-        copy = {name: module for name, module in sys.modules.items() if _is_copied(name)}
-    finally:
-        for name in [name for name in sys.modules if _is_copied(name)]:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-    _leave_out_ptxas(copy["triton.backends.nvidia.compiler"].CUDABackend)
-    return copy
-
-
-def _leave_out_ptxas(backend: Any) -> None:
-    """Its machine code is not what runs here. What Triton caches without it has a name of its own."""
-    name_of = backend.hash
-    backend.make_cubin = lambda self, src, metadata, options, capability: b""
-    backend.hash = lambda self: f"{name_of(self)}-without-ptxas"
-
-
-class NoGPU:
-    """Stands for one of the given compute capability, 80 for 8.0."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> Any:
-        return sys.modules["triton.backends.compiler"].GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
-        return 0
 
 
 def use_copy(monkeypatch: pytest.MonkeyPatch, capability: int) -> Any:
     """Puts the copy in Triton's place until the end of the test; returns its JITFunction."""
     copy = _copy()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for name in [name for name in sys.modules if _is_copied(name)]:
+    for name in _names():
         monkeypatch.delitem(sys.modules, name)
     for name, module in copy.items():
         monkeypatch.setitem(sys.modules, name, module)
-    copy["triton.runtime.driver"].driver.set_active(NoGPU(capability))
+    copy["triton.runtime.driver"].driver.set_active(_NoGPU(capability))
     return copy["triton.runtime.jit"].JITFunction
 
 
-def _forget():
-    import gc
-    _copy.cache_clear(); gc.collect()
+class _NoGPU:
+    """Stands for one of the given compute capability, 80 for 8.0."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> Any:
+        return _copy()["triton.backends.compiler"].GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return self._capability  # kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        return 0
+
+
+@cache
+def _copy() -> dict[str, ModuleType]:
+    """The modules of Triton and of the kernels, imported once more, without TRITON_INTERPRET."""
+    before = {name: sys.modules.pop(name) for name in _names()}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("TRITON_INTERPRET", raising=False)
+            for name in ("triton.backends.nvidia.compiler", "triton.runtime.jit", "triton.compiler", _KERNELS):
+                importlib.import_module(name)
+        copy = {name: sys.modules.pop(name) for name in _names()}
+    finally:
+        sys.modules.update(before)
+    backend: Any = copy["triton.backends.nvidia.compiler"].CUDABackend
+    name_of = backend.hash
+    # Machine code is not what runs here. What Triton keeps on disk without it has a name of its own.
+    backend.make_cubin = lambda *_: b""
+    backend.hash = lambda self: f"{name_of(self)}-without-ptxas"
+    atexit.register(_clear, copy)
+    return copy
+
+
+def _names() -> list[str]:
+    """What is imported twice: not the extension modules, which cannot be, and keep nothing of who uses them."""
+    return [
+        name
+        for name in sys.modules
+        if f"{name}.".startswith(("triton.", f"{_KERNELS}.")) and not name.startswith("triton._C")
+    ]
+
+
+def _clear(copy: dict[str, ModuleType]) -> None:
+    """As Python does at its end with the modules that it knows: else Triton's extension module says that it leaks."""
+    for module in copy.values():
+        vars(module).clear()
