@@ -14,12 +14,14 @@ from torch import Tensor
 from tests.ptx.kernel import Kernel
 from tests.ptx.machine import Machine
 from tests.ptx.memory import Array, Memory, Segment
+from tests.ptx.shared import UNFENCED_COPY
 from tests.ptx.triton_copy import use_copy
 
 __all__ = ["Emulation", "KernelError"]
 
 # How many of its features, the last ones, a step writes.
 _NUM_WRITTEN = {"forward": 1, "short forward": 1, "backward rows": 1, "backward columns": 2, "short backward": 3}
+_FENCES_COPIES = (3, 9)
 _THREADS_AT_ONCE = 1 << 14
 
 
@@ -46,6 +48,8 @@ class Emulation:
 
         self.num_launches = self.num_instructions = 0
         self.change: Callable[[str], str] = lambda ptx: ptx
+        # Triton has put a fence behind them since. Its programs ran before, and PTX's documentation asks for one.
+        self._trusts_copies = (room._TRITON or (0, 0)) < _FENCES_COPIES
         self._rows: dict[int, Tensor] = {}  # written, by address; held, so that no other tensor gets it
         jit_function = use_copy(monkeypatch, capability)
         compile_or_run = jit_function.run
@@ -69,6 +73,8 @@ class Emulation:
         findings: dict[str, tuple[int, str]] = {}
 
         def note(kind: str, text: str, count: int) -> None:
+            if kind == UNFENCED_COPY and self._trusts_copies:
+                return
             before, first = findings.get(kind, (0, text))
             findings[kind] = before + count, first
 

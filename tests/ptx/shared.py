@@ -6,11 +6,12 @@ import numpy as np
 
 from tests.ptx.memory import Array, Note
 
-__all__ = ["BASE", "Shared"]
+__all__ = ["BASE", "UNFENCED_COPY", "Shared"]
 
 BASE = 1024
 """The address at which it starts."""
 
+UNFENCED_COPY = "wgmma reads what cp.async wrote without a fence"
 _POISON, _POISON_OF_COPY = 0x7FC0BAD0, 0x7FC0BAD1  # NaN in float32 and in half precision
 _NOBODY = 1 << 30
 _GROUP_OF_WARPS = 1 << 20  # stands for a thread where wgmma reads
@@ -41,7 +42,8 @@ class Shared:
         self._read, self._read_by_warp = np.full(n, -1, np.int32), np.full(n, -1, np.int32)
         self._epoch = self._warp_epoch = 0
         self._copies: list[list[tuple[Array, Array, Array]]] = [[]]  # groups of cp.async, the last one open
-        self._is_unfenced = np.zeros(n, bool)  # written, by what wgmma does not see yet
+        # What wgmma does not see yet: written by stores and by copies.
+        self._is_unfenced, self._is_unfenced_copy = np.zeros(n, bool), np.zeros(n, bool)
         self._num_reading = np.zeros(n, np.int32)  # how many wgmma may still read it
         self._reading: list[list[Array]] = [[]]  # groups of wgmma, the last one open
 
@@ -59,7 +61,7 @@ class Shared:
 
     def fence_proxy(self) -> None:
         """From here on wgmma sees what was written before."""
-        self._is_unfenced[:] = False
+        self._is_unfenced[:] = self._is_unfenced_copy[:] = False
 
     # Loads and stores of threads.
 
@@ -80,7 +82,7 @@ class Shared:
         for count, value in enumerate(values):
             data[place + count] = value
         self._mark_written(index, thread)
-        self._is_unfenced[index] = True  # copies are let through, as Triton did before it put fences behind them
+        self._is_unfenced[index] = True
         lost = [data[place + count] != value for count, value in enumerate(values)]
         if np.any(lost):
             self._note("shared: threads store different values at one place", text, int(np.sum(lost)))
@@ -112,6 +114,7 @@ class Shared:
                 self.words[index] = data
                 self._is_pending[index] = False
                 self._mark_written(index, thread)
+                self._is_unfenced_copy[index] = True
 
     @property
     def has_open_copies(self) -> bool:
@@ -127,8 +130,11 @@ class Shared:
             offset = np.clip(offset, 0, self._num_bytes - 2)
         index = np.unique(cta * self.num_words + offset // 4)
         self._check_read(index, np.int32(_GROUP_OF_WARPS), text)
-        if self._is_unfenced[index].any():
-            self._note("wgmma reads what was written without a fence", text, int(self._is_unfenced[index].sum()))
+        wrong = {
+            "wgmma reads what was stored without a fence": self._is_unfenced[index],
+            UNFENCED_COPY: self._is_unfenced_copy[index],
+        }
+        self._report(wrong, text)
         self._num_reading[index] += 1
         self._reading[-1].append(index)
         return self.halves[cta * (self.num_words * 2) + offset // 2]
@@ -142,6 +148,7 @@ class Shared:
         while len(self._reading) - 1 > num_left:
             for index in self._reading.pop(0):
                 self._num_reading[index] -= 1
+                self._mark_read(index, np.int32(_GROUP_OF_WARPS))  # other warps' parts may be read as late as now
 
     # Checks.
 
@@ -176,6 +183,9 @@ class Shared:
             & (same_warp & (writer != thread)),
         }
         self._report(wrong, text)
+        self._mark_read(index, thread)
+
+    def _mark_read(self, index: Array, thread: Array) -> None:
         of_before = index[self._read[index] != self._epoch]
         self._first_reader[of_before], self._last_reader[of_before] = _NOBODY, -1
         thread = np.broadcast_to(thread, index.shape)

@@ -12,16 +12,16 @@ pytestmark = needs_triton
 @pytest.mark.parametrize(
     ("capability", "run"),
     [
-        (80, Run("full", (8, 12), 1, 32, mask="keys", batch_size=2)),
-        (80, Run("decomposed", (3, 5), 0, 16, torch.float16)),
-        (90, Run("1d", (4, 33), 0, 64)),
+        (80, Run("1d", (4, 5), 0, 16, torch.float32)),
+        (90, Run("gaussian", (4, 33), 0, 32)),
     ],
     ids=str,
 )
 def test_as_compiled(emulated, capability, run):
+    """Others of the first tier run in test_mutations.py, before anything is removed from them."""
     emulation = emulated(capability)
     checked(run)
-    assert emulation.num_launches >= 3
+    assert emulation.num_instructions > 1000
 
 
 @pytest.mark.slow

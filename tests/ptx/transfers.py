@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 __all__ = ["DECODERS"]
 
 _LANES = np.arange(32)
+_SHARED = ("shared", "shared::cta")
 
 
 def _load(o: Operation) -> Step:
     if o.parts[1] == "param":
         return _load_parameter(o)
-    is_shared, size = o.parts[1] == "shared", np.dtype(DTYPES[o.type]).itemsize
+    is_shared, size = o.parts[1] in _SHARED, np.dtype(DTYPES[o.type]).itemsize
     numbers, unit, per_register = o.numbers(0), min(size, 4), max(1, size // 4)
     is_wide = [name.startswith("%rd") for name in o.names(0)]
     address = o.address(1, np.uint32 if is_shared else np.int64)
@@ -61,7 +62,7 @@ def _load_parameter(o: Operation) -> Step:
 
 
 def _store(o: Operation) -> Step:
-    is_shared, dtype = o.parts[1] == "shared", DTYPES[o.type]
+    is_shared, dtype = o.parts[1] in _SHARED, DTYPES[o.type]
     size = np.dtype(dtype).itemsize
     address = o.address(0, np.uint32 if is_shared else np.int64)
     gets = o.gets(1, {2: np.uint16, 4: np.uint32, 8: np.uint64}[size])
