@@ -21,7 +21,7 @@ __all__ = ["Emulation", "KernelError"]
 
 # How many of its features, the last ones, a step writes.
 _NUM_WRITTEN = {"forward": 1, "short forward": 1, "backward rows": 1, "backward columns": 2, "short backward": 3}
-_FENCES_COPIES = (3, 9)
+_FENCES_COPIES = (3, 8)
 _THREADS_AT_ONCE = 1 << 14
 
 

@@ -5,8 +5,10 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from spatial_decay.layout import Grid, Layout, Positions
+from spatial_decay.ops import decay_attention
 from tests.cases import CASES, make_gates
 from tests.ops.test_triton import TOLERANCE, error, run
 
@@ -28,6 +30,7 @@ class Run(NamedTuple):
         places: "placed": tokens at positions in no order; "nowhere": some of them lie nowhere. "": on the grid.
         batch_size: B.
         num_heads: N.
+        differentiates: Whether all gradients are asked for too.
     """
 
     kind: str
@@ -39,6 +42,7 @@ class Run(NamedTuple):
     places: str = ""
     batch_size: int = 1
     num_heads: int = 2
+    differentiates: bool = True
 
     def __str__(self) -> str:
         (height, width), dtype = self.size, str(self.dtype).removeprefix("torch.")
@@ -49,7 +53,8 @@ class Run(NamedTuple):
 def checked(of: Run) -> list[float]:
     """Relative errors of the output and of all gradients; they and the kernels are as they must be."""
     inputs, options = _inputs(of)
-    found, expected = (run(*inputs, backend=backend, **options) for backend in ("triton", "math"))
+    call = run if of.differentiates else _output
+    found, expected = (call(*inputs, backend=backend, **options) for backend in ("triton", "math"))
     # Between the two attentions of an axial kind the output is rounded once more.
     tolerance = TOLERANCE[of.dtype] * (2 if of.kind in _CASES and _CASES[of.kind].is_axial else 1)
     assert all(x.isfinite().all() for x in found), of
@@ -75,6 +80,13 @@ def _inputs(of: Run) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if of.mask == "added":
         return (*features, decay), {"attn_mask": torch.randn(1, of.num_heads, 1, layout.num_tokens).to(of.dtype)}
     return (*features, decay), {}
+
+
+def _output(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, decay: Any, backend: str, **options: Any) -> list[Tensor]:
+    """As run of test_triton.py, without gradients."""
+    if backend == "math":
+        q, k, v = q.double(), k.double(), v.double()
+    return [decay_attention(q, k, v, decay, backend=backend, **options)]
 
 
 def _layout(of: Run) -> Layout:

@@ -13,7 +13,7 @@ pytestmark = needs_triton
     ("capability", "run"),
     [
         (80, Run("1d", (4, 5), 0, 16, torch.float32)),
-        (90, Run("gaussian", (4, 33), 0, 32)),
+        (90, Run("gaussian", (4, 33), 0, 32, differentiates=False)),
     ],
     ids=str,
 )
@@ -21,7 +21,7 @@ def test_as_compiled(emulated, capability, run):
     """Others of the first tier run in test_mutations.py, before anything is removed from them."""
     emulation = emulated(capability)
     checked(run)
-    assert emulation.num_instructions > 1000
+    assert emulation.num_launches > 0
 
 
 @pytest.mark.slow

@@ -71,22 +71,20 @@ def test_what_is_removed_is_noticed(emulated: Callable[[int], Emulation]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("capability", "run", "name", "what", "num_redundant"),
+    ("capability", "run", "name", "what"),
     [
-        *[(80, LONG, "attention_forward", what, 0) for what in ("barrier", "wait for copies")],
-        *[(80, LONG, "attention_backward_columns", what, 0) for what in ("barrier", "wait for copies")],
-        *[(80, SHORT, "attention_short_backward", what, 0) for what in ("barrier", "barrier of a warp", "mask")],
-        # Of wgmma's some stand beside others that do the same.
-        (90, LONG, "attention_forward", "barrier", 3),
-        (90, LONG, "attention_forward", "wait for copies", 0),
-        (90, LONG, "attention_forward", "wait for products", 1),
-        (90, LONG, "attention_forward", "fence", 4),
+        *[(80, LONG, "attention_forward", what) for what in ("barrier", "wait for copies")],
+        *[(80, LONG, "attention_backward_columns", what) for what in ("barrier", "wait for copies")],
+        *[(80, SHORT, "attention_short_backward", what) for what in ("barrier", "barrier of a warp", "mask")],
+        *[(90, LONG, "attention_forward", what) for what in ("barrier", "wait for copies", "wait for products")],
+        (90, LONG, "attention_forward", "fence"),
     ],
     ids=str,
 )
-def test_whatever_is_removed_is_noticed(emulated, capability, run, name, what, num_redundant):
+def test_whatever_is_removed_is_noticed(emulated, capability, run, name, what):
     emulation = emulated(capability)
     original = kernels_of(run, emulation)[name]
     found = [is_noticed(run, emulation, original, mutant) for mutant in mutants(original, what)]
     assert found
-    assert found.count(False) <= num_redundant, found
+    # Beside wgmma Triton puts some of which others do the work.
+    assert found.count(False) <= (len(found) // 3 if capability == 90 else 0), found
