@@ -28,6 +28,8 @@ class Run(NamedTuple):
         dtype: Of q, k and v.
         mask: "keys": which may be attended to, none in the last image; "added": numbers, for each head.
         places: "placed": tokens at positions in no order; "nowhere": some of them lie nowhere. "": on the grid.
+        memory: "projection": q, k and v are parts of one tensor (B, L, 3, N, d); "odd": a token's features start behind
+            an element that is none of them, so that nothing is aligned. "": (B, L, N, d).
         batch_size: B.
         num_heads: N.
         differentiates: Whether all gradients are asked for too.
@@ -40,14 +42,15 @@ class Run(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     mask: str = ""
     places: str = ""
+    memory: str = ""
     batch_size: int = 1
     num_heads: int = 2
     differentiates: bool = True
 
     def __str__(self) -> str:
         (height, width), dtype = self.size, str(self.dtype).removeprefix("torch.")
-        words = [self.kind, f"{height}x{width}+{self.num_prefix}", f"d{self.head_dim}", dtype, self.mask, self.places]
-        return "-".join(filter(None, words))
+        words = [self.kind, f"{height}x{width}+{self.num_prefix}", f"d{self.head_dim}", dtype]
+        return "-".join(filter(None, [*words, self.mask, self.places, self.memory]))
 
 
 def checked(of: Run) -> list[float]:
@@ -67,7 +70,10 @@ def _inputs(of: Run) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """On the CPU, whatever else there is: q, k, v, the gradient of the output, a decay; and a mask."""
     layout = _layout(of)
     shape = of.batch_size, layout.num_tokens, of.num_heads, of.head_dim
-    features = [torch.randn(shape).to(of.dtype).transpose(1, 2) for _ in range(4)]
+    features = [_placed(torch.randn(shape).to(of.dtype), of.memory) for _ in range(4)]
+    if of.memory == "projection":
+        features[:3] = torch.stack(features[:3], 2).unbind(2)
+    features = [x.transpose(1, 2) for x in features]
     decay = None
     if of.kind != "none":
         case = _CASES[of.kind]
@@ -80,6 +86,14 @@ def _inputs(of: Run) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if of.mask == "added":
         return (*features, decay), {"attn_mask": torch.randn(1, of.num_heads, 1, layout.num_tokens).to(of.dtype)}
     return (*features, decay), {}
+
+
+def _placed(x: Tensor, memory: str) -> Tensor:
+    if memory != "odd":
+        return x
+    wider = x.new_full((*x.shape[:-1], x.shape[-1] + 1), float("nan"))
+    wider[..., 1:] = x
+    return wider[..., 1:]
 
 
 def _output(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, decay: Any, backend: str, **options: Any) -> list[Tensor]:
@@ -106,13 +120,15 @@ SLOW = [
     # Each kind, each dtype.
     *[Run(kind, (12, 14), 1, dtype=dtype) for kind, dtype in [("full", _H), ("1d", _B), ("gaussian", _H)]],
     *[Run(kind, (7, 8), 1, 32, _F) for kind in ("full", "1d", "gaussian")],
-    *[Run("fixed", (9, 9)), Run("bidirectional", (9, 9), 5, 32), Run("none", (9, 9), head_dim=72)],
+    *[Run("fixed", (9, 9), batch_size=2), Run("bidirectional", (9, 9), 5, 32), Run("none", (9, 9), head_dim=72)],
     # Masks and positions.
     Run("full", (9, 9), 1, mask="keys", batch_size=2),
     Run("gaussian", (5, 10), 0, 32, _F, mask="added"),
     Run("full", (5, 14), 0, places="nowhere", mask="keys", batch_size=2),
     Run("1d", (5, 14), 0, 32, places="nowhere"),
     Run("gaussian", (5, 14), 0, places="placed", batch_size=2),
+    Run("full", (7, 10), 0, 72, memory="projection"),
+    Run("1d", (7, 10), 0, 40, _H, memory="odd"),
     # Rows and columns, by the kernels for short sequences and the others.
     Run("decomposed", (14, 20), batch_size=2),
     Run("fixed_decomposed", (5, 40), 0, 32, _H),
@@ -140,6 +156,8 @@ def everything() -> Iterator[Run]:
         yield Run(kind, (7, 10), 0 if kind == "none" else 1, head_dim, dtype)
     for mask, places, dtype, kind in product(("", "keys", "added"), ("", "placed", "nowhere"), (_B, _F), long[1:]):
         yield Run(kind, (8, 10), 0, 64, dtype, mask, places, batch_size=2)
+    for memory, size, head_dim, kind in product(("projection", "odd"), ((4, 5), (7, 10)), (40, 64, 72), long[1:]):
+        yield Run(kind, size, 0, head_dim, memory=memory, batch_size=2)
     for size, head_dim, dtype, kind in product(
         [(1, 7), (7, 1), (3, 5), (5, 14), (14, 14), (28, 28), (8, 56), (3, 130)], (16, 32, 64, 128), (_B, _H, _F), axial
     ):
