@@ -1,4 +1,4 @@
-"""README and docs: every Python block runs and prints what is shown, links lead somewhere, lines fit; and docstrings."""
+"""README and docs: Python blocks run and print what is shown, links lead somewhere, lines fit; docstrings' examples."""
 
 import contextlib
 import doctest
