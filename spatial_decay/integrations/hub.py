@@ -241,6 +241,9 @@ def from_pretrained(
         revision: The same.
         overrides: The same.
 
+    Returns:
+        The model, in evaluation mode.
+
     Raises:
         FileNotFoundError, ValueError: as in SDTH.from_pretrained.
     """

@@ -63,7 +63,19 @@ class SDTBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, layout: LayoutLike = None, attn_mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, L, D) or a map (B, H, W, D) -> the same shape; arguments as in SpatialDecayAttention.forward."""
+        """Attention, then the MLP, each with its residual.
+
+        Args:
+            x: Tokens (B, L, D) or a map (B, H, W, D), floating point.
+            layout: (H, W), a Grid or Positions; None: a map has its own, tokens are taken as a square.
+            attn_mask: Added to the decay: bool or floating point, broadcastable to (B, N, L, L).
+
+        Returns:
+            The shape of x.
+
+        Raises:
+            TypeError, ValueError: as in SpatialDecayAttention.forward.
+        """
         attn = self.attn
         tokens, layout = as_tokens(x, layout, dim=attn.dim, num_prefix_tokens=attn.num_prefix_tokens)
         if self.pos is not None:

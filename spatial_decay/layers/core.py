@@ -74,7 +74,16 @@ class AttentionCore(nn.Module):
         return self.attention.backend
 
     def describe(self, tokens: Tensor, q: Tensor, layout: Layout) -> Decay | None:
-        """The decay of tokens (B, L, D) or, where the kind reads them, of their queries (B, N, L, d)."""
+        """The decay of tokens (B, L, D) or, where the kind reads them, of their queries (B, N, L, d).
+
+        Args:
+            tokens: (B, L, D).
+            q: Queries, (B, N, L, d).
+            layout: Where the L tokens lie.
+
+        Returns:
+            What is added to the scores; None for kind `none`.
+        """
         return self.decay.describe(merge_heads(q) if self.decay.kind.reads_queries else tokens, layout)
 
     def attend(

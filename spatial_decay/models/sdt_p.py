@@ -310,7 +310,18 @@ def sdt_p_small(
     num_classes: int = 1000,
     **overrides: Unpack[SDTPOptions],
 ) -> SDTP:
-    """SDT-P-S: 12 blocks of width 384, 6 heads; 33.5 million parameters; overrides are SDTP's keywords."""
+    """SDT-P-S: 12 blocks of width 384, 6 heads; 33.5 million parameters.
+
+    Args:
+        input_size: Of the latents: their side, or (H, W).
+        patch_size: Side of a patch.
+        in_channels: Channels of the latents.
+        num_classes: Number of labels; 0 for none.
+        overrides: Other arguments of SDTP.
+
+    Returns:
+        An SDTP, with its first weights.
+    """
     size = SDTPOptions(dim=384, depth=12, num_heads=6)
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))
 
@@ -323,7 +334,18 @@ def sdt_p_base(
     num_classes: int = 1000,
     **overrides: Unpack[SDTPOptions],
 ) -> SDTP:
-    """SDT-P-B: 12 blocks of width 768, 12 heads; 131.6 million parameters; overrides are SDTP's keywords."""
+    """SDT-P-B: 12 blocks of width 768, 12 heads; 131.6 million parameters.
+
+    Args:
+        input_size: Of the latents: their side, or (H, W).
+        patch_size: Side of a patch.
+        in_channels: Channels of the latents.
+        num_classes: Number of labels; 0 for none.
+        overrides: Other arguments of SDTP.
+
+    Returns:
+        An SDTP, with its first weights.
+    """
     size = SDTPOptions(dim=768, depth=12, num_heads=12)
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))
 
@@ -336,7 +358,18 @@ def sdt_p_large(
     num_classes: int = 1000,
     **overrides: Unpack[SDTPOptions],
 ) -> SDTP:
-    """SDT-P-L: 24 blocks of width 1024, 16 heads; 461.1 million parameters; overrides are SDTP's keywords."""
+    """SDT-P-L: 24 blocks of width 1024, 16 heads; 461.1 million parameters.
+
+    Args:
+        input_size: Of the latents: their side, or (H, W).
+        patch_size: Side of a patch.
+        in_channels: Channels of the latents.
+        num_classes: Number of labels; 0 for none.
+        overrides: Other arguments of SDTP.
+
+    Returns:
+        An SDTP, with its first weights.
+    """
     size = SDTPOptions(dim=1024, depth=24, num_heads=16)
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))
 
@@ -349,6 +382,17 @@ def sdt_p_xlarge(
     num_classes: int = 1000,
     **overrides: Unpack[SDTPOptions],
 ) -> SDTP:
-    """SDT-P-XL: 28 blocks of width 1152, 16 heads; 679.1 million parameters; overrides are SDTP's keywords."""
+    """SDT-P-XL: 28 blocks of width 1152, 16 heads; 679.1 million parameters.
+
+    Args:
+        input_size: Of the latents: their side, or (H, W).
+        patch_size: Side of a patch.
+        in_channels: Channels of the latents.
+        num_classes: Number of labels; 0 for none.
+        overrides: Other arguments of SDTP.
+
+    Returns:
+        An SDTP, with its first weights.
+    """
     size = SDTPOptions(dim=1152, depth=28, num_heads=16)
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))

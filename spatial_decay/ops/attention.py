@@ -119,7 +119,8 @@ def explain_backend(
     """Which backend "auto" takes for these inputs, and why none of the others; to read, and to put into bug reports.
 
     Args:
-        q: As all the others as in decay_attention. It counts whether gradients are enabled and required.
+        q: Queries, (B, N, L, d); as all the others as in decay_attention. It counts whether gradients are enabled and
+            required.
         k: The same.
         v: The same.
         decay: The same.

@@ -72,7 +72,7 @@ def plot_with_and_without_decay(
 
     Args:
         layer: From record.
-        images: As in plot_decay_maps.
+        images: (B, C, height, width), as in plot_decay_maps.
         queries: As in plot_decay_maps.
         heads: As in plot_decay_maps.
 
@@ -106,7 +106,7 @@ def plot_kinds(layers: Sequence[LayerRecord], images: Tensor, query: Query, *, h
 
     Args:
         layers: From record: one of each kind, or of each model, with the same grid.
-        images: As in plot_decay_maps.
+        images: (B, C, height, width), as in plot_decay_maps.
         query: (image, h, w), as in plot_decay_maps.
         head: Which head of each.
 
@@ -147,7 +147,7 @@ def plot_reach(
     Args:
         layers: From record; each has a colour scale of its own. Of `[layer.decay_alone() for layer in layers]` it is
             what the decay alone reaches.
-        images: As in plot_decay_maps.
+        images: (B, C, height, width), as in plot_decay_maps.
         image: Number in the batch.
         heads: Which to show, by number. None: all of each layer.
         share: As in reach.
