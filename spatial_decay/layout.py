@@ -297,7 +297,8 @@ class Positions(Layout):
         ValueError: shapes or devices disagree; has_position is not bool.
 
     Examples:
-        >>> kept = Positions.of_subset(torch.tensor([[0, 5, 11]]), Grid(3, 4, num_prefix_tokens=1))
+        >>> grid = Grid(3, 4, num_prefix_tokens=1)
+        >>> kept = Positions.of_subset(torch.tensor([[0, 5, 11]]), grid)
         >>> kept.h.tolist(), kept.w.tolist(), kept.has_position.tolist()
         ([[0, 0, 1, 2]], [[0, 0, 1, 3]], [[False, True, True, True]])
     """

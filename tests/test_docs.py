@@ -95,6 +95,9 @@ def test_docstring_examples(name):
     names = {public: getattr(room, public) for room in rooms for public in room.__all__} | {"torch": torch}
     result = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+    examples = [example for test in doctest.DocTestFinder().find(module) for example in test.examples]
+    lines = [">>> " + line for example in examples for line in (example.source + example.want).splitlines()]
+    assert [line for line in lines if len(line) > 80] == []  # they stand on the pages of the API
 
 
 def test_the_readme_has_its_two_commands():

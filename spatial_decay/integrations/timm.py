@@ -217,7 +217,8 @@ def attention_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **
     Examples:
         >>> import timm
         >>> attention = attention_layer("full", gate_rank=8)
-        >>> model = timm.create_model("vit_tiny_patch16_224", attn_layer=attention, depth=2, num_classes=10)
+        >>> options = {"attn_layer": attention, "depth": 2, "num_classes": 10}
+        >>> model = timm.create_model("vit_tiny_patch16_224", **options)
         >>> model(torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 10])
     """
@@ -241,7 +242,8 @@ def block_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **opti
     Examples:
         >>> import timm
         >>> block = block_layer("full", pos_kernel_size=0)
-        >>> model = timm.create_model("vit_tiny_patch16_224", block_fn=block, depth=2, num_classes=10)
+        >>> options = {"block_fn": block, "depth": 2, "num_classes": 10}
+        >>> model = timm.create_model("vit_tiny_patch16_224", **options)
         >>> model(torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 10])
     """

@@ -33,7 +33,8 @@ class SDTBlock(nn.Module):
         ValueError, TypeError: an option that cannot be; the message says what must hold.
 
     Examples:
-        >>> block = SDTBlock(192, num_heads=3, num_prefix_tokens=1, pos_kernel_size=0, mlp_kernel_size=0)
+        >>> plain = {"pos_kernel_size": 0, "mlp_kernel_size": 0}
+        >>> block = SDTBlock(192, num_heads=3, num_prefix_tokens=1, **plain)
         >>> block(torch.randn(2, 1 + 14 * 14, 192)).shape
         torch.Size([2, 197, 192])
     """

@@ -115,7 +115,8 @@ class SDTP(Model):
 
     Examples:
         >>> model = SDTP(input_size=8, num_classes=10, dim=48, depth=2, num_heads=3)
-        >>> latents, steps, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 7])
+        >>> latents, steps = torch.randn(2, 4, 8, 8), torch.tensor([0, 999])
+        >>> labels = torch.tensor([3, 7])
         >>> model(latents, steps, labels).shape
         torch.Size([2, 8, 8, 8])
     """

@@ -40,7 +40,8 @@ def plot_decay_maps(
     Examples:
         >>> from spatial_decay.viz import record
         >>> (layer,) = record(SpatialDecayAttention(64, 4), torch.randn(1, 6, 8, 64))
-        >>> figure = plot_decay_maps(layer, torch.rand(1, 3, 48, 64), [(0, 2, 5)], heads=[3])
+        >>> images = torch.rand(1, 3, 48, 64)
+        >>> figure = plot_decay_maps(layer, images, [(0, 2, 5)], heads=[3])
     """
     heads = _heads(layer, heads)
     decay, attention = _of_queries(layer, queries, heads)
