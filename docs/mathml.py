@@ -29,13 +29,15 @@ class _Formula(InlineProcessor):
         self, m: re.Match[str], data: str
     ) -> tuple[str, int, int]:
         mathml = convert(m.group(1).strip(), display=self.display)
+        if "\\" in mathml:  # it leaves a command that it does not know
+            raise ValueError(f"a formula has an unknown command: {m.group(0)}")
         if self.display == "block":  # a wide formula scrolls, not the page
             mathml = f'<div class="formula">{mathml}</div>'
         return self.md.htmlStash.store(mathml), m.start(0), m.end(0)
 
 
 class MathMLExtension(Extension):
-    """Turn formulas in dollars into MathML; no LaTeX: the build stops."""
+    """Formulas in dollars become MathML; one that cannot stops the build."""
 
     def extendMarkdown(self, md: Markdown) -> None:
         block = _Formula(r"\$\$(.+?)\$\$", md, "block")
