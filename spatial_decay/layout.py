@@ -221,12 +221,12 @@ class Grid(Layout):
         return max(self.size) - 1
 
     def positions(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Row and column of each patch token: two tensors (H*W,) in raster order."""
+        """Row and column of each patch token: two tensors (H * W,) in raster order."""
         h, w = self._lines(device, dtype)
         return h[:, None].expand(self.size).flatten(), w.expand(self.size).flatten()
 
     def steps(self, *, device: torch.device, dtype: torch.dtype, row_multiple: int = 1) -> Steps:
-        """To each row and to each column of the grid: (H*W, H, 1) and (H*W, 1, W), padded as `keys`.
+        """To each row and to each column of the grid: (H * W, H, 1) and (H * W, 1, W), padded as `keys`.
 
         A formula of steps therefore does along each axis, H + W times a query, what it does before the axes meet.
         """
@@ -238,11 +238,11 @@ class Grid(Layout):
         return rows[:, None] - h[:, None, None], columns - w[:, None, None]
 
     def queries(self, x: Tensor) -> Tensor:
-        """(B, N, H*W) -> (B, N, H*W, 1, 1)."""
+        """(B, N, H * W) -> (B, N, H * W, 1, 1)."""
         return x[..., None, None]
 
     def keys(self, x: Tensor, *, row_multiple: int = 1) -> Tensor:
-        """(B, N, H*W) -> (B, N, 1, H, W), with lines of zeros added as `_extra` says."""
+        """(B, N, H * W) -> (B, N, 1, H, W), with lines of zeros added as `_extra` says."""
         extra_rows, extra_columns = self._extra(row_multiple)
         x = x.unflatten(-1, self.size)[..., None, :, :]
         return F.pad(x, (0, extra_columns, 0, extra_rows)) if extra_rows or extra_columns else x

@@ -19,8 +19,8 @@ class AxialDecay:
     """Attention over each row first, then over each column of the result (SDT Eq. 12, O = Attn_H(Attn_W V)).
 
     Args:
-        rows: The decay within rows, for B*H sequences of W tokens: tensors (B*H, N, W), or 1 for B*H.
-        columns: The decay within columns, for B*W sequences of H tokens: tensors (B*W, N, H), or 1 for B*W.
+        rows: The decay within rows, for B * H sequences of W tokens: tensors (B * H, N, W), or 1 for B * H.
+        columns: The decay within columns, for B * W sequences of H tokens: tensors (B * W, N, H), or 1 for B * W.
         layout: The grid of all tokens. It has no prefix tokens: they belong to no row or column.
     """
 
@@ -33,10 +33,10 @@ class AxialDecay:
 
     @classmethod
     def from_gates(cls, gate_h: Tensor, gate_w: Tensor, layout: Layout) -> Self:
-        """SDT Eq. 11 from two gates (B, N, H*W): gate_w decays within rows, gate_h within columns. No alpha.
+        """SDT Eq. 11 from two gates (B, N, H * W): gate_w decays within rows, gate_h within columns. No alpha.
 
         Args:
-            gate_h: Gate within columns, (B, N, H*W), <= 0, nats per grid step.
+            gate_h: Gate within columns, (B, N, H * W), <= 0, nats per grid step.
             gate_w: Gate within rows, the same.
             layout: A Grid without prefix tokens.
 

@@ -113,10 +113,10 @@ class AttentionCore(nn.Module):
             scale: As in decay_attention.
 
         Returns:
-            (B, L, N*d).
+            (B, L, N * d).
         """
         out = self.attention(q, k, v, decay, layout, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
-        out = merge_heads(out)  # (B, L, N*d)
+        out = merge_heads(out)  # (B, L, N * d)
         if self.lpe is not None:
             out = out + self.lpe(merge_heads(v), layout)
         if self.output_gate is not None:
@@ -125,5 +125,5 @@ class AttentionCore(nn.Module):
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(B, N, L, d) -> (B, L, N*d)."""
+    """(B, N, L, d) -> (B, L, N * d)."""
     return rearrange(x, "b n l d -> b l (n d)")

@@ -66,7 +66,7 @@ class SDTH(Backbone):
         options: Keywords of SpatialDecayAttention, for all blocks.
 
     Attributes:
-        config: The arguments, JSON values, with a list for each stage's own: SDTH(**model.config) has the same
+        config: The arguments, JSON values, with a list for each stage's own: `SDTH(**model.config)` has the same
             structure.
         feature_info: For each stage the name of its module, its channels (num_chs) and its stride (reduction).
 

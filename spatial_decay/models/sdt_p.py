@@ -108,7 +108,7 @@ class SDTP(Model):
             of the paper.
 
     Attributes:
-        config: The arguments, JSON values: SDTP(**model.config) has the same structure.
+        config: The arguments, JSON values: `SDTP(**model.config)` has the same structure.
 
     Raises:
         ValueError, TypeError: an option that cannot be; the message says what must hold.

@@ -74,7 +74,7 @@ class ViT(Backbone, Initialised):
         options: Keywords of SpatialDecayAttention. Here rotary embedding, LPE and output gate are off unless asked for.
 
     Attributes:
-        config: The arguments, JSON values: ViT(**model.config) has the same structure.
+        config: The arguments, JSON values: `ViT(**model.config)` has the same structure.
         feature_info: For each block the name of its module, its channels (num_chs) and the patch size (reduction).
 
     Raises:
