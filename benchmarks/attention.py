@@ -15,7 +15,11 @@ the extra [viz] for the picture.
 """
 
 import argparse
+import contextlib
+import multiprocessing
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +82,22 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
     return rows
 
 
+def compile_ahead(cases: Sequence[Case], setting: Setting, names: Sequence[str]) -> None:
+    """By several processes into the caches on the disk, so that measuring one by one does not wait for compilers."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
+    num_processes = min(12, max(1, (os.cpu_count() or 1) - 1))
+    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+        for case in cases:
+            for name in names:
+                for which in PASSES:
+                    pool.submit(_call_once, case, setting, name, which)
+
+
+def _call_once(case: Case, setting: Setting, name: str, which: str) -> None:
+    with contextlib.suppress(Exception):  # measure says why it cannot
+        make_call(case, setting, name, which)()
+
+
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table for a page: a line a shape, a column a contender, the ratios of both passes."""
     shapes = list(dict.fromkeys((row["kind"], row["B, N, grid, d"]) for row in rows))
@@ -118,6 +138,14 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     where = machine(setting.device, arguments.dtype) | {"memory": setting.memory}
     where |= {"cold_cache": arguments.cold_cache, "eager": arguments.eager}
     print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
+    if setting.device.type == "cuda" and not arguments.quick:
+        compiled = [name for name in COMPILED if not arguments.no_compile]
+        names = [
+            x
+            for x in contenders(setting.device, autotune=arguments.autotune)
+            if x.startswith("triton") or x in compiled
+        ]
+        compile_ahead([case for case in cases if case.kind in kinds], setting, names)
     rows: list[Row] = []
     for kind in kinds:
         of_kind = [case for case in cases if case.kind == kind]

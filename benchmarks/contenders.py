@@ -109,8 +109,11 @@ CASES: dict[str, list[Case]] = {
     ],
     "cuda": [
         *(Case(kind, *shape) for kind in ("full", "1d") for shape in _ON_CUDA),
+        Case("full", 64, 12, Grid(14, 14, num_prefix_tokens=1), 64),
         Case("decomposed", 128, 4, Grid(28, 28), 32),
         Case("decomposed", 128, 4, Grid(56, 56), 16),
+        Case("gaussian", 64, 12, Grid(14, 14, num_prefix_tokens=1), 64),
+        Case("gaussian", 8, 16, Grid(32, 32), 64),
     ],
 }
 """By device, the smallest of a kind first: layers of SDT-H, ViT-B, SDT-P and larger images; on cuda in real batches."""
@@ -251,13 +254,18 @@ PEERS: dict[str, Callable[[Case, torch.device], Attend]] = {
     FLEX_AUTOTUNED: lambda case, _device: flex_autotuned(case),
 }
 AUTOTUNED = ("triton_autotune", FLEX_AUTOTUNED)
+NOT_MEANT_FOR_CUDA = ("auto", "native", "tiled", "math")
+"""auto is triton there, and the others take 10 to 30 times as long."""
 COMPILED = (MASK_COMPILED, "flex", FLEX_AUTOTUNED)
 
 
 def contenders(device: torch.device, *, autotune: bool = False) -> list[str]:
     """The floor, the backends of this package, the peers; those that time their tiles first only where asked for."""
-    names = [*(PLAIN if device.type == "cuda" else [FLOOR]), "auto", *BACKENDS, *PEERS]
-    return [name for name in names if autotune or name not in AUTOTUNED]
+    is_cuda = device.type == "cuda"
+    names = [*(PLAIN if is_cuda else [FLOOR]), "auto", *BACKENDS, *PEERS]
+    return [
+        name for name in names if (autotune or name not in AUTOTUNED) and not (is_cuda and name in NOT_MEANT_FOR_CUDA)
+    ]
 
 
 def attend_by(contender: str, case: Case, device: torch.device) -> Attend:
@@ -269,17 +277,17 @@ def attend_by(contender: str, case: Case, device: torch.device) -> Attend:
 def make_call(case: Case, setting: Setting, contender: str, which: str, exact: bool = False) -> Call:
     """One pass of one contender on inputs of its own; exact: the same inputs in float64."""
     device, needs_grad = setting.device, which == PASSES[1]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def heads() -> Tensor:
         shape = (case.batch_size, case.grid.num_tokens, case.num_heads, case.head_dim)
-        x = torch.randn(shape, generator=generator).to(device, setting.dtype).transpose(1, 2)
+        x = torch.randn(shape, generator=generator, device=device).to(setting.dtype).transpose(1, 2)
         x = x if setting.memory == "tokens" else x.contiguous()
         return x.double() if exact else x
 
     def gate() -> Tensor:
         shape = (case.batch_size, case.num_heads, case.grid.num_tokens)
-        x = F.logsigmoid(torch.randn(shape, generator=generator)).to(device)
+        x = F.logsigmoid(torch.randn(shape, generator=generator, device=device))
         return x.double() if exact else x
 
     q, k, v, grad = (heads() for _ in range(4))

@@ -60,15 +60,17 @@ def interleaved(
         rounds: That count.
         device: Where the work is done.
         warmup: Rounds before these, which do not count.
-        min_seconds: One timing repeats its call until the floor's would take this long, and divides.
+        min_seconds: One timing repeats its call until it takes about this long, and divides.
         cold_cache: On CUDA, empty the L2 cache before each timing, and do not repeat.
         slow: What takes more than so many times the floor's time is left out after its first rounds.
         rounds_of_slow: How many rounds these are.
     """
     flush = torch.empty(_CACHE_FLUSH_BYTES if cold_cache and device.type == "cuda" else 0, dtype=torch.int8).to(device)
-    calls[floor]()
-    once = _seconds(calls[floor], 1, device, flush)
-    repeats = 1 if flush.numel() else max(1, math.ceil(min_seconds / max(once, 1e-6)))
+    repeats = dict.fromkeys(calls, 1)
+    for name, call in calls.items():
+        call()
+        if not flush.numel():
+            repeats[name] = max(1, math.ceil(min_seconds / max(_seconds(call, 1, device, flush), 1e-6)))
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(warmup + rounds):
@@ -76,7 +78,7 @@ def interleaved(
             names = [name for name in names if summary(seconds[name], seconds[floor]).ratio <= slow]
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            elapsed = _seconds(calls[name], repeats, device, flush)
+            elapsed = _seconds(calls[name], repeats[name], device, flush)
             if i >= warmup:
                 seconds[name].append(elapsed)
     return {name: summary(seconds[name], seconds[floor][: len(seconds[name])]) for name in calls}

@@ -151,6 +151,7 @@ class _Plan:
             "TAIL_BLOCK": 0 if rest == 0 else max(16, power_of_two(rest)),  # as small as can be
             "num_warps": schedule.num_warps,
             "num_stages": schedule.num_stages,
+            "maxnreg": schedule.max_registers or None,
         }
 
 

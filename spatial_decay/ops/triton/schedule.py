@@ -19,12 +19,16 @@ Step: TypeAlias = Literal["forward", "backward rows", "backward columns", "short
 
 
 class Schedule(NamedTuple):
-    """How many queries and keys a program takes at a time, by how many warps, loading how many steps ahead."""
+    """How many queries and keys a program takes at a time, by how many warps, loading how many steps ahead.
+
+    max_registers: Of a thread, where fewer than the compiler would take let more programs run side by side; 0: its own.
+    """
 
     queries: int
     keys: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
 
 class Work(NamedTuple):
@@ -77,9 +81,11 @@ def num_warps_of_short(work: Work) -> int:
     return 8 if length <= 128 and (head_dim <= 32 or work.has_warp_groups) else 0
 
 
-_FORWARD = ((128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 32))
-_ROWS = ((128, 64), (64, 64), (128, 32), (64, 32), (32, 32))
-_COLUMNS = ((64, 128), (64, 64), (32, 128), (32, 64), (16, 128), (32, 32))
+_FORWARD = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (128, 32, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4))
+_ROWS = ((128, 64, 8), (128, 32, 8), (128, 32, 4), (64, 64, 4), (64, 32, 4), (32, 32, 4))
+_COLUMNS = ((64, 128, 8), (64, 64, 8), (64, 64, 4), (32, 128, 8), (32, 64, 4), (16, 128, 8), (32, 32, 4))
+_REGISTERS = (0, 168, 128)
+"""Of a thread, with which 8, 12 and 16 warps run on a multiprocessor at once."""
 
 
 def candidates(step: Step, first: Schedule) -> list[Schedule]:
@@ -88,9 +94,8 @@ def candidates(step: Step, first: Schedule) -> list[Schedule]:
         others = [first._replace(num_warps=num_warps) for num_warps in (1, 2, 4, 8)]
     else:
         sizes = {"forward": _FORWARD, "backward rows": _ROWS, "backward columns": _COLUMNS}[step]
-        others = [
-            Schedule(*size, num_warps, num_stages) for size in sizes for num_warps in (4, 8) for num_stages in (2, 3)
-        ]
+        others = [Schedule(*size, 2, registers) for size in sizes for registers in _REGISTERS]
+        others += [Schedule(*size, 3) for size in sizes]
     return [first, *(other for other in others if other != first)]
 
 

@@ -45,12 +45,14 @@ from spatial_decay.ops.triton.kernels.tiles import (
     load_features,
     load_key_mask,
     load_numbers,
+    load_row,
     only_placed,
     place_of,
     scores_of,
     sequence_at,
     slopes,
     store_features,
+    walked_numbers,
 )
 
 __all__ = ["backward_columns", "backward_rows", "forward"]
@@ -87,7 +89,7 @@ def _over_keys(
     for first in range(start, stop, BLOCK):
         j = first + tl.arange(0, BLOCK)
         k = load_features(k_at, j, stop, MASKED, const)
-        keys = load_numbers(sequence, j, FORMULA, 0, MASKED, const)
+        keys = walked_numbers(sequence, j, first, stop, FORMULA, MASKED, const)
         key_mask = load_key_mask(sequence, j, stop, MASKED, const)
         query, key = _face(down(queries), across(keys), const)
         scores = scores_of(dot_features(q, k, const), query, key, key_mask, j, stop, FORMULA, MASKED, const)
@@ -141,7 +143,7 @@ def _back_over_keys(
         j = first + tl.arange(0, BLOCK)
         k = load_features(k_at, j, stop, MASKED, const)
         v = load_features(v_at, j, stop, MASKED, const)
-        keys = load_numbers(sequence, j, FORMULA, 0, MASKED, const)
+        keys = walked_numbers(sequence, j, first, stop, FORMULA, MASKED, const)
         key_mask = load_key_mask(sequence, j, stop, MASKED, const)
         query, key = _face(down(queries), across(keys), const)
         scores = scores_of(dot_features(q, k, const), query, key, key_mask, j, stop, FORMULA, MASKED, const)
@@ -212,13 +214,11 @@ def _over_queries(
         i = first + tl.arange(0, BLOCK)
         q = load_features(q_at, i, stop, MASKED, const)
         do = load_features(do_at, i, stop, MASKED, const)
-        queries = load_numbers(sequence, i, FORMULA, 0, MASKED, const)
-        if MASKED:
+        queries = walked_numbers(sequence, i, first, stop, FORMULA, MASKED, const)
+        lse, delta = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        if first < stop:
             lse = tl.load(LSE + i, mask=i < stop, other=float("inf"))
-            delta = tl.load(DELTA + i, mask=i < stop, other=0.0)
-        else:
-            lse = tl.load(LSE + i)
-            delta = tl.load(DELTA + i)
+            delta = load_row(DELTA + i, i < stop, MASKED)
         key, query = _face(down(keys), across(queries), const)
         scores = add_decay(dot_features(k, q, const), query, key, FORMULA, const)
         if const.HAS_KEY_MASK:

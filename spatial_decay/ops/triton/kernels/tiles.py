@@ -188,6 +188,19 @@ def load_numbers(
 
 
 @triton.jit
+def walked_numbers(sequence, index, first, stop, FORMULA: tl.constexpr, MASKED: tl.constexpr, const):
+    """Numbers of the tokens that a loop is at."""
+    # In a branch, which is always taken: Triton would copy rows ahead into shared memory, every thread its own copy.
+    numbers = Numbers(
+        tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32),
+        tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32), tl.zeros(index.shape, tl.float32),
+    )  # fmt: skip
+    if first < stop:
+        numbers = load_numbers(sequence, index, FORMULA, 0, MASKED, const)
+    return numbers
+
+
+@triton.jit
 def down(numbers):
     """Numbers that go down a tile, (len, 1)."""
     return Numbers(
