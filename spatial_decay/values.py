@@ -1,16 +1,17 @@
-"""When the values of a tensor can be looked at: checks of them must never wait for a GPU or stop a compiler."""
+"""Which tensors are plain, and when their values can be looked at: that must never wait for a GPU or stop a compiler."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["are_readable"]
+__all__ = ["are_plain", "are_readable"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def are_readable(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors on the CPU that nobody traces: torch.compile, torch.export, torch.func, make_fx.
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether nobody traces these: torch.compile, torch.export, torch.func, make_fx, torch.jit.
 
-    Nor torch.jit. What is traced holds for all values, and what was seen of these would become part of it. Nor a lazy
-    negative or zero, whose memory holds other numbers than the tensor.
+    Nor are they a lazy negative or zero, whose memory holds other numbers than the tensor.
     """
     if torch.compiler.is_compiling():
         return False
@@ -18,8 +19,16 @@ def are_readable(*tensors: Tensor) -> bool:
         return False
     functorch = torch._C._functorch
     for x in tensors:
-        if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or x.is_neg() or x._is_zerotensor():
+        if type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor():
             return False
         if functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x):
             return False
     return True
+
+
+def are_readable(*tensors: Tensor) -> bool:
+    """Whether these are plain and on the CPU.
+
+    What is traced holds for all values, and what was seen of these would become part of it.
+    """
+    return are_plain(*tensors) and all([x.is_cpu for x in tensors])

@@ -112,19 +112,17 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
 
 def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
     """softmax(scale * Q K^T + M) V (SDT Eq. 10), in the dtype and shape of q; tunes: see autotune.py."""
-    q, k, v = (x if x.ndim == 5 else x[:, None] for x in (inputs.q, inputs.k, inputs.v))  # (B, O, N, L, d)
+    q = inputs.q
     formula = formula_of(inputs.decay)
     assert formula is not None  # else there is a reason
     if inputs.decay is None:
         layout: Layout = Grid(1, inputs.length)
-        numbers = torch.zeros((), dtype=torch.float32, device=q.device).expand(1, 1, *q.shape[2:4])  # not read
+        numbers = torch.zeros((), dtype=torch.float32, device=q.device).expand(1, 1, *q.shape[-3:-1])  # not read
     else:
         layout = inputs.decay.layout
         numbers = FORMULAS[formula].lowered(tuple(x.to(torch.float32) for x in inputs.decay.numbers))
     key_mask = None if inputs.attn_mask is None else added_by(inputs.attn_mask, q.dtype)[0]
-    arguments = (
-        *(q, k, v, formula, numbers, key_mask, positions_of(layout, formula, q)),
-        *(layout.num_prefix_tokens, inputs.scale, tunes),
+    return operators.attend(
+        *(is_short(q, formula, layout), q, inputs.k, inputs.v, formula, numbers, key_mask),
+        *(positions_of(layout, formula, q), layout.num_prefix_tokens, inputs.scale, tunes),
     )
-    out = operators.short_forward(*arguments) if is_short(q, formula, layout) else operators.forward(*arguments)[0]
-    return out if inputs.q.ndim == 5 else out[:, 0]

@@ -19,7 +19,7 @@ __all__ = ["TOO_FAR", "Launch", "is_short", "positions_of", "reaches_too_far", "
 
 TOO_FAR = "2**31 or more elements apart (needs fewer, for 32-bit offsets)"
 
-_Strided: TypeAlias = tuple[torch.Size, tuple[int, ...]]  # shape and strides
+_Strided: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
 
 
 class Launch:
@@ -27,7 +27,7 @@ class Launch:
 
     Args:
         step: Which.
-        features: The tensors (B, O, N, L, d) in its order, q first.
+        features: The tensors (B, N, L, d) or (B, O, N, L, d) in its order, q first.
         rows: Those of one number or a few a token and head, contiguous, in its order.
         formula: Of the decay, a name in ops/formulas.py.
         numbers: (num_numbers, B*O|1, N, L).
@@ -98,14 +98,16 @@ class _Plan:
         self,
         step: Step,
         work: Work,
-        shape: torch.Size,
-        feature_strides: tuple[tuple[int, ...], ...],
+        shape: tuple[int, ...],
+        feature_strides: Sequence[tuple[int, ...]],
         numbers: _Strided,
         key_mask: _Strided,
         position_stride: int,
         scale: float,
     ) -> None:
         self.work, self.shape, self._step = work, shape, step
+        if len(shape) == 4:  # one sequence an image
+            shape, *feature_strides = [(sizes[0], 1, *sizes[1:]) for sizes in (shape, *feature_strides)]
         batch_size, num_outer, num_heads, self._length, head_dim = shape
         self._num_sequences = batch_size * num_outer * num_heads
         # Asked of the caller's tensors before, but while a compiler traces, which knows no sizes.
@@ -166,16 +168,16 @@ _plan = lru_cache(maxsize=1024)(_Plan)
 
 
 def is_short(q: Tensor, formula: str, layout: Layout) -> bool:
-    """Whether a program can hold a whole sequence of q, (B, O, N, L, d)."""
+    """Whether a program can hold a whole sequence of q, (B, N, L, d) or (B, O, N, L, d)."""
     if not layout.is_grid or layout.num_prefix_tokens or FORMULAS[formula].num_numbers > 1:
         return False
     return schedules.num_warps_of_short(_work(q, formula, num_prefix=0, has_key_mask=False, has_flags=False)) > 0
 
 
 def _work(q: Tensor, formula: str, num_prefix: int, has_key_mask: bool, has_flags: bool) -> Work:
-    num_numbers, num_patches = FORMULAS[formula].num_numbers, q.shape[3] - num_prefix
+    num_numbers, num_patches = FORMULAS[formula].num_numbers, q.shape[-2] - num_prefix
     groups = _has_warp_groups(q.device)
-    return Work(formula, num_numbers, q.dtype, q.shape[4], num_patches, num_prefix, has_key_mask, has_flags, groups)
+    return Work(formula, num_numbers, q.dtype, q.shape[-1], num_patches, num_prefix, has_key_mask, has_flags, groups)
 
 
 def _has_warp_groups(device: torch.device) -> bool:
@@ -272,6 +274,6 @@ def _parts(head_dim: int) -> tuple[int, int]:
     return (whole, 0) if head_dim <= 16 or whole // 2 + rest >= whole else (whole // 2, rest)
 
 
-def _strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """0 where there is only one: then all share it, and Triton compiles no kernel of its own for a stride of 1."""
     return tuple([0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)])

@@ -5,7 +5,7 @@
 
 All take the same inputs, here in the order of their schemas:
 
-    q, k, v       (B, O, N, L, d): O rows or columns of a grid where these are the sequences, else 1; any strides
+    q, k, v       (B, N, L, d), or (B, O, N, L, d): O rows or columns of a grid where these are the sequences; any strides
     formula       a name in ops/formulas.py
     numbers       (num_numbers, B * O | 1, N, L) float32, as its row there makes them; (1, ...) without decay
     key_mask      added to all scores of a key, (B * O | 1, N | 1, 1, L); or None
@@ -15,6 +15,7 @@ All take the same inputs, here in the order of their schemas:
     tunes         whether schedules are timed
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from torch import Tensor
 from spatial_decay.ops.formulas import FORMULAS
 from spatial_decay.ops.operands import empty_heads, summed_as, with_features_together
 from spatial_decay.ops.triton.launch import Launch, reaches_too_far
+from spatial_decay.values import are_plain
 
-__all__ = ["backward", "forward", "short_backward", "short_forward"]
+__all__ = ["attend", "backward", "forward", "short_backward", "short_forward"]
 
 # Schemas are spelt out, and what torch calls back is left untyped, as in tiled.py. What an operator does not look at
 # itself, it hands on to Launch, whose arguments come in the same order.
@@ -34,9 +36,8 @@ _INPUTS = (
 )
 
 
-@torch.library.custom_op("spatial_decay::triton", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
-def forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Of sequences of any length O, (B, O, N, L, d), and lse, (1, B, O, N, L); in float32 two numbers, see long.py."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Of sequences of any length O, as q, and lse, (1, B, N, L) or (1, B, O, N, L); in float32 two numbers, see long.py."""
     out, lse = empty_heads(q), _empty_lse(q)
     launch = Launch(
         "forward",
@@ -49,12 +50,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tens
     return out, lse
 
 
-@torch.library.custom_op(
-    "spatial_decay::triton_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def backward(
+def _backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, formula: str, numbers: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
@@ -72,9 +68,8 @@ def backward(
     return dq, dk, dv, summed_as(dnumbers, numbers)
 
 
-@torch.library.custom_op("spatial_decay::triton_short", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
-def short_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
-    """O of short sequences without prefix tokens, (B, O, N, L, d)."""
+def _short_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    """O of short sequences without prefix tokens, as q."""
     out = empty_heads(q)
     launch = Launch(
         "short forward",
@@ -87,12 +82,7 @@ def short_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
     return out
 
 
-@torch.library.custom_op(
-    "spatial_decay::triton_short_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def short_backward(
+def _short_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, formula: str, numbers: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
@@ -103,6 +93,19 @@ def short_backward(
     with torch.cuda.device_of(q):
         launch(launch.schedule())
     return dq, dk, dv, summed_as(dnumbers, numbers)
+
+
+def _operator(name: str, function: Callable[..., Any], inputs: str, outputs: str) -> Any:
+    return torch.library.custom_op(
+        f"spatial_decay::{name}", function, mutates_args=(), schema=f"({inputs}) -> ({outputs})"
+    )
+
+
+_GRADIENTS = "Tensor, Tensor, Tensor, Tensor"
+forward = _operator("triton", _forward, _INPUTS, "Tensor, Tensor")
+backward = _operator("triton_backward", _backward, f"Tensor grad, Tensor out, Tensor lse, {_INPUTS}", _GRADIENTS)
+short_forward = _operator("triton_short", _short_forward, _INPUTS, "Tensor")
+short_backward = _operator("triton_short_backward", _short_backward, f"Tensor grad, {_INPUTS}", _GRADIENTS)
 
 
 @forward.register_fake
@@ -137,25 +140,60 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*results, q, k, v, numbers, key_mask, positions)
 
 
-def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
+def _differentiate(ctx: Any, grad: Tensor, long: Any, short: Any) -> tuple[Tensor | None, ...]:
     *results, q, k, v, numbers, key_mask, positions = ctx.saved_tensors
-    differentiate = backward if results else short_backward
+    differentiate = long if results else short
     inputs = q, k, v, ctx.formula, numbers, key_mask, positions, *ctx.options
     dq, dk, dv, dnumbers = differentiate(grad, *results, *inputs)
     return dq, dk, dv, None, dnumbers, None, None, None, None, None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
-short_forward.register_autograd(_differentiate, setup_context=_save)
+def _differentiate_traced(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    return _differentiate(ctx, grad, backward, short_backward)
+
+
+forward.register_autograd(_differentiate_traced, setup_context=_save)
+short_forward.register_autograd(_differentiate_traced, setup_context=_save)
+
+
+class _Attention(torch.autograd.Function):
+    """The same for tensors that nobody traces: without the dispatch of two registered operators, 150 us a call."""
+
+    @staticmethod
+    def forward(ctx, is_short, *inputs):  # type: ignore[no-untyped-def]
+        output = (_short_forward if is_short else _forward)(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        # With create_graph the operator, which has no gradient and says so; the operator too for gradients that are
+        # traced or come in batches (is_grads_batched).
+        is_plain = not torch.is_grad_enabled() and are_plain(grad)
+        functions = (_backward, _short_backward) if is_plain else (backward, short_backward)
+        return None, *_differentiate(ctx, grad, *functions)
+
+
+def attend(is_short: bool, *inputs: Any) -> Tensor:
+    """O, as q, with gradients; inputs as above."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if not are_plain(*tensors):
+        output = (short_forward if is_short else forward)(*inputs)
+    elif torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+        output = _Attention.apply(is_short, *inputs)
+    else:
+        output = (_short_forward if is_short else _forward)(*inputs)
+    out: Tensor = output if is_short else output[0]
+    return out
 
 
 def _within_reach(grad: Tensor) -> Tensor:
     """The output's gradient, copied where the kernels cannot reach all of it: nobody can ask for its strides before."""
-    return grad.contiguous() if reaches_too_far(grad.shape[3], grad.stride(3)) else grad
+    return grad.contiguous() if reaches_too_far(grad.shape[-2], grad.stride(-2)) else grad
 
 
 def _empty_lse(q: Tensor) -> Tensor:
-    """One or two numbers a query, (1 or 2, B, O, N, L)."""
+    """One or two numbers a query, (1 or 2, B, N, L) or (1 or 2, B, O, N, L)."""
     return q.new_empty((1 + (q.dtype == torch.float32), *q.shape[:-1]), dtype=torch.float32)
 
 
@@ -163,4 +201,4 @@ def _empty_gradient(q: Tensor, formula: str, numbers: Tensor) -> Tensor:
     """Of numbers, but for each sequence, (num_numbers, B * O, N, L); zeros where no kernel writes them."""
     if FORMULAS[formula].num_numbers == 0:
         return torch.zeros_like(numbers)
-    return numbers.new_empty((numbers.shape[0], q.shape[0] * q.shape[1], *q.shape[2:4]))
+    return numbers.new_empty((len(numbers), q.shape[:-3].numel(), *q.shape[-3:-1]))
