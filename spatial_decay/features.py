@@ -144,12 +144,12 @@ def _num_first_without_position(layout: Positions, wanted: int) -> int:
 
 def to_rows(x: Tensor, grid: Grid) -> Tensor:
     """(B, N, H*W, ...) -> (B, H, N, W, ...): one sequence for each row of the grid."""
-    return rearrange(x, "b n (h w) ... -> b h n w ...", h=grid.height, w=grid.width)
+    return x.unflatten(2, grid.size).transpose(1, 2)
 
 
 def to_columns(x: Tensor, grid: Grid) -> Tensor:
     """(B, N, H*W, ...) -> (B, W, N, H, ...): one sequence for each column of the grid."""
-    return rearrange(x, "b n (h w) ... -> b w n h ...", h=grid.height, w=grid.width)
+    return x.unflatten(2, grid.size).movedim(3, 1)
 
 
 def columns_of_rows(x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def columns_of_rows(x: Tensor) -> Tensor:
 
 def from_columns(x: Tensor) -> Tensor:
     """(B, W, N, H, ...) -> (B, N, H*W, ...): the inverse of to_columns."""
-    return rearrange(x, "b w n h ... -> b n (h w) ...")
+    return x.movedim(1, 3).flatten(2, 3)
 
 
 def tokens_to_map(x: Tensor, grid: Grid) -> Tensor:

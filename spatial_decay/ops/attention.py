@@ -154,4 +154,5 @@ def explain_backend(
 
 
 def _attend(inputs: Inputs, backend: str) -> Tensor:
-    return BACKENDS[choose(inputs, backend)].attention(inputs).reshape(inputs.q.shape)
+    out = BACKENDS[choose(inputs, backend)].attention(inputs)
+    return out if out.ndim == inputs.q.ndim else out.reshape(inputs.q.shape)

@@ -381,7 +381,7 @@ def test_machines_that_it_cannot(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert room._reasons_of_the_machine(torch.device("cpu")) == ["q is on cpu (needs cuda)"]
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7, minor=5))
+    monkeypatch.setattr(room, "capability_of", lambda device: (7, 5))
     assert room._reasons_of_the_machine(cuda) == ["compute capability 7.5 (needs 8.0 or newer)"]
     monkeypatch.setattr(room, "_TRITON", (3, 2))
     assert room._reasons_of_the_machine(cuda) == ["Triton 3.2 (needs 3.3 or newer)"]
@@ -398,12 +398,12 @@ def test_auto_takes_it_on_cuda_and_goes_on_where_it_cannot(monkeypatch):
         return choice.choose(dataclasses.replace(inputs, q=q), "auto")
 
     monkeypatch.setattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda q: False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(room, "capability_of", lambda device: (9, 0))
     assert chosen() == "triton"
     assert chosen(mask=torch.zeros(1, 1, 1, 72)) == "triton"
     assert chosen(mask=torch.zeros(1, 1, 72, 72)) == "sdpa"
     assert chosen(decay=None) == "sdpa"  # without a decay there is nothing to gain
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7, minor=5))
+    monkeypatch.setattr(room, "capability_of", lambda device: (7, 5))
     assert chosen() == "sdpa"
 
 

@@ -21,7 +21,7 @@ from spatial_decay.ops.attn_mask import added_by
 from spatial_decay.ops.formulas import FORMULAS, formula_of, reasons_of_decay
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.triton import operators
-from spatial_decay.ops.triton.launch import TOO_FAR, is_short, positions_of, reaches_too_far
+from spatial_decay.ops.triton.launch import TOO_FAR, capability_of, is_short, positions_of, reaches_too_far
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
@@ -60,8 +60,8 @@ def _reasons_of_the_machine(device: torch.device) -> list[str]:
         return []
     if torch.version.hip is not None:
         return ["q is on a ROCm device (needs cuda)"]
-    gpu = torch.cuda.get_device_properties(device)
-    return [] if gpu.major >= 8 else [f"compute capability {gpu.major}.{gpu.minor} (needs 8.0 or newer)"]
+    major, minor = capability_of(device)
+    return [] if major >= 8 else [f"compute capability {major}.{minor} (needs 8.0 or newer)"]
 
 
 def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:

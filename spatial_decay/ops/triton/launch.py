@@ -15,7 +15,7 @@ from spatial_decay.ops.formulas import FORMULAS, position_table
 from spatial_decay.ops.triton import schedule as schedules
 from spatial_decay.ops.triton.schedule import Schedule, Step, Work, power_of_two
 
-__all__ = ["TOO_FAR", "Launch", "is_short", "positions_of", "reaches_too_far", "split_scale"]
+__all__ = ["TOO_FAR", "Launch", "capability_of", "is_short", "positions_of", "reaches_too_far", "split_scale"]
 
 TOO_FAR = "2**31 or more elements apart (needs fewer, for 32-bit offsets)"
 
@@ -61,7 +61,7 @@ class Launch:
             tuple([x.stride() for x in features]),
             (numbers.shape, numbers.stride()),
             (mask.shape, mask.stride()),
-            0 if len(positions) == 1 else positions.stride(0),
+            0 if positions.shape[0] == 1 else positions.stride(0),
             scale,
         )
         # A tensor goes with its strides. A tuple of none would have no type: None.
@@ -182,7 +182,13 @@ def _work(q: Tensor, formula: str, num_prefix: int, has_key_mask: bool, has_flag
 
 def _has_warp_groups(device: torch.device) -> bool:
     """The interpreter does as compute capability 9 would."""
-    return device.type != "cuda" or torch.cuda.get_device_properties(device).major in (9, 10)
+    return device.type != "cuda" or capability_of(device)[0] in (9, 10)
+
+
+@cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """(9, 0) for compute capability 9.0; asking for it at each call would take 10 us."""
+    return torch.cuda.get_device_capability(device)
 
 
 def _seconds(run: Callable[[Schedule], None], schedule: Schedule, device: torch.device) -> float | None:

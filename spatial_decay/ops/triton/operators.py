@@ -54,8 +54,9 @@ def _backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, formula: str, numbers: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
-    dq, dk, dv = (empty_heads(q) for _ in range(3))
-    q, k, v, grad = (with_features_together(x) for x in (q, k, v, _within_reach(grad)))
+    dq = empty_heads(q)
+    dk, dv = torch.empty_like(dq), torch.empty_like(dq)
+    q, k, v, grad = [with_features_together(x) for x in (q, k, v, _within_reach(grad))]
     delta, dnumbers = torch.empty_like(lse[0]), _empty_gradient(q, formula, numbers)
     row_tensors, inputs = (lse, delta, dnumbers), (formula, numbers, *others)
     rows = Launch("backward rows", (q, k, v, out, grad, dq), row_tensors, *inputs)
@@ -86,8 +87,9 @@ def _short_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, formula: str, numbers: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
-    dq, dk, dv = (empty_heads(q) for _ in range(3))
-    q, k, v, grad = (with_features_together(x) for x in (q, k, v, _within_reach(grad)))
+    dq = empty_heads(q)
+    dk, dv = torch.empty_like(dq), torch.empty_like(dq)
+    q, k, v, grad = [with_features_together(x) for x in (q, k, v, _within_reach(grad))]
     dnumbers = _empty_gradient(q, formula, numbers)
     launch = Launch("short backward", (q, k, v, grad, dq, dk, dv), (dnumbers,), formula, numbers, *others)
     with torch.cuda.device_of(q):
@@ -152,8 +154,14 @@ def _differentiate_traced(ctx, grad, *_):  # type: ignore[no-untyped-def]
     return _differentiate(ctx, grad, backward, short_backward)
 
 
+def _refuse(ctx, *gradients):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("backend 'triton' has no second derivatives. Use backend='math', which has them.")
+
+
 forward.register_autograd(_differentiate_traced, setup_context=_save)
 short_forward.register_autograd(_differentiate_traced, setup_context=_save)
+backward.register_autograd(_refuse)
+short_backward.register_autograd(_refuse)
 
 
 class _Attention(torch.autograd.Function):
@@ -167,19 +175,29 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-        # With create_graph the operator, which has no gradient and says so; the operator too for gradients that are
-        # traced or come in batches (is_grads_batched).
+        # With create_graph the operator, whose own gradient raises; what it would be is not silently 0. The operator
+        # too for gradients that are traced or come in batches (is_grads_batched).
         is_plain = not torch.is_grad_enabled() and are_plain(grad)
         functions = (_backward, _short_backward) if is_plain else (backward, short_backward)
         return None, *_differentiate(ctx, grad, *functions)
 
 
-def attend(is_short: bool, *inputs: Any) -> Tensor:
-    """O, as q, with gradients; inputs as above."""
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    if not are_plain(*tensors):
+def attend(
+    is_short: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    formula: str,
+    numbers: Tensor,
+    key_mask: Tensor | None,
+    positions: Tensor,
+    *others: Any,
+) -> Tensor:
+    """O, as q, with gradients."""
+    inputs = q, k, v, formula, numbers, key_mask, positions, *others
+    if not are_plain(q, k, v, numbers, positions, *(() if key_mask is None else (key_mask,))):
         output = (short_forward if is_short else forward)(*inputs)
-    elif torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+    elif torch.is_grad_enabled() and any([x.requires_grad for x in (q, k, v, numbers)]):
         output = _Attention.apply(is_short, *inputs)
     else:
         output = (_short_forward if is_short else _forward)(*inputs)
@@ -201,4 +219,4 @@ def _empty_gradient(q: Tensor, formula: str, numbers: Tensor) -> Tensor:
     """Of numbers, but for each sequence, (num_numbers, B * O, N, L); zeros where no kernel writes them."""
     if FORMULAS[formula].num_numbers == 0:
         return torch.zeros_like(numbers)
-    return numbers.new_empty((len(numbers), q.shape[:-3].numel(), *q.shape[-3:-1]))
+    return numbers.new_empty((numbers.shape[0], q.shape[:-3].numel(), *q.shape[-3:-1]))
