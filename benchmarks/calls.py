@@ -1,19 +1,20 @@
-"""What the Python of a call of backend "triton" costs: microseconds without a GPU, the launch replaced by nothing.
+"""What the Python of a call of backend "triton" costs, without a GPU: the launch of a kernel is replaced by nothing.
 
-    python -m benchmarks.calls                    # this checkout
-    python -m benchmarks.calls ../before .        # checkouts in turn: compared with the first
+    python -m benchmarks.calls               # this checkout
+    python -m benchmarks.calls ../before .   # checkouts in turn
 
 Small tensors on the CPU stand for those on a GPU. In each call a decay is made of trained numbers. What counts is the
 time on the processor, so that other processes do not.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,92 +26,59 @@ from spatial_decay.layout import Grid
 from spatial_decay.ops import decay_attention, triton
 
 
-
-def axial(numbers: Tensor, grid: Grid) -> AxialDecay:
-    """Of square grids."""
-    width, height = Grid(1, grid.width), Grid(grid.height, 1)
-    return AxialDecay(PathDecay(numbers, width), PathDecay(numbers, height), grid)
+def _axial(numbers: Tensor, grid: Grid) -> Decay:
+    return AxialDecay(PathDecay(numbers, Grid(1, grid.width)), PathDecay(numbers, Grid(grid.height, 1)), grid)
 
 
-CASES: dict[str, tuple[int, int, tuple[int, int, int], Callable[..., Decay]]] = {
-    "full 14x14 d64": (14, 64, (1, 1, 196), ManhattanDecay),
-    "1d 14x14 d64": (14, 64, (1, 1, 196), PathDecay),
-    "axial 28x28 d32": (28, 32, (28, 1, 28), axial),
-}
+CASES: dict[str, tuple[Callable[[Tensor, Grid], Decay], Grid, int, tuple[int, ...]]] = {
+    "full, 14 x 14, head_dim 64": (ManhattanDecay, Grid(14, 14), 64, (1, 1, 196)),
+    "1d, 14 x 14, head_dim 64": (PathDecay, Grid(14, 14), 64, (1, 1, 196)),
+    "decomposed, 28 x 28, head_dim 32": (_axial, Grid(28, 28), 32, (28, 1, 28)),
+}  # a decay of numbers, its grid, d, and the shape of the numbers
 
 
-def call_of(name: str, *, trains: bool) -> Callable[[], object]:
-    """One call, with all gradients where it trains."""
-    side, head_dim, shape, decay = CASES[name]
-    grid = Grid(side, side)
-    q, k, v, grad = (torch.empty(1, grid.num_tokens, 1, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in "qkvg")
-    numbers = torch.zeros(shape)
-    leaves = [x.requires_grad_(trains) for x in (q, k, v, numbers)]
+def microseconds(name: str, *, trains: bool) -> float:
+    """Of one call; with all gradients where it trains."""
+    decay, grid, head_dim, shape = CASES[name]
+    q, k, v, grad = torch.zeros(4, 1, grid.num_tokens, 1, head_dim, dtype=torch.bfloat16).transpose(2, 3)
+    leaves = [x.detach().requires_grad_(trains) for x in (q, k, v, torch.zeros(shape))]
+    for count in (50, 1000):  # the first ones also plan the launches
+        start = time.process_time()
+        for _ in range(count):
+            out = decay_attention(*leaves[:3], decay(leaves[3], grid), backend="triton")
+            if trains:
+                torch.autograd.grad(out, leaves, grad)
+    return (time.process_time() - start) * 1e3
 
-    def call() -> object:
-        out: Tensor = decay_attention(q, k, v, decay(numbers, grid), backend="triton")
-        return torch.autograd.grad(out, leaves, grad) if trains else out
 
-    return call
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkouts", nargs="*", type=Path, default=[Path()], help="folders (default: this one)")
+    parser.add_argument("--rounds", type=int, default=10, help="of a process for each checkout (default: 10)")
+    arguments = parser.parse_args(argv)
+    command = [sys.executable, __file__, "one round"]
+    found = [
+        {folder: json.loads(subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(folder.resolve())}))}
+        for _ in range(arguments.rounds)
+        for folder in arguments.checkouts
+    ]
+    for name in next(iter(found[0].values())):
+        for folder in arguments.checkouts:
+            low, median, high = statistics.quantiles([one[folder][name] for one in found if folder in one])
+            print(f"{name}: {folder}: {median:.0f} us ({low:.0f} to {high:.0f})")
 
 
-def serve() -> None:
-    """One number for each line of the input: the microseconds of the call that it names."""
+if __name__ == "__main__" and sys.argv[1:] == ["one round"]:
     from triton.runtime.jit import KernelInterface
 
     torch.set_num_threads(1)
     with (
         patch.object(KernelInterface, "__getitem__", lambda *_: lambda *_, **__: None),
         patch.object(triton, "_reasons_of_the_machine", lambda _: []),
-        patch.object(base, "are_readable", lambda *_: False),  # the values of a gate, which nobody looks at on a GPU
+        patch.object(base, "are_readable", lambda *_: False),  # numbers on a GPU are not looked at
     ):
-        calls = {f"{name}{what}": call_of(name, trains=bool(what)) for name in CASES for what in ("", TRAINING)}
-        for line in sys.stdin:
-            call, start, count = calls[line.rstrip("\n")], time.process_time(), 0
-            while time.process_time() < start + 0.1:
-                for _ in range(20):
-                    call()
-                count += 20
-            print((time.process_time() - start) / count * 1e6, flush=True)
-
-
-TRAINING = ", forward and backward"
-
-
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkouts", nargs="*", type=Path, default=[Path()], help="folders (default: this one)")
-    parser.add_argument("--rounds", type=int, default=30, help="timings of each call (default: 30)")
-    arguments = parser.parse_args()
-    code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r})['serve']()"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(folder.resolve())},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for folder in arguments.checkouts
-    ]
-
-    def timed(worker: "subprocess.Popen[str]", name: str) -> float:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        print(name, file=worker.stdin, flush=True)
-        return float(worker.stdout.readline())
-
-    for name in [f"{name}{what}" for name in CASES for what in ("", TRAINING)]:
-        rounds = [[timed(worker, name) for worker in workers] for _ in range(arguments.rounds + 1)][1:]
-        for folder, times in zip(arguments.checkouts, zip(*rounds, strict=True), strict=True):
-            low, median, high = statistics.quantiles(times, n=4)
-            ratio = statistics.median(x / one[0] for x, one in zip(times, rounds, strict=True))
-            print(f"{name}: {folder}: {median:.0f} us ({low:.0f} to {high:.0f}), {ratio:.2f} of the first")
-    for worker in workers:
-        worker.communicate()
-
-
-if __name__ == "__main__":
+        results = {(name, trains): microseconds(name, trains=trains) for name in CASES for trains in (False, True)}
+    print(json.dumps({f"{name}{', with gradients' * trains}": us for (name, trains), us in results.items()}))
+elif __name__ == "__main__":
     main()

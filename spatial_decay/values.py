@@ -1,4 +1,4 @@
-"""Which tensors are plain, and when their values can be looked at: that must never wait for a GPU or stop a compiler."""
+"""Which tensors nobody traces, and whose values can be looked at: that must never wait for a GPU or stop a compiler."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def are_plain(*tensors: Tensor) -> bool:
     """Whether nobody traces these: torch.compile, torch.export, torch.func, make_fx, torch.jit.
 
-    Nor are they a lazy negative or zero, whose memory holds other numbers than the tensor.
+    Then backends may call their kernels without an operator of torch.library in between. A lazy negative or zero is not
+    plain: its memory holds other numbers than the tensor.
     """
     if torch.compiler.is_compiling():
         return False
@@ -31,4 +32,4 @@ def are_readable(*tensors: Tensor) -> bool:
 
     What is traced holds for all values, and what was seen of these would become part of it.
     """
-    return are_plain(*tensors) and all([x.is_cpu for x in tensors])
+    return are_plain(*tensors) and all(x.is_cpu for x in tensors)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, compare, contenders, memory, models, picture, report, timing
+from benchmarks import attention, calls, compare, contenders, memory, models, picture, report, timing
 from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS, decay_attention
 from tests.cases import CASES, make_gates
@@ -237,3 +237,13 @@ def test_the_authors_formulas_give_the_same(case, monkeypatch):
     decay = case.build(make_gates(case, 2, 3, grid.num_tokens, torch.float32), 3, grid)
     out, expected = (decay_attention(q, k, v, decay, backend=backend) for backend in (models.AUTHORS, "math"))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_calls(capsys):
+    """Triton must be there; no GPU."""
+    pytest.importorskip("triton")
+    calls.main(["--rounds", "2"])
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"{name}{what}" for name in calls.CASES for what in ("", ", with gradients")
+    ]
