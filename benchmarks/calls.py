@@ -40,12 +40,12 @@ CASES: dict[str, tuple[Callable[[Tensor, Grid], Decay], Grid, int, tuple[int, ..
 def microseconds(name: str, *, trains: bool) -> float:
     """Of one call; with all gradients where it trains."""
     decay, grid, head_dim, shape = CASES[name]
-    q, k, v, grad = torch.zeros(4, 1, grid.num_tokens, 1, head_dim, dtype=torch.bfloat16).transpose(2, 3)
-    leaves = [x.detach().requires_grad_(trains) for x in (q, k, v, torch.zeros(shape))]
+    *heads, grad = torch.zeros(4, 1, grid.num_tokens, 1, head_dim, dtype=torch.bfloat16).transpose(2, 3).unbind()
+    leaves = q, k, v, numbers = [x.detach().requires_grad_(trains) for x in (*heads, torch.zeros(shape))]
     for count in (50, 1000):  # the first ones also plan the launches
         start = time.process_time()
         for _ in range(count):
-            out = decay_attention(*leaves[:3], decay(leaves[3], grid), backend="triton")
+            out = decay_attention(q, k, v, decay(numbers, grid), backend="triton")
             if trains:
                 torch.autograd.grad(out, leaves, grad)
     return (time.process_time() - start) * 1e3
