@@ -14,7 +14,8 @@ from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.decayed import AddedDecay, added_decays, parameters_of_forward, put_back, take_out
 from spatial_decay.swap.hooks import check_no_hooks_are_needed, install_hooks, remove_hooks
 from spatial_decay.swap.hosts.base import Host, PatchEmbed
-from spatial_decay.swap.hosts.table import host_of, looks_like_attention, patch_embeds_of
+from spatial_decay.swap.hosts.register import host_of
+from spatial_decay.swap.hosts.table import looks_like_attention, patch_embeds_of
 
 __all__ = ["SwapReport", "able_to_swap", "restore_attention", "swap_attention"]
 
@@ -46,7 +47,7 @@ def swap_attention(
     gate_rank: int = 0,
     layers: Sequence[int] | None = None,
     num_prefix_tokens: int | None = None,
-    num_suffix_tokens: int = 0,
+    num_suffix_tokens: int | None = None,
     patch_embed: str | None = None,
     backend: Backend = "auto",
 ) -> SwapReport:
@@ -72,7 +73,8 @@ def swap_attention(
         layers: Which of the attention modules that can take a decay, by number in the order of the model, negative
             from the end. None: all.
         num_prefix_tokens: P, class and register tokens, first in the sequence. None: what the model says, or none.
-        num_suffix_tokens: S, prompts, registers or text, last in the sequence. They have no position either.
+        num_suffix_tokens: S, prompts, registers or text, last in the sequence. They have no position either. None: what
+            the model says (the detection tokens of YOLOS), or none.
         patch_embed: Name of the module whose output (B, D, H, W) has the grid, where it is not found by itself.
         backend: As in decay_attention; for kind `none` only "auto", it keeps the model's own softmax.
 
@@ -97,10 +99,8 @@ def swap_attention(
         raise ValueError(
             f"kind 'none' keeps the model's own softmax, so that backend must be 'auto': got {backend!r}. Leave it out."
         )
-    if isinstance(num_suffix_tokens, bool) or not isinstance(num_suffix_tokens, int) or num_suffix_tokens < 0:
-        raise ValueError(
-            f"num_suffix_tokens must be a whole number >= 0: got {num_suffix_tokens!r}. Leave it out for none."
-        )
+    for option, number in (("num_prefix_tokens", num_prefix_tokens), ("num_suffix_tokens", num_suffix_tokens)):
+        _check_whole_number(option, number)
     _check_not_wrapped(model)
     if added_decays(model):
         raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")
@@ -128,12 +128,17 @@ def swap_attention(
     modules, calls_of, added = dict(model.named_modules()), dict[str, Calls](), dict[str, AddedDecay]()
     for name in chosen:
         host, embed = able[name]
-        prefix = _num_prefix_tokens(model, name, host, num_prefix_tokens)
-        calls = calls_of.setdefault(embed.name, Calls(prefix, num_suffix_tokens))
-        if calls.num_prefix_tokens != prefix:
+        around = (
+            _num_prefix_tokens(model, name, host, num_prefix_tokens),
+            (host.num_suffix_tokens(modules[name]) or 0) if num_suffix_tokens is None else num_suffix_tokens,
+        )
+        calls = calls_of.setdefault(embed.name, Calls(*around))
+        before = (calls.num_prefix_tokens, calls.num_suffix_tokens)
+        if before != around:
             raise ValueError(
-                f"attention behind one patch embedding must agree on its prefix tokens: got {prefix} in {name} and "
-                f"{calls.num_prefix_tokens} before it. Pass num_prefix_tokens."
+                "attention behind one patch embedding must agree on its prefix and suffix tokens: got "
+                f"{around[0]} and {around[1]} in {name}, and {before[0]} and {before[1]} before it. Pass "
+                "num_prefix_tokens and num_suffix_tokens."
             )
         added[name] = AddedDecay(
             modules[name],
@@ -208,8 +213,8 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
             left[name] = _OVER_TIME
         elif "forward" in vars(module):
             left[name] = "its forward has been replaced on this very module (by hooks of accelerate?)"
-        elif host.mask_name not in parameters_of_forward(module):
-            left[name] = f"its forward takes no {host.mask_name}; a newer version of its library does"
+        elif not {host.mask, "**"}.intersection(parameters_of_forward(module)):
+            left[name] = f"its forward takes no {host.mask}; a newer version of its library does"
         elif reason := _reason_against(host, module):
             left[name] = reason
         elif not nearest:
@@ -246,8 +251,7 @@ def _check_not_wrapped(model: nn.Module) -> None:
 
 def _reason_against(host: Host, module: nn.Module) -> str:
     try:
-        host.num_heads(module), host.dim(module), host.num_channels(module)
-        return host.reason_against(module)
+        return str(host.answers(module)["reason_against"])
     except AttributeError as error:  # projections that another library has wrapped
         return f"it is not built as its class is: {error}"
 
@@ -289,3 +293,8 @@ def _num_prefix_tokens(model: nn.Module, name: str, host: Host, given: int | Non
         name = name.rpartition(".")[0]
         known = getattr(model.get_submodule(name), "num_prefix_tokens", None if name else 0)
     return known
+
+
+def _check_whole_number(option: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(f"{option} must be a whole number >= 0: got {value!r}. Leave it out for none.")

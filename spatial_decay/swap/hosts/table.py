@@ -1,4 +1,4 @@
-"""The table of host libraries, none of which is imported; and what of them is in a model."""
+"""The host libraries, none of which is imported; and what of them is in a model."""
 
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
@@ -7,23 +7,17 @@ from torch import nn
 
 from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.hosts import diffusers, timm, transformers
-from spatial_decay.swap.hosts.base import Host, PatchEmbed, Removable, class_names
+from spatial_decay.swap.hosts.base import PatchEmbed, Removable, class_names
 
-__all__ = ["LIBRARIES", "hook_dropouts", "host_of", "looks_like_attention", "patch_embeds_of"]
+__all__ = ["LIBRARIES", "hook_dropouts", "looks_like_attention", "patch_embeds_of"]
 
 LIBRARIES = (timm.LIBRARY, transformers.LIBRARY, diffusers.LIBRARY)
-"""A new library adds its file and its name here."""
+"""A new library adds its file, which registers its attention as it is imported, and its name here."""
 
-_ATTENTION = {name: host for library in LIBRARIES for name, host in library.attention.items()}
 _PATCH_EMBEDS = {name: read for library in LIBRARIES for name, read in library.patch_embeds.items()}
 _DROPOUTS = {name: hook for library in LIBRARIES for name, hook in library.dropouts.items()}
 
 _Row = TypeVar("_Row")
-
-
-def host_of(module: nn.Module) -> Host | None:
-    """The entry of the module's class or of one that it derives from."""
-    return _row_of(module, _ATTENTION)
 
 
 def looks_like_attention(module: nn.Module) -> bool:

@@ -1,0 +1,133 @@
+"""The attention classes that swap_attention knows: register_attention teaches it one, our own files and users' alike."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from spatial_decay.swap.hosts.base import Host, class_names
+from spatial_decay.swap.stand_in import StandIn
+
+__all__ = ["host_of", "register_attention"]
+
+_HOSTS: dict[str, Host] = {}
+
+
+def register_attention(
+    cls: type[nn.Module] | str,
+    *,
+    heads: Callable[[Any], int],
+    width: Callable[[Any], int],
+    mask: str = "attn_mask",
+    channels: Callable[[Any], int] | None = None,
+    reason_against: Callable[[Any], str] | None = None,
+    num_prefix_tokens: Callable[[Any], int | None] | None = None,
+    num_suffix_tokens: Callable[[Any], int | None] | None = None,
+    stand_in: type[StandIn] = StandIn,
+) -> None:
+    """Teach swap_attention a class of attention modules, and its subclasses.
+
+    Its forward must take the tokens first, (B, L, D), and must call F.scaled_dot_product_attention once, with q, k and
+    v of shape (B, N, L, d). An argument of its forward must come to that call as attn_mask, as it was given, None or
+    not. Where a part of this does not hold, the first call after the swap says which.
+
+    Args:
+        cls: The class; or its full name, "package.module.Class", so that its package need not be imported. What was
+            registered under that name before is replaced.
+        heads: Asked of a module of the class: N.
+        width: D of its tokens.
+        mask: The name of that argument of forward. With **kwargs in forward any name is taken.
+        channels: N * d of its values. None: as width.
+        reason_against: Why this module cannot take a decay, such as "it attends over windows"; empty where it can. None:
+            all can.
+        num_prefix_tokens: P, class and register tokens, where the module knows. None, or its answer None: what
+            the model says, or 0.
+        num_suffix_tokens: S, tokens behind the patches, the same way.
+        stand_in: What goes to forward in place of the mask: for classes that ask a mask for its shape, or change it,
+            on the way. It must be at the top of a module, to be pickled.
+
+    Raises:
+        TypeError: cls is no class of modules, or an answer is no function.
+        ValueError: forward has no argument of that name.
+
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> class MyAttention(nn.Module):
+        ...     def __init__(self, dim, num_heads):
+        ...         super().__init__()
+        ...         self.num_heads, self.is_causal = num_heads, False
+        ...         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        ...     def forward(self, x, attn_mask=None):
+        ...         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        ...         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=self.is_causal)
+        ...         return self.proj(out.transpose(1, 2).flatten(2))
+        >>> class MyViT(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.patch_embed, self.attn = nn.Conv2d(3, 32, 16, 16), MyAttention(32, 2)
+        ...     def forward(self, images):
+        ...         return self.attn(self.patch_embed(images).flatten(2).mT)
+        >>> register_attention(
+        ...     MyAttention,
+        ...     heads=lambda attn: attn.num_heads,
+        ...     width=lambda attn: attn.qkv.in_features,
+        ...     reason_against=lambda attn: "it is causal" if attn.is_causal else "",
+        ... )
+        >>> model = MyViT()
+        >>> swap_attention(model, "full").replaced
+        ('attn',)
+        >>> model(torch.randn(1, 3, 64, 96)).shape
+        torch.Size([1, 24, 32])
+    """
+    answers = {
+        "heads": heads,
+        "width": width,
+        "channels": channels,
+        "num_prefix_tokens": num_prefix_tokens,
+        "num_suffix_tokens": num_suffix_tokens,
+        "reason_against": reason_against,
+    }
+    for name, answer in answers.items():
+        if not callable(answer) and (answer is not None or name in ("heads", "width")):
+            raise TypeError(
+                f"{name} must be a function of a module of the class, such as lambda attn: attn.num_heads: got "
+                f"{answer!r}."
+            )
+    if not (isinstance(stand_in, type) and issubclass(stand_in, StandIn)):
+        raise TypeError(f"stand_in must be a subclass of StandIn: got {stand_in!r}.")
+    if isinstance(cls, type) and issubclass(cls, nn.Module):
+        parameters = inspect.signature(cls.forward).parameters
+        if mask not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(
+                f"mask must be the name of an argument of {cls.__name__}.forward, one of "
+                f"{', '.join(list(parameters)[1:])}: got {mask!r}. Give forward an argument that goes to "
+                "F.scaled_dot_product_attention as attn_mask."
+            )
+        cls = f"{cls.__module__}.{cls.__qualname__}"
+    elif not isinstance(cls, str):
+        raise TypeError(f"cls must be a class of modules or its full name: got {cls!r}.")
+    _HOSTS[cls] = Host(
+        heads=heads,
+        width=width,
+        channels=width if channels is None else channels,
+        mask=mask,
+        stand_in=stand_in,
+        reason_against=_none_against if reason_against is None else reason_against,
+        num_prefix_tokens=_unknown if num_prefix_tokens is None else num_prefix_tokens,
+        num_suffix_tokens=_unknown if num_suffix_tokens is None else num_suffix_tokens,
+    )
+
+
+def host_of(module: nn.Module) -> Host | None:
+    """The entry of the module's class or of one that it derives from."""
+    return next((_HOSTS[name] for name in class_names(module) if name in _HOSTS), None)
+
+
+def _none_against(_: Any) -> str:
+    return ""
+
+
+def _unknown(_: Any) -> None:
+    return None
