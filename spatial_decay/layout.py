@@ -51,34 +51,97 @@ class Layout(ABC):
 
     @abstractmethod
     def positions(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Row and column of the tokens behind num_prefix_tokens, two tensors that broadcast against (B, N, L)."""
+        """Row and column of the tokens behind num_prefix_tokens, two tensors that broadcast against (B, N, L).
+
+        Args:
+            device: Of the tensors.
+            dtype: Of the tensors.
+
+        Returns:
+            Rows and columns, in grid steps; 0 for tokens that lie nowhere.
+        """
 
     @abstractmethod
     def steps(self, *, device: torch.device, dtype: torch.dtype, row_multiple: int = 1) -> Steps:
-        """From each token behind num_prefix_tokens to each, for `queries` and `keys` of the same row_multiple."""
+        """From each token behind num_prefix_tokens to each, for `queries` and `keys` of the same row_multiple.
+
+        Args:
+            device: Of the tensors.
+            dtype: Of the tensors.
+            row_multiple: The number of keys is padded to a multiple of it, as in keys.
+
+        Returns:
+            One tensor an axis, in grid steps, key minus query; they broadcast together.
+        """
 
     @abstractmethod
     def queries(self, x: Tensor) -> Tensor:
-        """Numbers (B, N, L), without prefix tokens, as those of queries: to broadcast against `steps`."""
+        """Numbers (B, N, L), without prefix tokens, as those of queries: to broadcast against `steps`.
+
+        Args:
+            x: (B, N, L) without prefix tokens.
+
+        Returns:
+            The same numbers, with dimensions for the keys.
+        """
 
     @abstractmethod
     def keys(self, x: Tensor, *, row_multiple: int = 1) -> Tensor:
-        """Numbers (B, N, L), without prefix tokens, as those of keys: so many that their count is a multiple."""
+        """Numbers (B, N, L), without prefix tokens, as those of keys: so many that their count is a multiple.
+
+        Args:
+            x: (B, N, L) without prefix tokens.
+            row_multiple: Zeros are added until the number of keys is a multiple of it.
+
+        Returns:
+            The same numbers, with a dimension for the queries.
+        """
 
     @abstractmethod
     def running_sum(self, cost: Tensor, *, inclusive: bool) -> Tensor:
-        """Of (B, N, L) along the raster scan: over k < i, or k <= i; tokens that lie nowhere cost nothing."""
+        """Of (B, N, L) along the raster scan: over k < i, or k <= i; tokens that lie nowhere cost nothing.
+
+        Args:
+            cost: (B, N, L), prefix tokens too.
+            inclusive: Whether a token's own cost counts.
+
+        Returns:
+            (B, N, L).
+        """
 
     @abstractmethod
     def raster_numbers(self, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Of each token's place along the raster scan, as `positions`; tokens at one place share theirs."""
+        """Of each token's place along the raster scan, as `positions`; tokens at one place share theirs.
+
+        Args:
+            device: Of the tensors.
+            dtype: Of the tensors.
+
+        Returns:
+            Numbers from 0 on, to broadcast against (B, N, L).
+        """
 
     @abstractmethod
     def subset(self, indices: Tensor, num_prefix_tokens: int) -> "Positions":
-        """The tokens that are left behind the prefix tokens, by their number there, (B, K), in any order."""
+        """The tokens that are left behind the prefix tokens, by their number there, (B, K), in any order.
+
+        Args:
+            indices: (B, K), numbers behind the prefix tokens.
+            num_prefix_tokens: P, tokens that are kept in front.
+
+        Returns:
+            Positions of the P + K tokens.
+        """
 
     def as_grid(self, what: str, remedy: str = "Pass (H, W) or a Grid.") -> "Grid":
         """This layout, where it is a grid.
+
+        Args:
+            what: What needs a grid, for the error.
+            remedy: What to do, for the error.
+
+        Returns:
+            Itself.
 
         Raises:
             ValueError: it is none, and what is asked for needs one.
@@ -88,7 +151,17 @@ class Layout(ABC):
         return self
 
     def check(self, of: str, *, batch_size: int, num_tokens: int, device: torch.device) -> None:
-        """Raise ValueError where this is not the layout of the tokens of so many images."""
+        """Compare this layout with the tokens of a call.
+
+        Args:
+            of: What the tokens are called, for the error.
+            batch_size: B.
+            num_tokens: L.
+            device: Where the tokens are.
+
+        Raises:
+            ValueError: this is not the layout of L tokens of B images on that device.
+        """
         del batch_size, device
         if self.num_tokens != num_tokens:
             raise ValueError(
@@ -148,12 +221,12 @@ class Grid(Layout):
         return max(self.size) - 1
 
     def positions(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Row and column of each patch token: two tensors (H*W,) in raster order."""
+        """Row and column of each patch token: two tensors (H * W,) in raster order."""
         h, w = self._lines(device, dtype)
         return h[:, None].expand(self.size).flatten(), w.expand(self.size).flatten()
 
     def steps(self, *, device: torch.device, dtype: torch.dtype, row_multiple: int = 1) -> Steps:
-        """To each row and to each column of the grid: (H*W, H, 1) and (H*W, 1, W), padded as `keys`.
+        """To each row and to each column of the grid: (H * W, H, 1) and (H * W, 1, W), padded as `keys`.
 
         A formula of steps therefore does along each axis, H + W times a query, what it does before the axes meet.
         """
@@ -165,11 +238,11 @@ class Grid(Layout):
         return rows[:, None] - h[:, None, None], columns - w[:, None, None]
 
     def queries(self, x: Tensor) -> Tensor:
-        """(B, N, H*W) -> (B, N, H*W, 1, 1)."""
+        """(B, N, H * W) -> (B, N, H * W, 1, 1)."""
         return x[..., None, None]
 
     def keys(self, x: Tensor, *, row_multiple: int = 1) -> Tensor:
-        """(B, N, H*W) -> (B, N, 1, H, W), with lines of zeros added as `_extra` says."""
+        """(B, N, H * W) -> (B, N, 1, H, W), with lines of zeros added as `_extra` says."""
         extra_rows, extra_columns = self._extra(row_multiple)
         x = x.unflatten(-1, self.size)[..., None, :, :]
         return F.pad(x, (0, extra_columns, 0, extra_rows)) if extra_rows or extra_columns else x
@@ -224,7 +297,8 @@ class Positions(Layout):
         ValueError: shapes or devices disagree; has_position is not bool.
 
     Examples:
-        >>> kept = Positions.of_subset(torch.tensor([[0, 5, 11]]), Grid(3, 4, num_prefix_tokens=1))
+        >>> grid = Grid(3, 4, num_prefix_tokens=1)
+        >>> kept = Positions.of_subset(torch.tensor([[0, 5, 11]]), grid)
         >>> kept.h.tolist(), kept.w.tolist(), kept.has_position.tolist()
         ([[0, 0, 1, 2]], [[0, 0, 1, 3]], [[False, True, True, True]])
     """
@@ -261,6 +335,9 @@ class Positions(Layout):
         Args:
             indices: (B, K) of integers, 0 .. H * W - 1: timm's keep_indices, MAE's ids_keep.
             grid: The whole of it.
+
+        Returns:
+            Positions of the P + K tokens.
         """
         return cls.of_coordinates(
             torch.stack([indices // grid.width, indices % grid.width], -1), num_prefix_tokens=grid.num_prefix_tokens
@@ -282,6 +359,9 @@ class Positions(Layout):
             is_patch: bool, (B, K), False for padding: NaFlex's patch_valid. None: there is none.
             num_prefix_tokens: Class, register or text tokens before the patches (Flux).
             num_suffix_tokens: Text tokens behind the patches (Stable Diffusion 3).
+
+        Returns:
+            Positions of all tokens, those without a position too.
 
         Raises:
             ValueError: coordinates are not (B, K, 2).
@@ -338,7 +418,11 @@ class Positions(Layout):
         return total.gather(-1, order.argsort(-1))
 
     def raster_order(self) -> Tensor:
-        """The tokens as a raster scan meets them, (B, L) of token numbers; those that lie nowhere first."""
+        """The tokens as a raster scan meets them, (B, L) of token numbers; those that lie nowhere first.
+
+        Returns:
+            (B, L), whole numbers; B is 1 where all images share the positions.
+        """
         h, w = (axis[:, 0] for axis in self.positions(device=self.h.device, dtype=torch.float64))
         order = torch.argsort(w, dim=1, stable=True)
         order = order.gather(1, torch.argsort(h.gather(1, order), dim=1, stable=True))

@@ -1,10 +1,13 @@
-"""Every Python block of the README and the docs runs as written, and every docstring's example gives what it says."""
+"""README and docs: Python blocks run and print what is shown, links lead somewhere, lines fit; docstrings' examples."""
 
+import contextlib
 import doctest
 import importlib
+import io
 import re
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,19 +15,69 @@ import torch
 import spatial_decay
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PACKAGE = ROOT / "spatial_decay"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SLOW = {"export.md": pytest.mark.slow, "gallery.md": pytest.mark.slow}  # three exports; a figure for each plot
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+SLOW = {"guides/export.md", "gallery.md"}  # three exports; a figure for each plot
+SHOWN = doctest.OutputChecker()  # `...` stands for any text, and where lines are broken does not matter
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=SLOW.get(page.name, ())) for page in PAGES], ids=lambda page: page.name
-)
-def test_blocks_of_a_page_run_one_after_the_other(page):
-    blocks = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+def name_of(page):
+    return str(page.relative_to(DOCS)) if page.is_relative_to(DOCS) else page.name
+
+
+def as_parameter(page):
+    marks = pytest.mark.slow if name_of(page) in SLOW else ()
+    return pytest.param(page, marks=marks, id=name_of(page))
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+    shown: str | None  # what a block of Python is said to print, by the block of text right behind it
+
+
+def blocks_of(page):
+    found = list(re.finditer(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", page.read_text(), re.DOTALL | re.MULTILINE))
+    for block, after in zip(found, [*found[1:], None], strict=False):
+        is_shown = after and after[2] == "text" and not page.read_text()[block.end() : after.start()].strip()
+        yield Block(block[2], textwrap.dedent(block[3]), textwrap.dedent(after[3]) if is_shown else None)
+
+
+@pytest.mark.parametrize("page", [as_parameter(page) for page in PAGES if "```python" in page.read_text()])
+def test_blocks_of_a_page_run_one_after_the_other_and_print_what_is_shown(page):
     namespace = {"__name__": "page"}
-    for _, block in blocks:
-        exec(compile(textwrap.dedent(block), str(page), "exec"), namespace)
+    for block in blocks_of(page):
+        if block.language != "python":
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(block.text, str(page), "exec"), namespace)
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        assert SHOWN.check_output(block.shown or "", printed.getvalue(), flags), (block.text, printed.getvalue())
+
+
+def test_code_is_at_most_80_columns_wide():
+    lines = [(name_of(page), line) for page in PAGES for block in blocks_of(page) for line in block.text.splitlines()]
+    assert len(lines) > 500
+    assert [(page, line) for page, line in lines if len(line) > 80] == []
+
+
+PAPERS = {
+    "SDT": "2508.09525",
+    "RMT": "2309.11523",
+    "LocAtViT": "2603.04892",
+    "DiT": "2212.09748",
+    "RoPE": "2104.09864",
+    "ALiBi": "2108.12409",
+}
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES])
+def test_methods_are_linked_where_a_page_names_them_first(page):
+    prose = re.sub(r"^( *)```.*?^\1```$|`[^`]*`|^#.*?$|^:::.*?$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for name, paper in PAPERS.items():
+        first = re.search(rf"(?<![\w/-]){name}(?![\w-]).*", prose)  # not SDT-H, facebookresearch/DiT
+        assert first is None or first[0].startswith(f"{name}](https://arxiv.org/abs/{paper})"), first[0]
 
 
 MODULES = [
@@ -42,6 +95,9 @@ def test_docstring_examples(name):
     names = {public: getattr(room, public) for room in rooms for public in room.__all__} | {"torch": torch}
     result = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+    examples = [example for test in doctest.DocTestFinder().find(module) for example in test.examples]
+    lines = [">>> " + line for example in examples for line in (example.source + example.want).splitlines()]
+    assert [line for line in lines if len(line) > 80] == []  # they stand on the pages of the API
 
 
 def test_the_readme_has_its_two_commands():
@@ -57,8 +113,7 @@ def test_pages_and_examples_that_are_named_are_there():
     assert len(named) > 10
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
     nav = (ROOT / "mkdocs.yml").read_text()
-    pages = {page.name for page in PAGES[1:]} - {"from_readme.md"}  # which waits to be moved into other pages
-    assert [page for page in sorted(pages) if f": {page}\n" not in nav] == []  # --strict does not mind
+    assert [page for page in PAGES[1:] if f": {name_of(page)}\n" not in nav] == []  # --strict does not mind
 
 
 def test_the_readmes_sizes_are_the_tested_ones():
@@ -74,22 +129,24 @@ def test_the_readme_is_read_in_two_minutes():
     assert len(words) < 700
 
 
-def test_the_readmes_links_lead_somewhere():
-    readme = (ROOT / "README.md").read_text()
-    links = re.findall(r"(?:\]\(|src=\"|srcset=\")([^)\"]+)", readme)
-    places = [link.partition("#") for link in links if "://" not in link]
-    assert len(places) > 10
-    for path, _, anchor in places:
-        page = ROOT / (path or "README.md")
-        assert page.is_file(), path
-        if anchor:
-            headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], anchor
+def anchors_of(page):
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    documented = re.findall(r"^::: (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings} | {*documented}
 
 
-def test_the_readmes_first_block_prints_what_is_shown(capsys):
-    readme = (ROOT / "README.md").read_text()
-    block, language, shown = re.findall(r"```python\n(.*?)```\s+```(\w+)\n(.*?)```", readme, re.DOTALL)[0]
-    assert language == "text"
-    exec(compile(block, "README.md", "exec"), {"__name__": "page"})
-    assert capsys.readouterr().out == shown
+def links_of(page):
+    """Where a page leads within the repository, as (path, anchor)."""
+    prose = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"|^\[[^]]+\]: (\S+)$", prose, re.MULTILINE)
+    places = ["".join(link).partition("#") for link in links if "://" not in "".join(link)]
+    return [(page.parent / path if path else page, anchor) for path, _, anchor in places]
+
+
+def test_links_lead_somewhere():
+    links = [(page, *link) for page in (*PAGES, ROOT / "CONTRIBUTING.md") for link in links_of(page)]
+    assert len(links) > 150
+    for page, target, anchor in links:
+        assert target.is_file(), (page, target)
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors_of(target), (page, target, anchor)

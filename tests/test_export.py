@@ -1,6 +1,6 @@
 """Out of Python with sizes that vary: one compiled graph, one exported program, one ONNX file for all of them.
 
-ONNX files are run by onnxruntime; docs/export.md says what stays fixed.
+ONNX files are run by onnxruntime; docs/guides/export.md says what stays fixed.
 """
 
 import onnxruntime

@@ -94,7 +94,8 @@ def load_checkpoint(
     Examples:
         >>> from spatial_decay.models import locatvit_tiny
         >>> model = locatvit_tiny()
-        >>> report = load_checkpoint(model, {"state_dict": locatvit_tiny().state_dict()})
+        >>> weights = {"state_dict": locatvit_tiny().state_dict()}
+        >>> report = load_checkpoint(model, weights)
         >>> print(report)
         200 tensors loaded, 0 left to the model to compute
     """

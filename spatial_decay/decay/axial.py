@@ -19,8 +19,8 @@ class AxialDecay:
     """Attention over each row first, then over each column of the result (SDT Eq. 12, O = Attn_H(Attn_W V)).
 
     Args:
-        rows: The decay within rows, for B*H sequences of W tokens: tensors (B*H, N, W), or 1 for B*H.
-        columns: The decay within columns, for B*W sequences of H tokens: tensors (B*W, N, H), or 1 for B*W.
+        rows: The decay within rows, for B * H sequences of W tokens: tensors (B * H, N, W), or 1 for B * H.
+        columns: The decay within columns, for B * W sequences of H tokens: tensors (B * W, N, H), or 1 for B * W.
         layout: The grid of all tokens. It has no prefix tokens: they belong to no row or column.
     """
 
@@ -33,7 +33,19 @@ class AxialDecay:
 
     @classmethod
     def from_gates(cls, gate_h: Tensor, gate_w: Tensor, layout: Layout) -> Self:
-        """SDT Eq. 11 from two gates (B, N, H*W): gate_w decays within rows, gate_h within columns. No alpha."""
+        """SDT Eq. 11 from two gates (B, N, H * W): gate_w decays within rows, gate_h within columns. No alpha.
+
+        Args:
+            gate_h: Gate within columns, (B, N, H * W), <= 0, nats per grid step.
+            gate_w: Gate within rows, the same.
+            layout: A Grid without prefix tokens.
+
+        Returns:
+            Two path decays.
+
+        Raises:
+            ValueError: the layout is no grid without prefix tokens.
+        """
         grid = _checked(layout)
         height, width = grid.size
         return cls(
@@ -44,7 +56,18 @@ class AxialDecay:
 
     @classmethod
     def constant(cls, rates: Tensor, layout: Layout) -> Self:
-        """-|lambda_n| * distance along each axis, from one rate a head, (N,), nats per grid step (RMT)."""
+        """-|lambda_n| * distance along each axis, from one rate a head, (N,), nats per grid step (RMT).
+
+        Args:
+            rates: lambda_n, (N,), nats per grid step.
+            layout: A Grid without prefix tokens.
+
+        Returns:
+            Two Manhattan decays.
+
+        Raises:
+            ValueError: the layout is no grid without prefix tokens.
+        """
         grid = _checked(layout)
         height, width = grid.size
         return cls(

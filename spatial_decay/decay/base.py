@@ -1,4 +1,4 @@
-"""A decay is a few numbers a token and one pair formula; masks and score functions are made from it here, once."""
+"""A decay is a few numbers a token and one pair formula (M of SDT Eq. 10); masks and score functions come from it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -56,6 +56,14 @@ class PairwiseDecay(ABC):
 
         All broadcast together; on a grid each step has the size of its own axis, so that what is done to one axis alone
         is done H + W times a query and not H * W times.
+
+        Args:
+            query: The numbers of queries, in the order of the fields.
+            key: Those of keys.
+            steps: Differences of position, key minus query, one tensor an axis, in grid steps.
+
+        Returns:
+            Nats, in the shape to which all broadcast.
         """
 
 
@@ -77,7 +85,11 @@ class FactoredDecay(PairwiseDecay):
 
     @classmethod
     def has_form(cls) -> bool:
-        """Whether the form is all there is to it: a subclass may say more in its `pairwise`."""
+        """Whether the form is all there is to it: a subclass may say more in its `pairwise`.
+
+        Returns:
+            True where backend `tiled` may run it.
+        """
         return cls.pairwise is FactoredDecay.pairwise
 
     @property
@@ -98,6 +110,12 @@ _FACTORS: dict[str, Callable[..., Tensor]] = {}
 def register_factor(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Make F known under its own name, by which operators pass it on; F takes the steps. A decorator.
 
+    Args:
+        function: F, of the steps, one tensor an axis; it gives what they broadcast to.
+
+    Returns:
+        The function itself.
+
     Raises:
         ValueError: another function has that name.
     """
@@ -113,6 +131,13 @@ def register_factor(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def factor(name: str, *steps: Tensor) -> Tensor:
     """F(steps) of the registered name.
+
+    Args:
+        name: That of a function decorated with register_factor.
+        steps: Differences of position, one tensor an axis, in grid steps.
+
+    Returns:
+        What the steps broadcast to.
 
     Raises:
         ValueError: no function has that name.
@@ -190,6 +215,12 @@ def score_mod(decay: PairwiseDecay) -> ScoreMod:
     """The decay as a score function, for FlexAttention or anything else that asks for one score at a time.
 
     The indices may be scalars, as FlexAttention gives them, or tensors that broadcast together.
+
+    Args:
+        decay: Any pairwise decay.
+
+    Returns:
+        A function of score, batch, head, query index and key index, which gives the score with the decay added.
     """
     layout = decay.layout
     num_prefix, known = layout.num_prefix_tokens, layout.known

@@ -39,5 +39,13 @@ class GaussianDecay(PairwiseDecay):
         return decay
 
     def exponent(self, step: Tensor, variance: Tensor) -> Tensor:
-        """-step^2 / (2 s), the logarithm of the factor along one axis."""
+        """-step^2 / (2 s), the logarithm of the factor along one axis.
+
+        Args:
+            step: Differences of position along the axis, in grid steps.
+            variance: s along the axis, > 0, in square grid steps.
+
+        Returns:
+            Nats, <= 0, in the shape to which the two broadcast.
+        """
         return step.abs().clamp(max=self.max_distance).square() / (-2 * variance)

@@ -55,6 +55,14 @@ class ManhattanDecay(FactoredDecay):
     def from_gate(cls, gate: Tensor, layout: Layout, *, alpha: float = 0.1) -> Self:
         """SDT Eq. 8-9 from a gate G (B, N, L) <= 0 and the scale alpha > 0; alpha * G / 2 counts as -2 ** 100 at least.
 
+        Args:
+            gate: G, (B, N, L), <= 0, nats per grid step.
+            layout: Where the L tokens lie.
+            alpha: The paper's scale.
+
+        Returns:
+            The decay, whose strength is float32 at least.
+
         Raises:
             ValueError: alpha <= 0 or not finite; gate > 0, looked at as in the class.
         """
@@ -65,7 +73,15 @@ class ManhattanDecay(FactoredDecay):
 
     @classmethod
     def constant(cls, rates: Tensor, layout: Layout) -> Self:
-        """-|lambda_n| * d_M from one rate a head, (N,), nats per grid step."""
+        """-|lambda_n| * d_M from one rate a head, (N,), nats per grid step.
+
+        Args:
+            rates: lambda_n, (N,), nats per grid step; their sign does not count.
+            layout: Where the L tokens lie.
+
+        Returns:
+            A decay that all images share.
+        """
         strength = at_least_float32(rates).abs() / -2
         return cls(strength[None, :, None].expand(1, -1, layout.num_tokens), layout)
 
@@ -76,6 +92,16 @@ def fixed_rates(
     """RMT's rates lambda_n = log(1 - 2 ** (-initial_value - heads_range * n / N)) < 0, (N,), nats per grid step.
 
     Head 0 looks at the nearest tokens only; the last head sees nearly everything.
+
+    Args:
+        num_heads: N.
+        initial_value: Of head 0.
+        heads_range: How much more the last head sees.
+        device: Of the rates.
+        dtype: Of the rates.
+
+    Returns:
+        (N,), < 0.
     """
     n = torch.arange(num_heads, device=device, dtype=dtype)
     return torch.log1p(-torch.exp2(-initial_value - heads_range * n / num_heads))

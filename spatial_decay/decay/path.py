@@ -56,6 +56,14 @@ class PathDecay(FactoredDecay):
         Differs from Eq. 6, which is written for i > j only: vision is not causal, so this is its symmetric
         extension. causal=True gives Eq. 6 itself, with -inf above the diagonal. A gate below -256 counts as -256.
 
+        Args:
+            gate: g, (B, N, L), <= 0, nats per token of the path.
+            layout: Where the L tokens lie.
+            causal: Eq. 6 itself: -inf above the diagonal.
+
+        Returns:
+            The decay, whose c is float32 at least.
+
         Raises:
             ValueError: gate > 0. Looked at where that does not wait for a GPU: on the CPU, uncompiled.
         """
@@ -67,6 +75,14 @@ class PathDecay(FactoredDecay):
 
         The forward scan sums k = min .. max - 1, the backward scan k = min + 1 .. max. Both sums grow along the raster
         sequence, so their mean is again one c.
+
+        Args:
+            forward_gate: (B, N, L), <= 0, nats per token of the path.
+            backward_gate: The same, of the backward scan.
+            layout: Where the L tokens lie.
+
+        Returns:
+            One decay, whose c is the mean of both sums.
 
         Raises:
             ValueError: a gate > 0, as in from_gate.

@@ -196,7 +196,8 @@ def save_pretrained(model: Model, save_directory: str | os.PathLike[str], **opti
         >>> import tempfile
         >>> from spatial_decay.integrations import hub
         >>> folder = tempfile.mkdtemp()
-        >>> hub.save_pretrained(ViT(10, img_size=32, dim=48, depth=2, num_heads=3, decay="full"), folder)
+        >>> sizes = {"img_size": 32, "dim": 48, "depth": 2, "num_heads": 3}
+        >>> hub.save_pretrained(ViT(10, **sizes, decay="full"), folder)
         >>> model = hub.from_pretrained(folder)
         >>> type(model).__name__, model.config["decay"]["kind"]
         ('ViT', 'full')
@@ -240,6 +241,9 @@ def from_pretrained(
         local_files_only: The same.
         revision: The same.
         overrides: The same.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
         FileNotFoundError, ValueError: as in SDTH.from_pretrained.

@@ -80,7 +80,16 @@ class TimmAttention(SpatialDecayAttention):
         *,
         is_causal: bool = False,
     ) -> Tensor:
-        """Tokens (B, L, D) -> (B, L, D), as SpatialDecayAttention.forward.
+        """As SpatialDecayAttention.forward, as timm calls it.
+
+        Args:
+            x: Tokens (B, L, D).
+            layout: As in SpatialDecayAttention.forward; None: the patch tokens must be a square.
+            attn_mask: The same.
+            is_causal: Must be False.
+
+        Returns:
+            (B, L, D).
 
         Raises:
             ValueError: is_causal; or no layout, and L - P is no square.
@@ -173,7 +182,16 @@ class TimmBlock(SDTBlock):
         *,
         is_causal: bool = False,
     ) -> Tensor:
-        """Tokens (B, L, D) -> (B, L, D), as SDTBlock.forward.
+        """As SDTBlock.forward, as timm calls it.
+
+        Args:
+            x: Tokens (B, L, D).
+            layout: As in SDTBlock.forward; None: the patch tokens must be a square.
+            attn_mask: The same.
+            is_causal: Must be False.
+
+        Returns:
+            (B, L, D).
 
         Raises:
             ValueError: is_causal; or no layout, and L - P is no square.
@@ -199,7 +217,8 @@ def attention_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **
     Examples:
         >>> import timm
         >>> attention = attention_layer("full", gate_rank=8)
-        >>> model = timm.create_model("vit_tiny_patch16_224", attn_layer=attention, depth=2, num_classes=10)
+        >>> options = {"attn_layer": attention, "depth": 2, "num_classes": 10}
+        >>> model = timm.create_model("vit_tiny_patch16_224", **options)
         >>> model(torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 10])
     """
@@ -223,7 +242,8 @@ def block_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **opti
     Examples:
         >>> import timm
         >>> block = block_layer("full", pos_kernel_size=0)
-        >>> model = timm.create_model("vit_tiny_patch16_224", block_fn=block, depth=2, num_classes=10)
+        >>> options = {"block_fn": block, "depth": 2, "num_classes": 10}
+        >>> model = timm.create_model("vit_tiny_patch16_224", **options)
         >>> model(torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 10])
     """
@@ -321,7 +341,19 @@ def _register(entry: Entry, images: ImageSettings) -> None:
         return _create(entry, images, {"pretrained": pretrained, **keywords})
 
     create.__name__ = create.__qualname__ = entry.name
-    create.__doc__ = entry.build.__doc__
+    summary, *_ = inspect.cleandoc(entry.build.__doc__ or "").splitlines()
+    create.__doc__ = f"""{summary}
+
+    Args:
+        pretrained: Load the file of pretrained_cfg_overlay; no weights are published under this name.
+        keywords: timm's, and the other arguments of {entry.model.__name__}.
+
+    Returns:
+        The model; with features_only, its feature maps as timm wraps them.
+
+    Raises:
+        TypeError, ValueError: a keyword that the model has not, or whose value cannot be.
+    """
     globals()[entry.name] = register_model(create)
 
 

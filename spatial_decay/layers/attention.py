@@ -35,7 +35,7 @@ class AttentionOptions(TypedDict, total=False):
 
 
 class SpatialDecayAttention(AttentionCore):
-    """Multi-head self-attention that fades with distance, as fast as each token says.
+    """Multi-head self-attention with spatial decay.
 
     O = U * [softmax(R(Q) R(K)^T / sqrt(d) + M_decay) V + LPE(V)]        (Mao et al. 2025, Eq. 13)
 
@@ -127,7 +127,19 @@ class SpatialDecayAttention(AttentionCore):
         return self.proj_drop(self.proj(out)).reshape(x.shape)
 
     def attention_weights(self, x: Tensor, layout: LayoutLike = None, attn_mask: Tensor | None = None) -> Tensor:
-        """The softmax of Eq. 13 for these features, (B, N, L, L), to look at; arguments as in forward."""
+        """The softmax of Eq. 13 for these features, to look at.
+
+        Args:
+            x: Tokens (B, L, D) or a map (B, H, W, D), floating point.
+            layout: (H, W), a Grid or Positions; None: a map has its own, tokens are taken as a square.
+            attn_mask: Added to the decay: bool or floating point, broadcastable to (B, N, L, L).
+
+        Returns:
+            (B, N, L, L), float32 at least; each row adds up to 1.
+
+        Raises:
+            TypeError, ValueError: as in forward.
+        """
         q, k, _, decay = self._heads(*self._tokens(x, layout))
         return attention_weights(q, k, decay, attn_mask=attn_mask)
 

@@ -33,7 +33,8 @@ class SDTBlock(nn.Module):
         ValueError, TypeError: an option that cannot be; the message says what must hold.
 
     Examples:
-        >>> block = SDTBlock(192, num_heads=3, num_prefix_tokens=1, pos_kernel_size=0, mlp_kernel_size=0)
+        >>> plain = {"pos_kernel_size": 0, "mlp_kernel_size": 0}
+        >>> block = SDTBlock(192, num_heads=3, num_prefix_tokens=1, **plain)
         >>> block(torch.randn(2, 1 + 14 * 14, 192)).shape
         torch.Size([2, 197, 192])
     """
@@ -63,7 +64,19 @@ class SDTBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, layout: LayoutLike = None, attn_mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, L, D) or a map (B, H, W, D) -> the same shape; arguments as in SpatialDecayAttention.forward."""
+        """Attention, then the MLP, each with its residual.
+
+        Args:
+            x: Tokens (B, L, D) or a map (B, H, W, D), floating point.
+            layout: (H, W), a Grid or Positions; None: a map has its own, tokens are taken as a square.
+            attn_mask: Added to the decay: bool or floating point, broadcastable to (B, N, L, L).
+
+        Returns:
+            The shape of x.
+
+        Raises:
+            TypeError, ValueError: as in SpatialDecayAttention.forward.
+        """
         attn = self.attn
         tokens, layout = as_tokens(x, layout, dim=attn.dim, num_prefix_tokens=attn.num_prefix_tokens)
         if self.pos is not None:

@@ -74,7 +74,16 @@ class AttentionCore(nn.Module):
         return self.attention.backend
 
     def describe(self, tokens: Tensor, q: Tensor, layout: Layout) -> Decay | None:
-        """The decay of tokens (B, L, D) or, where the kind reads them, of their queries (B, N, L, d)."""
+        """The decay of tokens (B, L, D) or, where the kind reads them, of their queries (B, N, L, d).
+
+        Args:
+            tokens: (B, L, D).
+            q: Queries, (B, N, L, d).
+            layout: Where the L tokens lie.
+
+        Returns:
+            What is added to the scores; None for kind `none`.
+        """
         return self.decay.describe(merge_heads(q) if self.decay.kind.reads_queries else tokens, layout)
 
     def attend(
@@ -104,10 +113,10 @@ class AttentionCore(nn.Module):
             scale: As in decay_attention.
 
         Returns:
-            (B, L, N*d).
+            (B, L, N * d).
         """
         out = self.attention(q, k, v, decay, layout, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
-        out = merge_heads(out)  # (B, L, N*d)
+        out = merge_heads(out)  # (B, L, N * d)
         if self.lpe is not None:
             out = out + self.lpe(merge_heads(v), layout)
         if self.output_gate is not None:
@@ -116,5 +125,5 @@ class AttentionCore(nn.Module):
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(B, N, L, d) -> (B, L, N*d)."""
+    """(B, N, L, d) -> (B, L, N * d)."""
     return rearrange(x, "b n l d -> b l (n d)")

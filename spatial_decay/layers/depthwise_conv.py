@@ -34,6 +34,13 @@ class DepthwiseConv(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Tokens (B, L, D) of a grid -> (B, L, D).
 
+        Args:
+            x: Tokens (B, L, D).
+            layout: A Grid; prefix tokens get zero.
+
+        Returns:
+            (B, L, D).
+
         Raises:
             ValueError: Positions, which may leave gaps.
         """

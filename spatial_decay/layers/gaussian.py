@@ -45,7 +45,15 @@ class GaussianGate(nn.Module):
         self.log_alpha = _PreciseLinear(head_dim, 1)
 
     def forward(self, q: Tensor, grid: Grid) -> GaussianDecay:
-        """Queries (B, N, L, d) of a grid -> the Gaussian around each, float32 at least."""
+        """Queries (B, N, L, d) of a grid -> the Gaussian around each, float32 at least.
+
+        Args:
+            q: Queries, (B, N, L, d).
+            grid: Where the L tokens lie.
+
+        Returns:
+            Numbers (B, N, L) of each query and the grid.
+        """
         longest = max(self.initial_grid_size)
         coefficient = longest**2
         shift = math.log(coefficient - 1) if coefficient > 2 else 0.0

@@ -1,4 +1,4 @@
-"""What a kind of decay is: a frozen value with JSON options, the modules it needs, and how features become a decay."""
+"""What a kind of decay is (SDT Tables 3-4): a frozen value with JSON options, its modules, and how it is made."""
 
 import math
 from abc import ABC, abstractmethod
@@ -40,14 +40,25 @@ class Kind(ABC):
     takes_prefix_tokens: ClassVar[bool] = True
 
     def resolved(self, **place: Any) -> Self:
-        """The same with a value for every option: what was said, else the place's value, else the layer's default."""
+        """The same with a value for every option: what was said, else the place's value, else the layer's default.
+
+        Args:
+            place: Values of the place for options that were left out, by name.
+
+        Returns:
+            A value without None.
+        """
         left_out = [option for option in self.options() if getattr(self, option) is None]
         found = {option: place.get(option) for option in left_out}
         return replace(self, **{name: self.defaults[name] if value is None else value for name, value in found.items()})
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """Names of its options."""
+        """Names of its options.
+
+        Returns:
+            In the order of the fields.
+        """
         return tuple(field.name for field in fields(cls))
 
     @property
@@ -57,15 +68,39 @@ class Kind(ABC):
         return {"kind": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def modules(self, dim: int, num_heads: int) -> dict[str, nn.Module]:  # noqa: ARG002  kinds override it
-        """What it has of trained parameters, by name: submodules of SpatialDecayMask."""
+        """What it has of trained parameters, by name: submodules of SpatialDecayMask.
+
+        Args:
+            dim: D.
+            num_heads: N.
+
+        Returns:
+            Modules by name; empty for kinds that are not trained.
+        """
         return {}
 
     @abstractmethod
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay | None:
-        """The decay of features (B, L, D), by the modules of a SpatialDecayMask."""
+        """The decay of features (B, L, D), by the modules of a SpatialDecayMask.
+
+        Args:
+            mask: The SpatialDecayMask, whose modules are called.
+            x: Features (B, L, D).
+            layout: Where the L tokens lie.
+
+        Returns:
+            What is added to the scores; None for nothing.
+        """
 
     def check(self, num_heads: int) -> None:  # noqa: B027  most give one for any number
-        """Raise ValueError where the options give no decay for so many heads."""
+        """Look at options that not every number of heads can have.
+
+        Args:
+            num_heads: N.
+
+        Raises:
+            ValueError: they give no decay for so many heads.
+        """
 
 
 def check_finite(kind: Kind, **values: float | None) -> None:
@@ -123,7 +158,15 @@ class Gated(Kind):
         return {name: ContextAwareGate(dim, num_heads, bias=bias, bias_init=bias_init) for name in self.gates}
 
     def gates_of(self, mask: Any, x: Tensor) -> list[Tensor]:
-        """G of each gate, (B, N, L), by the modules of a SpatialDecayMask."""
+        """G of each gate, (B, N, L), by the modules of a SpatialDecayMask.
+
+        Args:
+            mask: The SpatialDecayMask, whose gates are called.
+            x: Features (B, L, D).
+
+        Returns:
+            One tensor a gate, <= 0, nats per grid step.
+        """
         return [getattr(mask, name)(x).transpose(1, 2) for name in self.gates]
 
 
@@ -154,7 +197,15 @@ class Rated(Kind):
             )
 
     def rates_of(self, mask: Any, x: Tensor) -> Tensor:
-        """lambda_n, (N,). Made anew for each call: a buffer would follow the model into half precision."""
+        """lambda_n, (N,). Made anew for each call: a buffer would follow the model into half precision.
+
+        Args:
+            mask: The SpatialDecayMask.
+            x: Features (B, L, D), for their device and dtype.
+
+        Returns:
+            (N,), float32 at least, < 0.
+        """
         assert self.initial_value is not None
         assert self.heads_range is not None
         return fixed_rates(

@@ -41,6 +41,9 @@ class Full(Gated):
         alpha: Scale, > 0; 0.1 where it is left out.
         gate_bias: See ContextAwareGate; in a layer none.
         gate_bias_init: See ContextAwareGate; in a swapped model 6.
+
+    Raises:
+        ValueError: alpha is not finite or not > 0; gate_bias_init with gate_bias=False.
     """
 
     name: ClassVar[str] = "full"
@@ -160,6 +163,9 @@ class Gaussian(Kind):
     Args:
         initial_grid_size: (H, W) that the model is trained on, see GaussianGate; left out, that of a ViT's img_size or
             of an SDT-P's input_size, elsewhere (14, 14).
+
+    Raises:
+        ValueError: initial_grid_size is no pair of whole numbers >= 1.
     """
 
     name: ClassVar[str] = "gaussian"
@@ -210,6 +216,12 @@ DecayLike: TypeAlias = KindName | Kind | Mapping[str, Any]
 
 def as_kind(decay: DecayLike) -> Kind:
     """The kind that is meant.
+
+    Args:
+        decay: A name, a value such as kinds.Full(alpha=0.2), or a mapping {"kind": "full", "alpha": 0.2}.
+
+    Returns:
+        The value; an option that was left out is None.
 
     Raises:
         TypeError: neither a name, a kind nor a mapping.

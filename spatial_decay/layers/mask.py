@@ -87,10 +87,17 @@ class SpatialDecayMask(nn.Module):
         return self.kind.describe(self, tokens, layout)
 
     def forward(self, x: Tensor, layout: LayoutLike = None) -> Tensor | tuple[Tensor, Tensor] | None:
-        """The decay as attn_mask for F.scaled_dot_product_attention, in the dtype of x; arguments as in describe.
+        """The decay as attn_mask for F.scaled_dot_product_attention, in the dtype of x.
+
+        Args:
+            x: Tokens (B, L, D) or a map (B, H, W, D), as in describe.
+            layout: As in describe.
 
         Returns:
             (B, N, L, L). For decomposed kinds the pair M_H (B, W, N, H, H), M_W (B, H, N, W, W). None for `none`.
+
+        Raises:
+            TypeError, ValueError: x or layout do not fit, see the message.
         """
         decay = self.describe(x, layout)
         if decay is None:

@@ -29,7 +29,18 @@ class ConvMlp(nn.Module):
         fill_skipped(self.fc1, self.fc2)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Tokens (B, L, D) -> (B, L, D)."""
+        """Tokens (B, L, D) -> (B, L, D).
+
+        Args:
+            x: Tokens (B, L, D).
+            layout: Where the L tokens lie.
+
+        Returns:
+            (B, L, D).
+
+        Raises:
+            ValueError: Positions with a convolution, which needs a whole grid.
+        """
         z = F.gelu(self.fc1(x), approximate=self.approximate)  # (B, L, hidden_dim)
         if self.conv is not None:
             z = z + self.conv(z, layout)

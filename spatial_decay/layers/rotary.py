@@ -46,6 +46,14 @@ class RotaryEmbedding(nn.Module):
     def forward(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, N, L, d) -> the same, turned; angles in float32 at least.
 
+        Args:
+            q: Queries, (B, N, L, d).
+            k: Keys, the same.
+            layout: Where the L tokens lie; those that lie nowhere are not turned.
+
+        Returns:
+            q and k, in their own dtype.
+
         Raises:
             ValueError: Positions in mode "flat", whose raster numbers need a whole grid.
         """

@@ -74,5 +74,9 @@ def register(model: type[Model], images: ImageSettings | None = None) -> Callabl
 
 
 def list_models() -> list[str]:
-    """Names of the backbones' builders, sorted; each is a function of spatial_decay.models."""
+    """Names of the backbones' builders, sorted; each is a function of spatial_decay.models.
+
+    Returns:
+        For instance "sdt_h_tiny".
+    """
     return sorted(_ENTRIES)

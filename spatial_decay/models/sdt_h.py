@@ -66,7 +66,7 @@ class SDTH(Backbone):
         options: Keywords of SpatialDecayAttention, for all blocks.
 
     Attributes:
-        config: The arguments, JSON values, with a list for each stage's own: SDTH(**model.config) has the same
+        config: The arguments, JSON values, with a list for each stage's own: `SDTH(**model.config)` has the same
             structure.
         feature_info: For each stage the name of its module, its channels (num_chs) and its stride (reduction).
 
@@ -154,7 +154,15 @@ class SDTH(Backbone):
         return self.forward_intermediates(x, indices=[-1])[0]
 
     def forward_head(self, x: Tensor, *, pre_logits: bool = False) -> Tensor:
-        """The last stage's map (B, num_features, H, W) -> logits; pre_logits: pooled features (B, projection_dim)."""
+        """The last stage's map (B, num_features, H, W) -> logits; pre_logits: pooled features (B, projection_dim).
+
+        Args:
+            x: The last stage's map, (B, num_features, H, W).
+            pre_logits: Stop before the classifier.
+
+        Returns:
+            (B, num_classes) or (B, projection_dim); without pooling, maps.
+        """
         if self.head_proj is not None and self.head_norm is not None:
             x = self.head_proj(x.permute(0, 2, 3, 1))  # (B, H, W, projection_dim)
             x = F.silu(self.head_norm(x.permute(0, 3, 1, 2)))
@@ -286,6 +294,9 @@ class SDTH(Backbone):
 
         Args:
             coarse: One group a stage instead of one a block.
+
+        Returns:
+            Patterns by "stem" and "blocks".
         """
         blocks = [
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
@@ -384,17 +395,44 @@ _SDT_H: SDTHOptions = {"gate_rank": 4}
 
 @register(SDTH, IMAGES)
 def sdt_h_tiny(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[SDTHOptions]) -> SDTH:
-    """SDT-H-T of Table 1: 14 million parameters, 2.7 GFLOPs at 224 x 224; overrides are SDTH's keywords."""
+    """SDT-H-T of Table 1: 14 million parameters, 2.7 GFLOPs at 224 x 224.
+
+    Args:
+        num_classes: Of the classifier; 0 for none.
+        in_chans: Channels of the images.
+        overrides: Other arguments of SDTH.
+
+    Returns:
+        An SDTH, with its first weights.
+    """
     return SDTH(num_classes, in_chans, **(SIZES["tiny"] | _SDT_H | overrides))
 
 
 @register(SDTH, IMAGES)
 def sdt_h_small(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[SDTHOptions]) -> SDTH:
-    """SDT-H-S of Table 1: 27 million parameters, 4.8 GFLOPs at 224 x 224; overrides are SDTH's keywords."""
+    """SDT-H-S of Table 1: 27 million parameters, 4.8 GFLOPs at 224 x 224.
+
+    Args:
+        num_classes: Of the classifier; 0 for none.
+        in_chans: Channels of the images.
+        overrides: Other arguments of SDTH.
+
+    Returns:
+        An SDTH, with its first weights.
+    """
     return SDTH(num_classes, in_chans, **(SIZES["small"] | _SDT_H | overrides))
 
 
 @register(SDTH, IMAGES)
 def sdt_h_base(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[SDTHOptions]) -> SDTH:
-    """SDT-H-B of Table 1: 54 million parameters, 10.8 GFLOPs at 224 x 224; overrides are SDTH's keywords."""
+    """SDT-H-B of Table 1: 54 million parameters, 10.8 GFLOPs at 224 x 224.
+
+    Args:
+        num_classes: Of the classifier; 0 for none.
+        in_chans: Channels of the images.
+        overrides: Other arguments of SDTH.
+
+    Returns:
+        An SDTH, with its first weights.
+    """
     return SDTH(num_classes, in_chans, **(SIZES["base"] | _SDT_H | overrides))

@@ -108,14 +108,15 @@ class SDTP(Model):
             of the paper.
 
     Attributes:
-        config: The arguments, JSON values: SDTP(**model.config) has the same structure.
+        config: The arguments, JSON values: `SDTP(**model.config)` has the same structure.
 
     Raises:
         ValueError, TypeError: an option that cannot be; the message says what must hold.
 
     Examples:
         >>> model = SDTP(input_size=8, num_classes=10, dim=48, depth=2, num_heads=3)
-        >>> latents, steps, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 7])
+        >>> latents, steps = torch.randn(2, 4, 8, 8), torch.tensor([0, 999])
+        >>> labels = torch.tensor([3, 7])
         >>> model(latents, steps, labels).shape
         torch.Size([2, 8, 8, 8])
     """
@@ -310,7 +311,18 @@ def sdt_p_small(
     num_classes: int = 1000,
     **overrides: Unpack[SDTPOptions],
 ) -> SDTP:
-    """SDT-P-S: 12 blocks of width 384, 6 heads; 33.5 million parameters; overrides are SDTP's keywords."""
+    """SDT-P-S: 12 blocks of width 384, 6 heads; 33.5 million parameters.
+
+    Args:
+        input_size: Of the latents: their side, or (H, W).
+        patch_size: Side of a patch.
+        in_channels: Channels of the latents.
+        num_classes: Number of labels; 0 for none.
+        overrides: Other arguments of SDTP.
+
+    Returns:
+        An SDTP, with its first weights.
+    """
     size = SDTPOptions(dim=384, depth=12, num_heads=6)
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))
 
@@ -323,7 +335,18 @@ def sdt_p_base(
     num_classes: int = 1000,
     **overrides: Unpack[SDTPOptions],
 ) -> SDTP:
-    """SDT-P-B: 12 blocks of width 768, 12 heads; 131.6 million parameters; overrides are SDTP's keywords."""
+    """SDT-P-B: 12 blocks of width 768, 12 heads; 131.6 million parameters.
+
+    Args:
+        input_size: Of the latents: their side, or (H, W).
+        patch_size: Side of a patch.
+        in_channels: Channels of the latents.
+        num_classes: Number of labels; 0 for none.
+        overrides: Other arguments of SDTP.
+
+    Returns:
+        An SDTP, with its first weights.
+    """
     size = SDTPOptions(dim=768, depth=12, num_heads=12)
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))
 
@@ -336,7 +359,18 @@ def sdt_p_large(
     num_classes: int = 1000,
     **overrides: Unpack[SDTPOptions],
 ) -> SDTP:
-    """SDT-P-L: 24 blocks of width 1024, 16 heads; 461.1 million parameters; overrides are SDTP's keywords."""
+    """SDT-P-L: 24 blocks of width 1024, 16 heads; 461.1 million parameters.
+
+    Args:
+        input_size: Of the latents: their side, or (H, W).
+        patch_size: Side of a patch.
+        in_channels: Channels of the latents.
+        num_classes: Number of labels; 0 for none.
+        overrides: Other arguments of SDTP.
+
+    Returns:
+        An SDTP, with its first weights.
+    """
     size = SDTPOptions(dim=1024, depth=24, num_heads=16)
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))
 
@@ -349,6 +383,17 @@ def sdt_p_xlarge(
     num_classes: int = 1000,
     **overrides: Unpack[SDTPOptions],
 ) -> SDTP:
-    """SDT-P-XL: 28 blocks of width 1152, 16 heads; 679.1 million parameters; overrides are SDTP's keywords."""
+    """SDT-P-XL: 28 blocks of width 1152, 16 heads; 679.1 million parameters.
+
+    Args:
+        input_size: Of the latents: their side, or (H, W).
+        patch_size: Side of a patch.
+        in_channels: Channels of the latents.
+        num_classes: Number of labels; 0 for none.
+        overrides: Other arguments of SDTP.
+
+    Returns:
+        An SDTP, with its first weights.
+    """
     size = SDTPOptions(dim=1152, depth=28, num_heads=16)
     return SDTP(input_size, patch_size, in_channels, num_classes, **(size | overrides))

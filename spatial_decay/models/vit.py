@@ -74,7 +74,7 @@ class ViT(Backbone, Initialised):
         options: Keywords of SpatialDecayAttention. Here rotary embedding, LPE and output gate are off unless asked for.
 
     Attributes:
-        config: The arguments, JSON values: ViT(**model.config) has the same structure.
+        config: The arguments, JSON values: `ViT(**model.config)` has the same structure.
         feature_info: For each block the name of its module, its channels (num_chs) and the patch size (reduction).
 
     Raises:
@@ -163,7 +163,15 @@ class ViT(Backbone, Initialised):
         return self.norm(tokens)
 
     def forward_head(self, tokens: Tensor, *, pre_logits: bool = False) -> Tensor:
-        """Tokens of forward_features -> logits; pre_logits: pooled features (B, D)."""
+        """Tokens of forward_features -> logits; pre_logits: pooled features (B, D).
+
+        Args:
+            tokens: (B, P + L, D), of forward_features.
+            pre_logits: Stop before the classifier.
+
+        Returns:
+            (B, num_classes) or (B, D); without pooling, of all tokens.
+        """
         x = self.prr(tokens) if self.global_pool == "prr" else tokens
         if self.global_pool == "token" or (self.global_pool == "prr" and self.cls_token is not None):
             x = x[:, 0]
@@ -324,12 +332,19 @@ class ViT(Backbone, Initialised):
 
         Args:
             coarse: Changes nothing: a plain model has one level, its blocks.
+
+        Returns:
+            Patterns by "stem" and "blocks".
         """
         stem = r"^(?:cls_token|reg_token|pos_embed|patch_embed)"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}  # with the last block
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimiser should not decay: biases, norms, tokens and positions."""
+        """Names of the parameters that an optimiser should not decay: biases, norms, tokens and positions.
+
+        Returns:
+            Names as in named_parameters.
+        """
         tokens = {"cls_token", "reg_token", "pos_embed"}
         return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name in tokens}
 
@@ -381,17 +396,44 @@ _IMAGES = ImageSettings(
 
 @register(ViT, _IMAGES)
 def locatvit_tiny(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[ViTOptions]) -> ViT:
-    """LocAtViT-Ti: 12 blocks of width 192, 3 heads; 5.72 million parameters; overrides are ViT's keywords."""
+    """LocAtViT-Ti: 12 blocks of width 192, 3 heads; 5.72 million parameters.
+
+    Args:
+        num_classes: Of the classifier; 0 for none.
+        in_chans: Channels of the images.
+        overrides: Other arguments of ViT.
+
+    Returns:
+        A ViT, with its first weights.
+    """
     return ViT(num_classes, in_chans, **(_LOCATVIT | ViTOptions(dim=192, num_heads=3) | overrides))
 
 
 @register(ViT, _IMAGES)
 def locatvit_small(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[ViTOptions]) -> ViT:
-    """LocAtViT-S: 12 blocks of width 384, 6 heads; 22.05 million parameters; overrides are ViT's keywords."""
+    """LocAtViT-S: 12 blocks of width 384, 6 heads; 22.05 million parameters.
+
+    Args:
+        num_classes: Of the classifier; 0 for none.
+        in_chans: Channels of the images.
+        overrides: Other arguments of ViT.
+
+    Returns:
+        A ViT, with its first weights.
+    """
     return ViT(num_classes, in_chans, **(_LOCATVIT | ViTOptions(dim=384, num_heads=6) | overrides))
 
 
 @register(ViT, _IMAGES)
 def locatvit_base(num_classes: int = 1000, in_chans: int = 3, **overrides: Unpack[ViTOptions]) -> ViT:
-    """LocAtViT-B: 12 blocks of width 768, 12 heads; 86.57 million parameters; overrides are ViT's keywords."""
+    """LocAtViT-B: 12 blocks of width 768, 12 heads; 86.57 million parameters.
+
+    Args:
+        num_classes: Of the classifier; 0 for none.
+        in_chans: Channels of the images.
+        overrides: Other arguments of ViT.
+
+    Returns:
+        A ViT, with its first weights.
+    """
     return ViT(num_classes, in_chans, **(_LOCATVIT | ViTOptions(dim=768, num_heads=12) | overrides))

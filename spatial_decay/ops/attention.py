@@ -119,7 +119,8 @@ def explain_backend(
     """Which backend "auto" takes for these inputs, and why none of the others; to read, and to put into bug reports.
 
     Args:
-        q: As all the others as in decay_attention. It counts whether gradients are enabled and required.
+        q: Queries, (B, N, L, d); as all the others as in decay_attention. It counts whether gradients are enabled and
+            required.
         k: The same.
         v: The same.
         decay: The same.
@@ -138,12 +139,12 @@ def explain_backend(
         >>> decay = ManhattanDecay(torch.full((2, 4, 49), -0.05), Grid(7, 7))
         >>> print(explain_backend(q, k, v, decay))  # doctest: +ELLIPSIS
         math
-          triton cannot: q is on cpu (needs cuda); torch.float64 (needs float32, float16 or bfloat16)
+          triton cannot: q is on cpu (needs cuda); torch.float64 (needs ...)
           native cannot: torch.float64 (needs float32, bfloat16 or float16)...
-          tiled could: 0.019 million scores are faster written out (math), up to 0.52 million
-          sdpa could: 0.019 million scores are faster written out (math), up to 0.52 million
+          tiled could: 0.019 million scores are faster written out (math), ...
+          sdpa could: 0.019 million scores are faster written out (math), ...
           flex cannot: torch.float64 (needs float32, float16 or bfloat16)
-          triton_autotune cannot: q is on cpu (needs cuda); torch.float64 (needs float32, float16 or bfloat16)
+          triton_autotune cannot: q is on cpu (needs cuda); ...
     """
     inputs = checked_inputs(q, k, v, decay, attn_mask, dropout_p, scale)
     if not isinstance(decay, AxialDecay):

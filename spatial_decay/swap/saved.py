@@ -93,6 +93,9 @@ def load_swapped(
         swap: The keywords with which the model was swapped, which such a folder does not hold; save_swapped's does.
         options: For model_class.from_pretrained.
 
+    Returns:
+        The model, in the mode in which model_class.from_pretrained gives it.
+
     Raises:
         FileNotFoundError: the folder is not one of save_swapped, and swap is left out.
         TypeError: model_class is no class of models.

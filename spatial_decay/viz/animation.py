@@ -34,7 +34,7 @@ def animate_query(
         interval: Milliseconds a frame.
 
     Returns:
-        The animation: `animation.save("query.gif", writer="pillow")` writes it, `animation.to_jshtml()` is for a
+        The animation. `animation.save("query.gif", writer="pillow")` writes it, `animation.to_jshtml()` is for a
         notebook. Matplotlib warns about one that is thrown away unused.
 
     Raises:

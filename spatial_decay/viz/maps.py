@@ -40,7 +40,8 @@ def plot_decay_maps(
     Examples:
         >>> from spatial_decay.viz import record
         >>> (layer,) = record(SpatialDecayAttention(64, 4), torch.randn(1, 6, 8, 64))
-        >>> figure = plot_decay_maps(layer, torch.rand(1, 3, 48, 64), [(0, 2, 5)], heads=[3])
+        >>> images = torch.rand(1, 3, 48, 64)
+        >>> figure = plot_decay_maps(layer, images, [(0, 2, 5)], heads=[3])
     """
     heads = _heads(layer, heads)
     decay, attention = _of_queries(layer, queries, heads)
@@ -72,7 +73,7 @@ def plot_with_and_without_decay(
 
     Args:
         layer: From record.
-        images: As in plot_decay_maps.
+        images: (B, C, height, width), as in plot_decay_maps.
         queries: As in plot_decay_maps.
         heads: As in plot_decay_maps.
 
@@ -106,7 +107,7 @@ def plot_kinds(layers: Sequence[LayerRecord], images: Tensor, query: Query, *, h
 
     Args:
         layers: From record: one of each kind, or of each model, with the same grid.
-        images: As in plot_decay_maps.
+        images: (B, C, height, width), as in plot_decay_maps.
         query: (image, h, w), as in plot_decay_maps.
         head: Which head of each.
 
@@ -147,7 +148,7 @@ def plot_reach(
     Args:
         layers: From record; each has a colour scale of its own. Of `[layer.decay_alone() for layer in layers]` it is
             what the decay alone reaches.
-        images: As in plot_decay_maps.
+        images: (B, C, height, width), as in plot_decay_maps.
         image: Number in the batch.
         heads: Which to show, by number. None: all of each layer.
         share: As in reach.

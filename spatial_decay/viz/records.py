@@ -52,7 +52,11 @@ class LayerRecord:
     gate_outputs: Mapping[str, Tensor]
 
     def gates(self) -> dict[str, Tensor]:
-        """G of each gate of the kind, by name: (B, N, H, W), <= 0, nats per grid step. Empty for kinds without one."""
+        """G of each gate of the kind, by name: (B, N, H, W), <= 0, nats per grid step. Empty for kinds without one.
+
+        Returns:
+            By name, for instance "gate".
+        """
         return {name: tokens_to_map(gate, self.layout) for name, gate in self.gate_outputs.items()}
 
     def decay(self, query: tuple[int, int]) -> Tensor:
@@ -64,7 +68,13 @@ class LayerRecord:
         query, then along the row of the key. Each of these two has a softmax of its own.
 
         Args:
-            query: (h, w), row and column on the grid; ValueError where it is not.
+            query: (h, w), row and column on the grid.
+
+        Returns:
+            (B, N, H, W).
+
+        Raises:
+            ValueError: the query is not on the grid.
         """
         i = torch.tensor(self._number(query))
         (height, width), (h, w), decay = self.layout.size, map(torch.tensor, query), self.added
@@ -82,7 +92,13 @@ class LayerRecord:
         Together with the weights of prefix tokens they add up to 1.
 
         Args:
-            query: (h, w), row and column on the grid; ValueError where it is not.
+            query: (h, w), row and column on the grid.
+
+        Returns:
+            (B, N, H, W).
+
+        Raises:
+            ValueError: the query is not on the grid.
         """
         return self._patches(self.weights(torch.tensor([self._number(query)]))[:, :, 0])
 
@@ -93,6 +109,9 @@ class LayerRecord:
 
         Args:
             queries: (Q,), their numbers in the sequence, in which prefix tokens come first.
+
+        Returns:
+            (B, N, Q, L).
         """
         q, k, decay = self.q, self.k, self.added
         if isinstance(decay, AxialDecay):  # two softmaxes, of which the pairs of one query are no row
@@ -113,8 +132,14 @@ class LayerRecord:
         """The record of some images and heads, in the order in which they are named.
 
         Args:
-            images: Their numbers in the batch, one or more; ValueError where one is not there.
+            images: Their numbers in the batch, one or more.
             heads: Their numbers, the same.
+
+        Returns:
+            A record, whose images and heads are numbered anew.
+
+        Raises:
+            ValueError: an image or a head is not there, or none is named.
         """
         for name, chosen, size in (("images", images, self.q.shape[0]), ("heads", heads, self.q.shape[1])):
             if not chosen or any(not 0 <= number < size for number in chosen):
@@ -149,11 +174,19 @@ class LayerRecord:
         )
 
     def without_decay(self) -> "LayerRecord":
-        """The same queries and keys as if the kind were `none`: one softmax over all tokens, of axial kinds too."""
+        """The same queries and keys as if the kind were `none`: one softmax over all tokens, of axial kinds too.
+
+        Returns:
+            A record without gates.
+        """
         return replace(self, kind=NoDecay(), added=None, gate_outputs={})
 
     def decay_alone(self) -> "LayerRecord":
-        """The same decay as if all queries and keys were alike: its attention is the decay's part in it."""
+        """The same decay as if all queries and keys were alike: its attention is the decay's part in it.
+
+        Returns:
+            A record whose queries are zero.
+        """
         return replace(self, q=torch.zeros_like(self.q))
 
     def _added(self, decay: PairwiseDecay | None, i: Tensor, sequences: Tensor) -> Tensor:

@@ -324,7 +324,7 @@ def test_one_very_strong_gate_does_not_spoil_the_others(case, strong):
 
 
 def test_what_many_strong_gates_still_lose():
-    """As docs/mathematics.md says, n gates at the bound leave differences uncertain by n * 3e-5 nats."""
+    """As docs/concepts/precision.md says, n gates at the bound leave differences uncertain by n * 3e-5 nats."""
     grid, num_strong = Grid(1, 1024), 520  # a sum just above a power of two, where float32 has the coarsest steps
     gate = -torch.rand(1, 1, 1024)
     gate[..., :num_strong] = -1e8

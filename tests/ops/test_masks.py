@@ -168,7 +168,7 @@ def test_pytorchs_flash_kernel_for_cpus_is_wrong_in_rows_of_the_lowest_number():
         return leaf.grad
 
     error = relative_error(gradient(SDPBackend.FLASH_ATTENTION), gradient(SDPBackend.MATH))
-    assert error > 0.1, "mended upstream: say so in docs/mathematics.md"
+    assert error > 0.1, "mended upstream: say so in docs/concepts/precision.md"
 
 
 def test_a_mask_over_pairs_without_a_decay_is_not_copied(monkeypatch):

@@ -22,7 +22,7 @@ from spatial_decay.ops import choice, decay_attention
 from spatial_decay.ops import triton as room
 from spatial_decay.ops.formulas import formula_of
 from spatial_decay.ops.inputs import checked_inputs
-from spatial_decay.ops.triton import launch, operators, schedule
+from spatial_decay.ops.triton import operators, schedule
 from spatial_decay.ops.triton.schedule import Schedule
 from tests.cases import AXIAL, PAIRWISE, case_id, make_gates
 
@@ -274,12 +274,6 @@ def test_the_fastest_that_fits_is_kept(monkeypatch):
     times = {choices[0]: 3.0, choices[1]: None, choices[2]: 1.0}
     assert schedule.fastest("a key", choices, lambda choice: times.get(choice, 2.0)) == choices[2]
     assert schedule.fastest("a key", choices, lambda choice: pytest.fail("was timed before")) == choices[2]
-
-
-def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="while a CUDA graph is captured. Call it once before"):
-        launch._seconds(pytest.fail, Schedule(64, 64, 4, 2), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("grid", [Grid(9, 8, 1), Grid(4, 5)], ids=["long", "short"])

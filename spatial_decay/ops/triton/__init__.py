@@ -4,8 +4,9 @@
 
 operators.py has the operators of torch.library, launch.py and schedule.py say how their kernels are launched,
 ops/formulas.py which decays there are, and kernels/ has the mathematics. Memory beyond inputs, outputs and their
-gradients is two numbers a token and head. Nothing is added atomically: results repeat bit for bit. No second
-derivatives, no torch.func transforms. Triton itself, which is large, is imported at the first call.
+gradients is two numbers a token and head, three in float32. Nothing is added atomically: results repeat bit for bit. No
+second derivatives, no torch.func transforms. A query all of whose scores lie below -1.1e7, where float32 has no digits
+left for their differences, gets 0. Triton itself, which is large, is imported at the first call.
 """
 
 import os
@@ -20,7 +21,7 @@ from spatial_decay.ops.attn_mask import added_by
 from spatial_decay.ops.formulas import FORMULAS, formula_of, reasons_of_decay
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.triton import operators
-from spatial_decay.ops.triton.launch import is_short, positions_of
+from spatial_decay.ops.triton.launch import TOO_FAR, is_short, positions_of, reaches_too_far
 
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
@@ -72,8 +73,8 @@ def _reasons_of_the_inputs(inputs: Inputs) -> list[str]:
     if inputs.scale <= 0:
         reasons.append(f"scale={inputs.scale} (needs one above 0)")
     reasons += reasons_of_decay(decay) or _reasons_of_a_known(decay)
-    if _reaches_too_far(inputs):
-        reasons.append("the tokens of one sequence lie 2**31 or more elements apart (needs fewer, for 32-bit offsets)")
+    if far := _that_reach_too_far(inputs):
+        reasons.append(f"the tokens of one sequence of {', '.join(far)} lie {TOO_FAR}")
     if mask is not None and mask.shape[2] > 1:
         reasons.append("attn_mask differs from query to query (needs one over keys, (B, 1, 1, L))")
     return reasons + inputs.shared_reasons()
@@ -88,11 +89,16 @@ def _reasons_of_a_known(decay: PairwiseDecay | None) -> list[str]:
     return []
 
 
-def _reaches_too_far(inputs: Inputs) -> bool:
-    """Within a sequence; not asked of sizes that vary, on which a compiler would make it a condition."""
+def _that_reach_too_far(inputs: Inputs) -> list[str]:
+    """Names of tensors; not asked of sizes that vary, on which a compiler would make it a condition."""
     if torch.compiler.is_compiling():
-        return False
-    return max(x.stride(-2) for x in (inputs.q, inputs.k, inputs.v)) * inputs.length >= 2**31
+        return []
+    strides = {"q": inputs.q.stride(-2), "k": inputs.k.stride(-2), "v": inputs.v.stride(-2)}
+    if inputs.decay is not None:
+        strides["decay"] = max(x.stride(-1) for x in inputs.decay.numbers)
+    far = [name for name, stride in strides.items() if reaches_too_far(inputs.length, stride)]
+    # Where O and the gradients lie says empty_heads: within an image in one piece.
+    return [*far, "the output"] if inputs.q.shape[1:].numel() >= 2**31 else far
 
 
 def avoid_reasons(inputs: Inputs) -> list[str]:

@@ -1,5 +1,6 @@
 """One launch of the Triton kernel: what it takes besides the tensors, and by which schedule it runs."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
@@ -14,7 +15,9 @@ from spatial_decay.ops.formulas import FORMULAS, position_table
 from spatial_decay.ops.triton import schedule as schedules
 from spatial_decay.ops.triton.schedule import Schedule, Step, Work, power_of_two
 
-__all__ = ["Launch", "is_short", "positions_of"]
+__all__ = ["TOO_FAR", "Launch", "is_short", "positions_of", "reaches_too_far", "split_scale"]
+
+TOO_FAR = "2**31 or more elements apart (needs fewer, for 32-bit offsets)"
 
 _Strided: TypeAlias = tuple[torch.Size, tuple[int, ...]]  # shape and strides
 
@@ -84,7 +87,7 @@ class Launch:
 
     def __call__(self, schedule: Schedule) -> None:
         """Launch it."""
-        num_programs, options = self._plan.options(schedule)
+        num_programs, options = self._plan.options(schedule, self._device)
         _kernels().attention[num_programs](*self._arguments, **options)
 
 
@@ -105,6 +108,9 @@ class _Plan:
         self.work, self.shape, self._step = work, shape, step
         batch_size, num_outer, num_heads, self._length, head_dim = shape
         self._num_sequences = batch_size * num_outer * num_heads
+        # Asked of the caller's tensors before, but while a compiler traces, which knows no sizes.
+        if any(reaches_too_far(self._length, stride[3]) for stride in (*feature_strides, numbers[1])):
+            raise NotImplementedError(f"backend='triton': the tokens of one sequence lie {TOO_FAR}.")
         strides = [_strides(shape, stride)[:-1] for stride in feature_strides]
         unit = 16 // work.dtype.itemsize
         unit = unit if all(stride % unit == 0 for one in strides for stride in one) else 1
@@ -114,7 +120,7 @@ class _Plan:
         self.key_mask_strides = (*of_mask[:2], of_mask[3]) if work.has_key_mask else (0, 0, 0)
         self.position_stride = position_stride
         self.strides = (*self.feature_strides, self.number_strides, self.key_mask_strides, position_stride)
-        self.sizes = (num_outer, num_heads, self._length, scale)
+        self.sizes = (num_outer, num_heads, self._length, *split_scale(scale, work.dtype))
         first, rest = _parts(head_dim)
         self._constants: dict[str, Any] = {
             "STEP": step,
@@ -127,28 +133,29 @@ class _Plan:
             "D": head_dim,
             "D1": first,
             "D2": rest,
-            "PREFIX_BLOCK": min(64, max(16, power_of_two(work.num_prefix))),
             "UNIT": unit,
             "UPCAST": _kernels().are_interpreted and work.dtype == torch.bfloat16,
             "enable_fp_fusion": True,  # a product and a sum in one instruction
         }
-        self._options: dict[Schedule, tuple[tuple[int], dict[str, Any]]] = {}
+        self._options: dict[tuple[Schedule, torch.device], tuple[tuple[int], dict[str, Any]]] = {}
 
-    def options(self, schedule: Schedule) -> tuple[tuple[int], dict[str, Any]]:
+    def options(self, schedule: Schedule, device: torch.device) -> tuple[tuple[int], dict[str, Any]]:
         """The number of programs, and what they are compiled for."""
-        if schedule not in self._options:
-            self._options[schedule] = self._new_options(schedule)
-        return self._options[schedule]
+        key = (schedule, device)
+        if (known := self._options.get(key)) is None:
+            _refuse_while_capturing(device, "run")  # the first launch compiles and loads the kernel
+            known = self._options[key] = self._new_options(schedule)
+        return known
 
     def _new_options(self, schedule: Schedule) -> tuple[tuple[int], dict[str, Any]]:
         owned, walked = schedule.queries, schedule.keys
         if self._step == "backward columns":
             owned, walked = walked, owned
-        rest = 0 if self._step.startswith("short") else self.work.num_patches % walked
+        rest = 0 if self._step.startswith("short") else self.work.num_prefix + self.work.num_patches % walked
         return (self._num_sequences * -(-self._length // owned),), self._constants | {
             "BLOCK_Q": schedule.queries,
             "BLOCK_K": schedule.keys,
-            "TAIL_BLOCK": 0 if rest == 0 else max(16, power_of_two(rest)),  # as small as can be
+            "REST_BLOCK": 0 if rest == 0 else min(walked, max(16, power_of_two(rest))),  # as small as can be
             "num_warps": schedule.num_warps,
             "num_stages": schedule.num_stages,
             "maxnreg": schedule.max_registers or None,
@@ -182,11 +189,7 @@ def _seconds(run: Callable[[Schedule], None], schedule: Schedule, device: torch.
     from triton.compiler.errors import CompileTimeAssertionFailure
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "backend='triton_autotune' has not timed its kernels for these inputs yet, and cannot while a CUDA graph "
-            "is captured. Call it once before, forward and backward, with the same shapes."
-        )
+    _refuse_while_capturing(device, "timed")
     start = time.perf_counter()
     try:
         run(schedule)
@@ -195,6 +198,22 @@ def _seconds(run: Callable[[Schedule], None], schedule: Schedule, device: torch.
     if device.type != "cuda":
         return time.perf_counter() - start
     return triton.testing.do_bench(lambda: run(schedule), warmup=5, rep=20, return_mode="median") / 1000
+
+
+def _refuse_while_capturing(device: torch.device, done: str) -> None:
+    if _is_capturing(device):
+        raise RuntimeError(
+            f"backend='triton' has not {done} its kernels for such inputs yet, and cannot while a CUDA graph is "
+            "captured. Call it once before, forward and backward, with the same shapes."
+        )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the stream in use on this device, which need not be the current one, records a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @cache
@@ -215,16 +234,35 @@ def positions_of(layout: Layout, formula: str, q: Tensor) -> Tensor:
     key = (layout, FORMULAS[formula].is_path, q.device)
     if (kept := _KEPT.get(key)) is not None:
         return kept
-    positions = position_table(layout, formula, q.device)
+    if len(_KEPT) >= _MOST_KEPT or _is_capturing(q.device):
+        return position_table(layout, formula, q.device)  # of this call, or of the graph, whose replay fills it
+    with torch.inference_mode(mode=False):  # whatever the first call is for, a later one may train
+        positions = position_table(layout, formula, q.device)
     if q.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return positions  # empty until the graph is replayed: its own
         torch.cuda.current_stream(q.device).synchronize()  # other streams will read it too
     _KEPT[key] = positions
     return positions
 
 
+_MOST_KEPT = 256  # grids; who has more pays for a table at each call
 _KEPT: dict[tuple[Layout, bool, torch.device], Tensor] = {}  # for good: CUDA graphs may hold their addresses
+
+
+def reaches_too_far(length: int, token_stride: int) -> bool:
+    """Whether the tokens of a sequence lie too far apart for the kernels, which count elements within it in 32 bits."""
+    return token_stride * length >= 2**31
+
+
+def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """As a power of two and a factor from 1 on, of which a program multiplies its own queries or keys.
+
+    The numbers of a decay are divided by the first, which rounds them not: sums along a path are large, and near tokens
+    have small differences of them. Half precision would round the queries, and has no digits that this would save.
+    """
+    if dtype != torch.float32:
+        return scale, 1.0
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(1.0, exponent - 1), 2 * mantissa
 
 
 def _parts(head_dim: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spatial_decay.ops.formulas import FORMULAS
 from spatial_decay.ops.operands import empty_heads, summed_as, with_features_together
-from spatial_decay.ops.triton.launch import Launch
+from spatial_decay.ops.triton.launch import Launch, reaches_too_far
 
 __all__ = ["backward", "forward", "short_backward", "short_forward"]
 
@@ -36,8 +36,8 @@ _INPUTS = (
 
 @torch.library.custom_op("spatial_decay::triton", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Of sequences of any length O, (B, O, N, L, d), and lse, (B, O, N, L)."""
-    out, lse = empty_heads(q), _empty_rows(q)
+    """Of sequences of any length O, (B, O, N, L, d), and lse, (1, B, O, N, L); in float32 two numbers, see long.py."""
+    out, lse = empty_heads(q), _empty_lse(q)
     launch = Launch(
         "forward",
         (with_features_together(q), with_features_together(k), with_features_together(v), out),
@@ -59,8 +59,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
     dq, dk, dv = (empty_heads(q) for _ in range(3))
-    q, k, v, grad = (with_features_together(x) for x in (q, k, v, grad))
-    delta, dnumbers = torch.empty_like(lse), _empty_gradient(q, formula, numbers)
+    q, k, v, grad = (with_features_together(x) for x in (q, k, v, _within_reach(grad)))
+    delta, dnumbers = torch.empty_like(lse[0]), _empty_gradient(q, formula, numbers)
     row_tensors, inputs = (lse, delta, dnumbers), (formula, numbers, *others)
     rows = Launch("backward rows", (q, k, v, out, grad, dq), row_tensors, *inputs)
     columns = Launch("backward columns", (q, k, v, grad, dk, dv), row_tensors, *inputs)
@@ -97,7 +97,7 @@ def short_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and numbers from that of O."""
     dq, dk, dv = (empty_heads(q) for _ in range(3))
-    q, k, v, grad = (with_features_together(x) for x in (q, k, v, grad))
+    q, k, v, grad = (with_features_together(x) for x in (q, k, v, _within_reach(grad)))
     dnumbers = _empty_gradient(q, formula, numbers)
     launch = Launch("short backward", (q, k, v, grad, dq, dk, dv), (dnumbers,), formula, numbers, *others)
     with torch.cuda.device_of(q):
@@ -107,7 +107,7 @@ def short_backward(
 
 @forward.register_fake
 def _(q, *others):  # type: ignore[no-untyped-def]
-    return empty_heads(q), _empty_rows(q)
+    return empty_heads(q), _empty_lse(q)
 
 
 @short_forward.register_fake
@@ -149,9 +149,14 @@ forward.register_autograd(_differentiate, setup_context=_save)
 short_forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _empty_rows(q: Tensor) -> Tensor:
-    """A number a query, (B, O, N, L)."""
-    return q.new_empty(q.shape[:-1], dtype=torch.float32)
+def _within_reach(grad: Tensor) -> Tensor:
+    """The output's gradient, copied where the kernels cannot reach all of it: nobody can ask for its strides before."""
+    return grad.contiguous() if reaches_too_far(grad.shape[3], grad.stride(3)) else grad
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    """One or two numbers a query, (1 or 2, B, O, N, L)."""
+    return q.new_empty((1 + (q.dtype == torch.float32), *q.shape[:-1]), dtype=torch.float32)
 
 
 def _empty_gradient(q: Tensor, formula: str, numbers: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """How the Triton kernels cut their work: from a table, or, where a user asks for it, the fastest by timing.
 
-The table is fixed, because timing at the first call may choose otherwise from run to run, and with it the last bits. It
-was made without a GPU, from machine code for compute capabilities 8.0, 8.9, 9.0, 10.0 and 12.0: of the tiles whose
-loops spill no registers or few, those with the fewest instructions a score (tests/ops/triton_instructions.py). Half
-precision is multiplied by groups of four warps on 9 and 10, whose operands lie in shared memory, and by single warps on
-others, whose operands take registers. float32 is multiplied without tensor cores.
+The table is fixed, because timing at the first call may choose otherwise from run to run, and with it the last bits.
+Half precision is multiplied by groups of four warps on compute capability 9 and 10, whose operands lie in shared
+memory, and by single warps on others, whose operands take registers. For the first, up to head_dim 80, the table holds
+what took the least time on an H200 (benchmarks/schedules.py): programs of four warps, of which two or three run on a
+multiprocessor at a time, so that one computes while another waits. The rest was made without a GPU, from machine code
+for 8.0, 8.9, 9.0, 10.0 and 12.0: of the tiles whose loops spill no registers or few, those with the fewest instructions
+a score (tests/ops/triton_instructions.py). float32 is multiplied without tensor cores.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -53,6 +55,12 @@ def from_table(step: Step, work: Work) -> Schedule:
     is_wide = work.head_dim > 64
     if work.dtype == torch.float32:
         return Schedule(32, 32, 8 if is_wide else 4, 2)
+    if work.has_warp_groups and work.head_dim <= 80:
+        if step == "forward":
+            return Schedule(128, 64, 4, 3)
+        if step == "backward rows":
+            return Schedule(64, 32, 4, 2 if is_wide else 3, max_registers=128)
+        return Schedule(64, 64, 4, 3) if is_wide else Schedule(32, 64, 4, 3, max_registers=168)
     if step == "forward":
         # 128 keys at a time take the fewest instructions; a last step of 128 that is half empty, or a mask, takes more.
         fits = not is_wide and not (work.has_key_mask or work.has_flags) and work.num_patches % 128 <= 64
@@ -81,9 +89,9 @@ def num_warps_of_short(work: Work) -> int:
     return 8 if length <= 128 and (head_dim <= 32 or work.has_warp_groups) else 0
 
 
-_FORWARD = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (128, 32, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4))
-_ROWS = ((128, 64, 8), (128, 32, 8), (128, 32, 4), (64, 64, 4), (64, 32, 4), (32, 32, 4))
-_COLUMNS = ((64, 128, 8), (64, 64, 8), (64, 64, 4), (32, 128, 8), (32, 64, 4), (16, 128, 8), (32, 32, 4))
+_FORWARD = ((128, 64, 4), (64, 64, 4), (64, 32, 4), (128, 64, 8), (32, 32, 4))
+_ROWS = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 8), (32, 32, 4))
+_COLUMNS = ((64, 64, 4), (32, 64, 4), (64, 128, 8), (16, 128, 8), (32, 32, 4))
 _REGISTERS = (0, 168, 128)
 """Of a thread, with which 8, 12 and 16 warps run on a multiprocessor at once."""
 
@@ -94,11 +102,13 @@ def candidates(step: Step, first: Schedule) -> list[Schedule]:
         others = [first._replace(num_warps=num_warps) for num_warps in (1, 2, 4, 8)]
     else:
         sizes = {"forward": _FORWARD, "backward rows": _ROWS, "backward columns": _COLUMNS}[step]
-        others = [Schedule(*size, 2, registers) for size in sizes for registers in _REGISTERS]
-        others += [Schedule(*size, 3) for size in sizes]
+        others = [Schedule(*size, 3, registers) for size in sizes[:3] for registers in _REGISTERS]
+        others += [Schedule(*size, 4) for size in sizes[:3]]
+        others += [Schedule(*size, 2) for size in sizes]
     return [first, *(other for other in others if other != first)]
 
 
+_MOST_KEPT = 1024
 _FASTEST: dict[Hashable, Schedule] = {}
 
 
@@ -114,6 +124,8 @@ def fastest(key: Hashable, schedules: Sequence[Schedule], seconds: Callable[[Sch
         times = {schedule: time for schedule in schedules if (time := seconds(schedule)) is not None}
         if not times:
             raise RuntimeError(f"none of {len(schedules)} schedules fits into this GPU: {key}. Take backend='auto'.")
+        if len(_FASTEST) >= _MOST_KEPT:
+            del _FASTEST[next(iter(_FASTEST))]  # the oldest
         _FASTEST[key] = min(times, key=times.__getitem__)
     return _FASTEST[key]
 

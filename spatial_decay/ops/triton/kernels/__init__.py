@@ -21,20 +21,20 @@ def _name(specialization: Any) -> str:
 
 @triton.jit(repr=_name)
 def attention(
-    features, rows, numbers, key_mask, positions, num_outer, num_heads, length, scale,
+    features, rows, numbers, key_mask, positions, num_outer, num_heads, length, scale, factor,
     STEP: tl.constexpr, FORMULA: tl.constexpr, NUM_NUMBERS: tl.constexpr, READS_KEYS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_FLAGS: tl.constexpr, NUM_PREFIX: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PREFIX_BLOCK: tl.constexpr,
-    TAIL_BLOCK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    D2: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REST_BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program of a step; what the arguments are stands in Call and Constants."""
     # As an argument, because what is assigned to a variable is no constant any more.
     _run(
         STEP,
-        Call(features, rows, numbers, key_mask, positions, num_outer, num_heads, length, scale),
+        Call(features, rows, numbers, key_mask, positions, num_outer, num_heads, length, scale, factor),
         Constants(
             FORMULA, NUM_NUMBERS, READS_KEYS, HAS_KEY_MASK, HAS_FLAGS, NUM_PREFIX, D, D1, D2, BLOCK_Q, BLOCK_K,
-            PREFIX_BLOCK, TAIL_BLOCK, UNIT, UPCAST,
+            REST_BLOCK, UNIT, UPCAST,
         ),
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from spatial_decay.ops.triton.kernels.tiles import (
     LOG2E,
-    LOWEST,
+    LOWEST_PEAK,
     across,
     completed,
     dot,
@@ -24,6 +24,8 @@ from spatial_decay.ops.triton.kernels.tiles import (
     load_key_mask,
     load_numbers,
     place_of,
+    product,
+    scaled,
     scores_of,
     sequence_at,
     slopes,
@@ -42,8 +44,8 @@ def _softmax(q, k, numbers, sequence, index, const):
         True, const,
     )  # fmt: skip
     to_log2 = sequence.scale * LOG2E
-    peak = tl.maximum(tl.max(scores, 1), LOWEST)
-    p = tl.math.exp2(scores * to_log2 - (peak * to_log2)[:, None])
+    peak = tl.maximum(tl.max(scores, 1) * to_log2, LOWEST_PEAK)
+    p = tl.math.exp2(scores * to_log2 - peak[:, None])
     total = tl.sum(p, 1)
     return p, 1.0 / tl.where(total == 0.0, 1.0, total)
 
@@ -54,11 +56,11 @@ def forward(call, const):
     q_tensor, k_tensor, v_tensor, o_tensor = call.features
     place = place_of(call, 1)
     index = tl.arange(0, const.BLOCK_Q)
-    q = load_features(features_at(q_tensor, place, const), index, call.length, True, const)
+    q = scaled(load_features(features_at(q_tensor, place, const), index, call.length, True, const), call.factor)
     k = load_features(features_at(k_tensor, place, const), index, call.length, True, const)
     v = load_features(features_at(v_tensor, place, const), index, call.length, True, const)
     sequence = sequence_at(call, place, const)
-    numbers = load_numbers(sequence, index, const.FORMULA, 0, True, const)
+    numbers = load_numbers(sequence, index, True, const)
     p, inverse = _softmax(q, k, numbers, sequence, index, const)
     p = p.to(v[0].dtype)
     out = dot(p, v[0], const) * inverse[:, None]
@@ -73,16 +75,16 @@ def backward(call, const):
     DNUMBERS = call.rows[0]
     place = place_of(call, 1)
     index = tl.arange(0, const.BLOCK_Q)
-    q = load_features(features_at(q_tensor, place, const), index, call.length, True, const)
+    q = scaled(load_features(features_at(q_tensor, place, const), index, call.length, True, const), call.factor)
     k = load_features(features_at(k_tensor, place, const), index, call.length, True, const)
     v = load_features(features_at(v_tensor, place, const), index, call.length, True, const)
     do = load_features(features_at(do_tensor, place, const), index, call.length, True, const)
     sequence = sequence_at(call, place, const)
-    numbers = load_numbers(sequence, index, const.FORMULA, 0, True, const)
+    numbers = load_numbers(sequence, index, True, const)
     p, inverse = _softmax(q, k, numbers, sequence, index, const)
     p = p * inverse[:, None]
     dp = dot_features(do, v, const)
-    ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+    ds = p * (dp - tl.sum(product(p, dp), 1)[:, None])
     if const.NUM_NUMBERS > 0:  # here one at most
         row, _, _, column = slopes(ds, down(numbers), across(numbers), const.FORMULA, const)
         dnumbers, _, _ = completed(tl.sum(row, 1), 0.0, 0.0, numbers, call.scale, const.FORMULA)
@@ -91,10 +93,12 @@ def backward(call, const):
         tl.store(DNUMBERS + place.row + index, dnumbers, mask=index < call.length)
     p, ds = tl.trans(p.to(do[0].dtype)), ds.to(q[0].dtype)
     ds_t = tl.trans(ds)
-    dq, dk, dv = dot(ds, k[0], const) * call.scale, dot(ds_t, q[0], const) * call.scale, dot(p, do[0], const)
+    # q is multiplied by the factor already.
+    of_q, of_k = call.scale * call.factor, call.scale
+    dq, dk, dv = dot(ds, k[0], const) * of_q, dot(ds_t, q[0], const) * of_k, dot(p, do[0], const)
     dq2, dk2, dv2 = dq, dk, dv
     if const.D2 > 0:
-        dq2, dk2 = dot(ds, k[1], const) * call.scale, dot(ds_t, q[1], const) * call.scale
+        dq2, dk2 = dot(ds, k[1], const) * of_q, dot(ds_t, q[1], const) * of_k
         dv2 = dot(p, do[1], const)
     store_features(features_at(dq_tensor, place, const), index, call.length, dq, dq2, const)
     store_features(features_at(dk_tensor, place, const), index, call.length, dk, dk2, const)
