@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
+from spatial_decay.values import in_words
+
 __all__ = ["Grid", "GridSize", "Layout", "LayoutLike", "Positions", "Steps"]
 
 GridSize: TypeAlias = Sequence[int]
@@ -279,7 +281,7 @@ class Grid(Layout):
         return (extra if 4 * extra <= self.height else 0), 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Positions(Layout):
     """A row and a column for each token, in any order; and which tokens lie nowhere.
 
@@ -327,6 +329,10 @@ class Positions(Layout):
 
     def __str__(self) -> str:
         return f"Positions of {self.num_tokens} tokens"
+
+    def __repr__(self) -> str:
+        known = "all lie somewhere" if self.has_position is None else "some lie nowhere"
+        return f"Positions(h and w: {in_words(self.h)}, {known})"
 
     @classmethod
     def of_subset(cls, indices: Tensor, grid: Grid) -> Self:

@@ -1,9 +1,9 @@
-"""When the values of a tensor can be looked at: checks of them must never wait for a GPU or stop a compiler."""
+"""What may be said of a tensor: its shape always, its values only where that neither waits for a GPU nor is traced."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["are_readable"]
+__all__ = ["are_readable", "in_words"]
 
 
 def are_readable(*tensors: Tensor) -> bool:
@@ -23,3 +23,9 @@ def are_readable(*tensors: Tensor) -> bool:
         if functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x):
             return False
     return True
+
+
+def in_words(x: Tensor) -> str:
+    """Its dtype, shape and device, for a repr that fits on a line: float32 (2, 3, 17) on cuda:0."""
+    device = "" if x.device.type == "cpu" else f" on {x.device}"
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{device}"

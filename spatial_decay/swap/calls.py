@@ -29,9 +29,7 @@ class _Call:
         whole: Where all patches of the image lie; None: the same.
     """
 
-    def __init__(
-        self, layout: Layout, num_frames: int | None, again: Any | None, whole: Layout | None = None
-    ) -> None:
+    def __init__(self, layout: Layout, num_frames: int | None, again: Any | None, whole: Layout | None = None) -> None:
         self.layout, self.num_frames, self.whole = layout, num_frames, layout if whole is None else whole
         self.backward, self.again = running_backward(), None if again is None else weakref.ref(again)
 

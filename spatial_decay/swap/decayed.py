@@ -120,21 +120,21 @@ class AddedDecay(AttentionCore):
         out = out.roll(-num_suffix, 1) if num_suffix else out
         return rearrange(out, "b l (n d) -> b n l d", n=self.decay.num_heads)
 
-
     def _check_answers(self, tokens: Tensor, query: Tensor, value: Tensor) -> None:
         """What was registered of the class, against what comes."""
-        num_heads, found = self.decay.num_heads, f"queries {tuple(query.shape)}, values {tuple(value.shape)}"
+        num_heads = self.decay.num_heads
         if query.ndim != 4 or query.shape[1] != num_heads:
             answer = f"heads={num_heads}"
         elif tokens.ndim != 3 or tokens.shape[-1] != self.dim:
-            answer, found = f"width={self.dim}", f"tokens {tuple(tokens.shape)}"
+            answer = f"width={self.dim}"
         elif value.shape[-1] * num_heads != self.num_channels:
             answer = f"channels={self.num_channels}"
         else:
             return
         raise ValueError(
             f"what is registered of {self.of_class} must fit its forward, with tokens (B, L, width) first, and queries "
-            f"(B, heads, L, d) and values of heads * d = channels: {answer} does not, got {found}. Register the class "
+            f"(B, heads, L, d) and values of heads * d = channels: {answer} does not, got tokens "
+            f"{tuple(tokens.shape)}, queries {tuple(query.shape)} and values {tuple(value.shape)}. Register the class "
             "again, see sd.swap.register_attention."
         )
 

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from typing_extensions import Never
 
-from spatial_decay.layers.kinds import DecayLike, Kind, as_kind
+from spatial_decay.layers.kinds import DecayLike, as_kind
 from spatial_decay.ops import Backend
 from spatial_decay.ops.choice import check_backend
 from spatial_decay.swap.calls import Calls
@@ -16,27 +16,17 @@ from spatial_decay.swap.hooks import check_no_hooks_are_needed, install_hooks, r
 from spatial_decay.swap.hosts.base import Host, PatchEmbed
 from spatial_decay.swap.hosts.register import host_of
 from spatial_decay.swap.hosts.table import looks_like_attention, patch_embeds_of
+from spatial_decay.swap.options import (
+    check_is_model,
+    check_known,
+    check_whole_number,
+    checked_layers,
+    did_you_mean,
+    keywords_of,
+)
+from spatial_decay.swap.report import SwappedModule, SwapReport, reasons
 
-__all__ = ["SwapReport", "able_to_swap", "restore_attention", "swap_attention"]
-
-
-@dataclass(frozen=True)
-class SwapReport:
-    """What swap_attention did.
-
-    Args:
-        kind: How features become a decay, with every option.
-        replaced: Names of the attention modules that have it now, in the order of the model.
-        left: Names of the other attention modules, and why each was left as it was.
-    """
-
-    kind: Kind
-    replaced: tuple[str, ...]
-    left: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"decay {self.kind.name!r} in {len(self.replaced)} attention modules: {', '.join(self.replaced)}"]
-        return "\n".join(lines + [f"left as it was: {name}, because {reason}" for name, reason in self.left.items()])
+__all__ = ["able_to_swap", "restore_attention", "swap_attention"]
 
 
 def swap_attention(
@@ -50,6 +40,7 @@ def swap_attention(
     num_suffix_tokens: int | None = None,
     patch_embed: str | None = None,
     backend: Backend = "auto",
+    **unknown: Never,
 ) -> SwapReport:
     """Put spatial decay into the attention of a model, in place; with gates it starts from the behaviour that it has.
 
@@ -77,6 +68,7 @@ def swap_attention(
             the model says (the detection tokens of YOLOS), or none.
         patch_embed: Name of the module whose output (B, D, H, W) has the grid, where it is not found by itself.
         backend: As in decay_attention; for kind `none` only "auto", it keeps the model's own softmax.
+        unknown: No more: what is misspelt is an error that says what was meant.
 
     Returns:
         What was replaced, and what was left and why; print it.
@@ -92,15 +84,23 @@ def swap_attention(
         >>> len(report.replaced)
         12
     """
+    check_is_model(model)
+    check_known(unknown, keywords_of(swap_attention))
     check_backend(backend)
+    layers = checked_layers(layers)
     kind = as_kind(decay)
     kind = kind.resolved(**kind.quiet)
     if kind.name == "none" and backend != "auto":
         raise ValueError(
             f"kind 'none' keeps the model's own softmax, so that backend must be 'auto': got {backend!r}. Leave it out."
         )
-    for option, number in (("num_prefix_tokens", num_prefix_tokens), ("num_suffix_tokens", num_suffix_tokens)):
-        _check_whole_number(option, number)
+    for option, number in {
+        "num_prefix_tokens": num_prefix_tokens,
+        "num_suffix_tokens": num_suffix_tokens,
+        "lpe_kernel_size": lpe_kernel_size,
+        "gate_rank": gate_rank,
+    }.items():
+        check_whole_number(option, number)
     _check_not_wrapped(model)
     if added_decays(model):
         raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")
@@ -111,14 +111,15 @@ def swap_attention(
     if not chosen:
         raise ValueError(
             "the model must have an attention module that can take a decay: found none"
-            + "".join(f"\n  {name}: {reason}" for name, reason in left.items())
-            + "\nFor attention of your own, add SpatialDecayMask or decay_attention to its code."
+            + "".join(f"\n  {names}: {reason}" for reason, names in reasons(left).items())
+            + "\nFor attention of your own: teach swap_attention its class (sd.swap.register_attention), or add "
+            "SpatialDecayMask or decay_attention to its code."
         )
     options: dict[str, Any] = {
         "decay": kind.config,
         "lpe_kernel_size": lpe_kernel_size,
         "gate_rank": gate_rank,
-        "layers": None if layers is None else list(layers),
+        "layers": layers,
         "num_prefix_tokens": num_prefix_tokens,
         "num_suffix_tokens": num_suffix_tokens,
         "patch_embed": patch_embed,
@@ -164,7 +165,17 @@ def swap_attention(
     for embed in {able[name][1].name: able[name][1] for name in chosen}.values():
         behind = [name for name in chosen if able[name][1].name == embed.name]
         install_hooks(model, embed, behind, calls_of[embed.name])
-    return SwapReport(kind, tuple(chosen), left)
+    modules_swapped = [
+        SwappedModule(
+            name,
+            new.of_class,
+            new.decay.num_heads,
+            sum(weight.numel() for weight in new.parameters()),
+            able[name][1].name,
+        )
+        for name, new in added.items()
+    ]
+    return SwapReport(kind, tuple(modules_swapped), left)
 
 
 def restore_attention(model: nn.Module) -> tuple[str, ...]:
@@ -181,6 +192,7 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
     Raises:
         ValueError: there was neither.
     """
+    check_is_model(model)
     taken = take_out(model)
     for added in taken.values():
         for part in added.modules():  # PEFT keeps it and copies of it in a module of its own
@@ -261,7 +273,10 @@ def _patch_embeds(model: nn.Module, name: str | None) -> list[PatchEmbed]:
         return patch_embeds_of(model)
     modules = dict(model.named_modules())
     if name not in modules:
-        raise ValueError(f"patch_embed must be the name of a module of the model: got {name!r}.")
+        said = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise ValueError(
+            f"patch_embed must be the name of a module of the model: got {said}.{did_you_mean(name, modules)}"
+        )
     return [PatchEmbed(name, modules[name])]
 
 
@@ -293,8 +308,3 @@ def _num_prefix_tokens(model: nn.Module, name: str, host: Host, given: int | Non
         name = name.rpartition(".")[0]
         known = getattr(model.get_submodule(name), "num_prefix_tokens", None if name else 0)
     return known
-
-
-def _check_whole_number(option: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise ValueError(f"{option} must be a whole number >= 0: got {value!r}. Leave it out for none.")

@@ -162,7 +162,8 @@ def _timm(name: str, num_prefix_tokens: int, **options: Any) -> HostModel:
 
 
 def _transformers(name: str, num_prefix_tokens: int, model: str, config: str, **options: Any) -> HostModel:
-    run, more = options.pop("run", {}), {key: options.pop(key) for key in ("left", "num_suffix_tokens") if key in options}
+    run = options.pop("run", {})
+    more = {key: options.pop(key) for key in ("left", "num_suffix_tokens") if key in options}
     return HostModel(
         f"transformers {name}",
         lambda: getattr(transformers, model)(getattr(transformers, config)(**HF | options)),

@@ -1,4 +1,4 @@
-"""The attention classes that swap_attention knows: register_attention teaches it one, our own files and users' alike."""
+"""What swap_attention knows of classes of attention: register_attention teaches it one, ours and users' alike."""
 
 import inspect
 from collections.abc import Callable
@@ -37,15 +37,15 @@ def register_attention(
             registered under that name before is replaced.
         heads: Asked of a module of the class: N.
         width: D of its tokens.
-        mask: The name of that argument of forward. With **kwargs in forward any name is taken.
+        mask: The name of that argument of forward. Where forward takes **kwargs, any name.
         channels: N * d of its values. None: as width.
-        reason_against: Why this module cannot take a decay, such as "it attends over windows"; empty where it can. None:
-            all can.
-        num_prefix_tokens: P, class and register tokens, where the module knows. None, or its answer None: what
-            the model says, or 0.
+        reason_against: Why this module cannot take a decay, such as "it attends over windows"; empty where it can.
+            None: each can.
+        num_prefix_tokens: P, class and register tokens, where the module knows. None, or the answer None: what the
+            model says, or none.
         num_suffix_tokens: S, tokens behind the patches, the same way.
-        stand_in: What goes to forward in place of the mask: for classes that ask a mask for its shape, or change it,
-            on the way. It must be at the top of a module, to be pickled.
+        stand_in: What goes to forward in place of the mask: a subclass for classes that ask a mask for its shape, or
+            change it, on the way. It must be at the top of a module, to be pickled.
 
     Raises:
         TypeError: cls is no class of modules, or an answer is no function.
@@ -55,29 +55,44 @@ def register_attention(
         >>> import torch.nn.functional as F
         >>> from torch import nn
         >>> class MyAttention(nn.Module):
-        ...     def __init__(self, dim, num_heads):
+        ...     def __init__(self, dim, num_heads, is_causal=False):
         ...         super().__init__()
-        ...         self.num_heads, self.is_causal = num_heads, False
-        ...         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        ...         self.num_heads, self.is_causal = num_heads, is_causal
+        ...         self.qkv = nn.Linear(dim, 3 * dim)
+        ...         self.proj = nn.Linear(dim, dim)
+        ...
         ...     def forward(self, x, attn_mask=None):
-        ...         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        ...         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=self.is_causal)
+        ...         q, k, v = self.qkv(x).chunk(3, -1)  # (B, L, D) each
+        ...         q, k, v = (
+        ...             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        ...             for x in (q, k, v)
+        ...         )
+        ...         out = F.scaled_dot_product_attention(
+        ...             q, k, v, attn_mask, is_causal=self.is_causal
+        ...         )
         ...         return self.proj(out.transpose(1, 2).flatten(2))
         >>> class MyViT(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.patch_embed, self.attn = nn.Conv2d(3, 32, 16, 16), MyAttention(32, 2)
+        ...         self.patch_embed = nn.Conv2d(3, 32, 16, 16)
+        ...         self.attn = MyAttention(32, num_heads=2)
+        ...
         ...     def forward(self, images):
         ...         return self.attn(self.patch_embed(images).flatten(2).mT)
         >>> register_attention(
         ...     MyAttention,
         ...     heads=lambda attn: attn.num_heads,
         ...     width=lambda attn: attn.qkv.in_features,
-        ...     reason_against=lambda attn: "it is causal" if attn.is_causal else "",
+        ...     reason_against=lambda attn: (
+        ...         "it is causal" if attn.is_causal else ""
+        ...     ),
         ... )
         >>> model = MyViT()
-        >>> swap_attention(model, "full").replaced
-        ('attn',)
+        >>> print(swap_attention(model, "full"))
+        decay 'full' in 1 attention module, 66 new parameters
+        attention  class        heads  new parameters  grid from
+        attn       MyAttention      2              66  patch_embed
+        next: train; the new weights have ".spatial_decay." in their names
         >>> model(torch.randn(1, 3, 64, 96)).shape
         torch.Size([1, 24, 32])
     """

@@ -28,20 +28,25 @@ def looks_like_attention(module: nn.Module) -> bool:
 def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
     """All there are: modules known by name; without any, convolutions whose stride is their kernel."""
     found, modules = [], dict(model.named_modules())
+    convolutions = dict[str, nn.Conv2d]()  # by the name of what PEFT has wrapped around one
+    for name, module in modules.items():
+        convolution = getattr(module, "base_layer", module)
+        if isinstance(convolution, nn.Conv2d) and not any(name.startswith(f"{outer}.") for outer in convolutions):
+            convolutions[name] = convolution
     for name, module in modules.items():
         above, _, leaf = name.rpartition(".")
         parent = modules.get(above)
         if read := _row_of(module, _PATCH_EMBEDS):
             found.append(PatchEmbed(name, module, read))
         is_named = ("Embed" in type(parent).__name__ and leaf in ("proj", "projection")) or leaf in _USUAL_NAMES
-        if isinstance(module, nn.Conv2d) and is_named and not _row_of(parent, _PATCH_EMBEDS):
+        if name in convolutions and is_named and not _row_of(parent, _PATCH_EMBEDS):
             found.append(PatchEmbed(name, module))
     if found:
         return found
     return [
-        PatchEmbed(name, module)
-        for name, module in modules.items()
-        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.kernel_size == module.stride
+        PatchEmbed(name, modules[name])
+        for name, convolution in convolutions.items()
+        if max(convolution.stride) > 1 and convolution.kernel_size == convolution.stride
     ]
 
 

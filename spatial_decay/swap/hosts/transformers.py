@@ -49,7 +49,7 @@ def _reason_against_tower(attn: Any) -> str:
 
 def _reason_against_bias(attn: Any) -> str:
     """Its forward takes no mask, and passes keywords on."""
-    functions = sys.modules[type(attn).__module__].ALL_ATTENTION_FUNCTIONS  # type: ignore[attr-defined]
+    functions = sys.modules[type(attn).__module__].ALL_ATTENTION_FUNCTIONS
     if "position_bias" not in inspect.signature(functions["sdpa"]).parameters:
         return "no mask reaches its softmax; in a newer version of its library a position_bias does"
     return _reason_against(attn)
@@ -86,9 +86,7 @@ def _class_and_registers(attn: Any) -> int:
 _register("vit.modeling_vit", "ViTAttention", lambda _: 1)
 _register("deit.modeling_deit", "DeiTAttention", lambda _: 2)
 _register("dinov2.modeling_dinov2", "Dinov2Attention", lambda _: 1)
-_register(
-    "dinov2_with_registers.modeling_dinov2_with_registers", "Dinov2WithRegistersAttention", _class_and_registers
-)
+_register("dinov2_with_registers.modeling_dinov2_with_registers", "Dinov2WithRegistersAttention", _class_and_registers)
 _register("dinov3_vit.modeling_dinov3_vit", "DINOv3ViTAttention", _class_and_registers)
 _register("vit_msn.modeling_vit_msn", "ViTMSNAttention", lambda _: 1)
 _register("vit_mae.modeling_vit_mae", "ViTMAEAttention", lambda _: 1)  # of the encoder and of the decoder
