@@ -62,7 +62,7 @@ class AddedDecay(AttentionCore):
             )
         calls.add_user(self)
         self.calls, self.options, self.mask_name, self.stand_in = calls, options, host.mask, host.stand_in
-        self.of_class = type(attn).__name__
+        self.of_class, self.other_forward = type(attn).__name__, host.forward
         self.dim, self.num_channels = dim, num_channels
         self.is_over_space = is_over_space
         self.parameters_of_forward = parameters_of_forward(attn)
@@ -75,6 +75,11 @@ class AddedDecay(AttentionCore):
         self.attention = _OwnSoftmax(backend) if decay.name == "none" else DecayAttention(backend)
         self.lpe = DepthwiseConv(num_channels, lpe_kernel_size) if lpe_kernel_size else None
         self.output_gate = OutputGate(num_channels, gate_rank) if gate_rank else None
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether it leaves the module as it is: kind `none`, without LPE and output gate."""
+        return self.decay.kind.name == "none" and self.lpe is None and self.output_gate is None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
@@ -175,6 +180,8 @@ class Decayed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module itself."""
         added = self.spatial_decay
+        if added.other_forward is not None:
+            return added.other_forward(self, *args, **kwargs)
         inputs = named(added.parameters_of_forward, args, kwargs)
         tokens, given = inputs[added.parameters_of_forward[0]], inputs.get(added.mask_name)
         inputs[added.mask_name] = mask = added.stand_in(self, tokens, given)

@@ -46,11 +46,13 @@ def swap_attention(
 
     softmax(Q K^T / sqrt(d) + M_decay) V in place of softmax(Q K^T / sqrt(d)) V          (Mao et al. 2025, Eq. 10, 13)
 
-    For timm (VisionTransformer, Eva, rope-ViT, DINOv3, NaFlexVit), transformers (ViT, DeiT, DINOv2, DINOv3), diffusers
-    (DiTTransformer2DModel, PixArt's self-attention) and other models that are made of their attention modules, such as
-    facebookresearch/DiT. Each module keeps its weights and their names, its class as a base class, and its own forward,
-    in which F.scaled_dot_product_attention gets the decay; new is its submodule `spatial_decay`. The grid of a call is
-    read from what the patch embedding gives for its images, of any size.
+    For timm (VisionTransformer, Eva, rope-ViT, DINOv3, NaFlexVit), transformers (ViT and its copies, DINOv2, DINOv3,
+    the image towers of CLIP and SigLIP, BEiT, Data2VecVision, ViTMAE, DPT, YOLOS), diffusers (DiTTransformer2DModel,
+    PixArt's self-attention), torchvision's VisionTransformer, and other models that are made of their attention
+    modules, such as facebookresearch/DiT; for a class of your own see register_attention. Each module keeps its weights
+    and their names, its class as a base class, and its own forward, in which F.scaled_dot_product_attention gets the
+    decay; new is its submodule `spatial_decay`. The grid of a call is read from what the patch embedding gives for its
+    images, of any size.
 
     Args:
         model: Changed in place. Swap before torch.compile, before wrapping it for several processes, and before making
@@ -212,8 +214,10 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
     """Attention modules that can take a decay, with the patch embedding before each; and why the others cannot."""
     able, left, embeds = dict[str, tuple[Host, PatchEmbed]](), dict[str, str](), _patch_embeds(model, patch_embed)
     inside: list[str] = []
-    for name, module in model.named_modules():
-        host = host_of(module)
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        above, _, leaf = name.rpartition(".")
+        host = host_of(module, modules[above] if name else None, leaf)
         if host is None:
             is_part = any(name.startswith(f"{outer}.") for outer in inside)
             if looks_like_attention(module) and not is_part:
@@ -225,7 +229,7 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
             left[name] = _OVER_TIME
         elif "forward" in vars(module):
             left[name] = "its forward has been replaced on this very module (by hooks of accelerate?)"
-        elif not {host.mask, "**"}.intersection(parameters_of_forward(module)):
+        elif host.forward is None and not {host.mask, "**"}.intersection(parameters_of_forward(module)):
             left[name] = f"its forward takes no {host.mask}; a newer version of its library does"
         elif reason := _reason_against(host, module):
             left[name] = reason

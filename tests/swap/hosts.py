@@ -14,6 +14,7 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchvision.models.vision_transformer import VisionTransformer
 
 from spatial_decay import kinds
 from tests import references
@@ -93,6 +94,8 @@ class InFloat64(TorchFunctionMode):
         self.mask = mask
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.multi_head_attention_forward:  # of nn.MultiheadAttention, which would hide its softmax
+            return func(*args, **kwargs | {"attn_mask": self.mask.flatten(0, 1).float()})
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = (x.double() for x in (*args, *(kwargs or {}).values())[:3])
@@ -250,6 +253,13 @@ HOSTS = [
     ),
     _transformers("ViTMSN", 1, "ViTMSNModel", "ViTMSNConfig", run=_RESIZED),
     _transformers("I-JEPA", 0, "IJepaModel", "IJepaConfig", run=_RESIZED),
+    HostModel(
+        "torchvision ViT",
+        lambda: VisionTransformer(64, 16, num_layers=2, num_heads=4, hidden_dim=48, mlp_dim=96),
+        lambda model, x: model(x),
+        1,
+        sizes=((64, 64),),  # it takes no other
+    ),
     HostModel(
         "diffusers DiT",
         lambda: diffusers.DiTTransformer2DModel(num_embeds_ada_norm=10, **_DIFFUSERS),

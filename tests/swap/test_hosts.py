@@ -164,8 +164,8 @@ def test_gates_get_gradients_also_with_checkpointing(host):
     assert len(new) == len(report.replaced) * (4 if host.kept else 6)
     # Those of the last module reach no class token, which is all that some models read of it.
     assert all(plain[name].any() for name in new if name.startswith(f"{report.replaced[0]}."))
-    if host.name == "a DiT of timm's layers":
-        return  # it has no checkpointing
+    if host.name in ("a DiT of timm's layers", "torchvision ViT"):
+        return  # they have no checkpointing
     set_checkpointing(model)
     again = gradients(host, model, host.sizes[-1])
     assert set(again) == set(plain)

@@ -11,7 +11,7 @@ from torch import nn
 import spatial_decay as sd
 from spatial_decay.swap.hosts.register import _HOSTS
 from tests.cases import relative_error
-from tests.swap.hosts import HF, STRONG, InFloat64, full_masks, pickled
+from tests.swap.hosts import HF, HOSTS, STRONG, InFloat64, full_masks, pickled
 
 
 class Attention(nn.Module):
@@ -225,3 +225,22 @@ def test_softmax_that_is_written_out_is_a_reason(name):
     config = getattr(transformers, f"{name}Config")(**HF | more, attn_implementation="eager")
     with pytest.raises(ValueError, match=r"it runs attn_implementation='eager' \(needs 'sdpa'\)"):
         sd.swap_attention(getattr(transformers, f"{name}Model")(config))
+
+
+def test_torchvisions_vit_is_the_same_with_gradients_and_refuses_other_calls():
+    """With gradients, and in training, PyTorch's own softmax is another one than without."""
+    host = next(host for host in HOSTS if host.name == "torchvision ViT")
+    model, images = host.make(), host.images((64, 64))
+    plain = copy.deepcopy(model)
+    sd.swap_attention(model, "none")
+    for mode in (True, False):
+        assert torch.equal(model.train(mode)(images), plain.train(mode)(images))
+    attn, x = model.encoder.layers[0].self_attention, torch.randn(2, 17, 48)
+    for args, kwargs in (((x, x, x), {}), ((x, x + 1, x), {"need_weights": False})):
+        with pytest.raises(ValueError, match="must be called as torchvision's VisionTransformer does it"):
+            attn(*args, **kwargs)
+    other = host.make()
+    for block in other.encoder.layers:
+        block.self_attention = nn.MultiheadAttention(48, 4)
+    with pytest.raises(ValueError, match="it is not built as torchvision's VisionTransformer builds it"):
+        sd.swap_attention(other)

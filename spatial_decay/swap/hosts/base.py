@@ -17,7 +17,7 @@ __all__ = ["Host", "Library", "PatchEmbed", "ReadLayout", "Removable", "class_na
 class Host:
     """A class of attention modules that can take a decay, as register_attention has it, with every answer.
 
-    All but mask and stand_in are asked of a module of the class.
+    All but mask, stand_in and forward are asked of a module of the class.
     """
 
     heads: Callable[[Any], int]
@@ -28,6 +28,7 @@ class Host:
     reason_against: Callable[[Any], str]
     num_prefix_tokens: Callable[[Any], int | None]
     num_suffix_tokens: Callable[[Any], int | None]
+    forward: Callable[..., Any] | None
 
     def answers(self, attn: nn.Module) -> dict[str, Any]:
         """What the functions say of a module, by name, each checked.

@@ -25,6 +25,7 @@ def register_attention(
     num_prefix_tokens: Callable[[Any], int | None] | None = None,
     num_suffix_tokens: Callable[[Any], int | None] | None = None,
     stand_in: type[StandIn] = StandIn,
+    forward: Callable[..., Any] | None = None,
 ) -> None:
     """Teach swap_attention a class of attention modules, and its subclasses.
 
@@ -34,7 +35,8 @@ def register_attention(
 
     Args:
         cls: The class; or its full name, "package.module.Class", so that its package need not be imported. What was
-            registered under that name before is replaced.
+            registered under that name before is replaced. For modules of a class that serves for much else, the full
+            name of the class that has them and their name in it, "package.module.Block.attn".
         heads: Asked of a module of the class: N.
         width: D of its tokens.
         mask: The name of that argument of forward. Where forward takes **kwargs, any name.
@@ -46,6 +48,9 @@ def register_attention(
         num_suffix_tokens: S, tokens behind the patches, the same way.
         stand_in: What goes to forward in place of the mask: a subclass for classes that ask a mask for its shape, or
             change it, on the way. It must be at the top of a module, to be pickled.
+        forward: Runs in place of the module's own forward where no mask comes to the softmax: it gets the module, and
+            what the module is called with, and must call `attn.spatial_decay.attend_as_host(tokens, q, k, v)` for the
+            softmax. At the top of a module too. None: the module's own.
 
     Raises:
         TypeError: cls is no class of modules, or an answer is no function.
@@ -103,6 +108,7 @@ def register_attention(
         "num_prefix_tokens": num_prefix_tokens,
         "num_suffix_tokens": num_suffix_tokens,
         "reason_against": reason_against,
+        "forward": forward,
     }
     for name, answer in answers.items():
         if not callable(answer) and (answer is not None or name in ("heads", "width")):
@@ -114,7 +120,7 @@ def register_attention(
         raise TypeError(f"stand_in must be a subclass of StandIn: got {stand_in!r}.")
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         parameters = inspect.signature(cls.forward).parameters
-        if mask not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if forward is None and mask not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise ValueError(
                 f"mask must be the name of an argument of {cls.__name__}.forward, one of "
                 f"{', '.join(list(parameters)[1:])}: got {mask!r}. Give forward an argument that goes to "
@@ -132,12 +138,14 @@ def register_attention(
         reason_against=_none_against if reason_against is None else reason_against,
         num_prefix_tokens=_unknown if num_prefix_tokens is None else num_prefix_tokens,
         num_suffix_tokens=_unknown if num_suffix_tokens is None else num_suffix_tokens,
+        forward=forward,
     )
 
 
-def host_of(module: nn.Module) -> Host | None:
-    """The entry of the module's class or of one that it derives from."""
-    return next((_HOSTS[name] for name in class_names(module) if name in _HOSTS), None)
+def host_of(module: nn.Module, parent: nn.Module | None, name: str) -> Host | None:
+    """The entry of the module's class or of one that it derives from; or of its name in the class of its parent."""
+    names = [*class_names(module), *(f"{of_parent}.{name}" for of_parent in class_names(parent))]
+    return next((_HOSTS[name] for name in names if name in _HOSTS), None)
 
 
 def _none_against(_: Any) -> str:

@@ -6,12 +6,12 @@ from typing import TypeVar
 from torch import nn
 
 from spatial_decay.swap.calls import Calls
-from spatial_decay.swap.hosts import diffusers, timm, transformers
+from spatial_decay.swap.hosts import diffusers, timm, torchvision, transformers
 from spatial_decay.swap.hosts.base import PatchEmbed, Removable, class_names
 
 __all__ = ["LIBRARIES", "hook_dropouts", "looks_like_attention", "patch_embeds_of"]
 
-LIBRARIES = (timm.LIBRARY, transformers.LIBRARY, diffusers.LIBRARY)
+LIBRARIES = (timm.LIBRARY, transformers.LIBRARY, diffusers.LIBRARY, torchvision.LIBRARY)
 """A new library adds its file, which registers its attention as it is imported, and its name here."""
 
 _PATCH_EMBEDS = {name: read for library in LIBRARIES for name, read in library.patch_embeds.items()}
