@@ -44,6 +44,7 @@ class HostModel:
     sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96))  # the first is what it is built for
     left: tuple[str, ...] = field(default=())
     num_suffix_tokens: int = 0
+    is_copy: bool = False  # another row has the same code: what does not depend on the class is slow
     kept: Callable[[tuple[int, int]], torch.Tensor] | None = None  # numbers of the patches of a grid that go on, (B, K)
 
     def __str__(self) -> str:
@@ -166,7 +167,7 @@ def _timm(name: str, num_prefix_tokens: int, **options: Any) -> HostModel:
 
 def _transformers(name: str, num_prefix_tokens: int, model: str, config: str, **options: Any) -> HostModel:
     run = options.pop("run", {})
-    more = {key: options.pop(key) for key in ("left", "num_suffix_tokens") if key in options}
+    more = {key: options.pop(key) for key in ("left", "num_suffix_tokens", "is_copy") if key in options}
     return HostModel(
         f"transformers {name}",
         lambda: getattr(transformers, model)(getattr(transformers, config)(**HF | options)),
@@ -231,7 +232,9 @@ HOSTS = [
     ),
     _transformers("DINOv3", 5, "DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4),
     _transformers("CLIP", 1, "CLIPVisionModel", "CLIPVisionConfig", run=_RESIZED),
-    _transformers("SigLIP", 0, "SiglipVisionModel", "SiglipVisionConfig", run=_RESIZED, left=("head.attention",)),
+    _transformers(
+        "SigLIP", 0, "SiglipVisionModel", "SiglipVisionConfig", is_copy=True, run=_RESIZED, left=("head.attention",)
+    ),
     HostModel(
         "transformers ViTMAE",
         lambda: transformers.ViTMAEModel(transformers.ViTMAEConfig(**HF, mask_ratio=0.5)),
@@ -241,7 +244,7 @@ HOSTS = [
     ),
     _transformers("BEiT", 1, "BeitModel", "BeitConfig", **_BIASED),
     _transformers("Data2VecVision", 1, "Data2VecVisionModel", "Data2VecVisionConfig", **_BIASED),
-    _transformers("DPT", 1, "DPTModel", "DPTConfig"),
+    _transformers("DPT", 1, "DPTModel", "DPTConfig", is_copy=True),
     _transformers(
         "YOLOS",
         1,
@@ -251,8 +254,8 @@ HOSTS = [
         num_detection_tokens=4,
         image_size=[64, 64],
     ),
-    _transformers("ViTMSN", 1, "ViTMSNModel", "ViTMSNConfig", run=_RESIZED),
-    _transformers("I-JEPA", 0, "IJepaModel", "IJepaConfig", run=_RESIZED),
+    _transformers("ViTMSN", 1, "ViTMSNModel", "ViTMSNConfig", is_copy=True, run=_RESIZED),
+    _transformers("I-JEPA", 0, "IJepaModel", "IJepaConfig", is_copy=True, run=_RESIZED),
     HostModel(
         "torchvision ViT",
         lambda: VisionTransformer(64, 16, num_layers=2, num_heads=4, hidden_dim=48, mlp_dim=96),
