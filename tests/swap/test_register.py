@@ -154,6 +154,31 @@ def test_or_as_the_first_call_shows_it(wrong, message):
         model(torch.randn(2, 3, 48, 64))
 
 
+class Deaf(Attention):
+    """Its softmax gets no mask."""
+
+    def forward(self, x, bias=None):  # noqa: ARG002
+        return super().forward(x)
+
+
+class Curious(Attention):
+    """It asks its mask for what a StandIn of its own would have to say."""
+
+    def forward(self, x, bias=None):
+        return super().forward(x, bias.float())
+
+
+@pytest.mark.parametrize(
+    ("cls", "what"), [(Deaf, "Deaf did it 0 times"), (Curious, "its mask was asked for its float")]
+)
+def test_a_mask_that_does_not_come_to_the_softmax_is_said(cls, what):
+    sd.swap.register_attention(Attention, **RIGHT)
+    model = Model(cls)
+    sd.swap_attention(model)
+    with pytest.raises(RuntimeError, match=rf"{what}. Use fused attention \(in the forward of its class\)"):
+        model(torch.randn(2, 3, 48, 64))
+
+
 def test_the_decoder_of_mae_has_all_patches_in_their_order():
     decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     config = transformers.ViTMAEConfig(**HF, **decoder, decoder_intermediate_size=32, mask_ratio=0.5)

@@ -46,8 +46,8 @@ def register_attention(
         num_prefix_tokens: P, class and register tokens, where the module knows. None, or the answer None: what the
             model says, or none.
         num_suffix_tokens: S, tokens behind the patches, the same way.
-        stand_in: What goes to forward in place of the mask: a subclass for classes that ask a mask for its shape, or
-            change it, on the way. It must be at the top of a module, to be pickled.
+        stand_in: What goes to forward in place of the mask: a subclass of sd.swap.StandIn for classes that ask a mask
+            for its shape, or change it, on the way. It must be at the top of a module, to be pickled.
         forward: Runs in place of the module's own forward where no mask comes to the softmax: it gets the module, and
             what the module is called with, and must call `attn.spatial_decay.attend_as_host(tokens, q, k, v)` for the
             softmax. At the top of a module too. None: the module's own.
