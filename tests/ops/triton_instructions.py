@@ -60,12 +60,14 @@ class Shape(NamedTuple):
     is_line: bool = False  # one of many rows of a grid, so long
 
 
-def compiled(shape, dtype=torch.bfloat16):
-    """(name, kernel, constants) of all kernels of a forward and a backward pass."""
+def compiled(shape, dtype=torch.bfloat16, only=None):
+    """(name, kernel, constants) of all kernels of a forward and a backward pass, or of that with the name `only`."""
     found = []
 
     def compile_only(self, grid):
         def call(*args, **kwargs):
+            if only not in (None, kwargs["STEP"]):
+                return
             kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
             found.append((kwargs["STEP"], kernel, kwargs))
 
@@ -94,14 +96,18 @@ def compiled(shape, dtype=torch.bfloat16):
     return found
 
 
-def disassembled(kernel):
-    """The instructions, and the loops among them as (first, last)."""
+def printed_by(tool, option, kernel):
+    """What a tool that Triton brings along prints of its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def disassembled(kernel):
+    """The instructions, and the loops among them as (first, last)."""
     instructions, labels, loops = [], {}, []
-    for text in code.splitlines():
+    for text in printed_by("nvdisasm", "-c", kernel).splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", text):
             labels[label.group(1)] = len(instructions)
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", text):
