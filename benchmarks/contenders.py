@@ -277,17 +277,17 @@ def attend_by(contender: str, case: Case, device: torch.device) -> Attend:
 def make_call(case: Case, setting: Setting, contender: str, which: str, exact: bool = False) -> Call:
     """One pass of one contender on inputs of its own; exact: the same inputs in float64."""
     device, needs_grad = setting.device, which == PASSES[1]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def heads() -> Tensor:
         shape = (case.batch_size, case.grid.num_tokens, case.num_heads, case.head_dim)
-        x = torch.randn(shape, generator=generator).to(device, setting.dtype).transpose(1, 2)
+        x = torch.randn(shape, generator=generator, device=device).to(setting.dtype).transpose(1, 2)
         x = x if setting.memory == "tokens" else x.contiguous()
         return x.double() if exact else x
 
     def gate() -> Tensor:
         shape = (case.batch_size, case.num_heads, case.grid.num_tokens)
-        x = F.logsigmoid(torch.randn(shape, generator=generator)).to(device)
+        x = F.logsigmoid(torch.randn(shape, generator=generator, device=device))
         return x.double() if exact else x
 
     q, k, v, grad = (heads() for _ in range(4))

@@ -1,36 +1,41 @@
 #!/usr/bin/env bash
-# All that needs a GPU, on one: the tests that wait for one, then the benchmarks for cuda. Results go to
-# benchmarks/results/<device>-<date>/ with CSV, tables and pictures. In an environment with the package and its extra [test].
+# What needs a GPU, on one, in some 10 minutes: the tests that wait for one, then the benchmarks for cuda. Results go to
+# benchmarks/results/<device>-<date>/ with CSV and tables: send that folder. In an environment with the package and its
+# extra [test].
 #
-#   bash benchmarks/gpu.sh            # everything
-#   bash benchmarks/gpu.sh tests      # or some of: tests attention memory eager models autotune
+#   bash benchmarks/gpu.sh                         # tests attention eager memory models
+#   bash benchmarks/gpu.sh attention schedules     # or some of these and: cold schedules autotune
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=$(python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())")
 results="benchmarks/results/$device-$(date +%F)"
 failed=0
-[ $# -gt 0 ] || set -- tests attention memory eager models autotune
+[ $# -gt 0 ] || set -- tests attention eager memory models
 for part in "$@"; do
+  echo "== $part, $(date +%T)"
   case $part in
     tests)
-      python -m pytest -n 0 -m gpu || failed=1
-      python -m pytest -n 0 tests/ops/test_triton.py -m "not gpu" || failed=1
-      python -m tests.ops.random_calls --device cuda --calls 2000 --backends auto triton sdpa math || failed=1 ;;
-    attention)
-      python -m benchmarks.attention --device cuda --dtype bfloat16 --output "$results/attention"
-      python -m benchmarks.attention --device cuda --dtype bfloat16 --cold-cache --output "$results/cold" ;;
+      python -m pytest -m gpu tests/ops || failed=1
+      python -m pytest tests/ops/test_triton*.py -m "not gpu and not slow" || failed=1
+      python -m tests.ops.random_calls --device cuda --calls 100 --backends auto triton sdpa math || failed=1 ;;
+    attention) # the GPU's time alone
+      python -m benchmarks.attention --device cuda --dtype bfloat16 --output "$results/attention" ;;
+    eager) # with the time that Python takes to launch
+      python -m benchmarks.attention --device cuda --dtype bfloat16 --eager --no-compile --output "$results/eager" ;;
     memory)
       python -m benchmarks.memory --device cuda --dtype bfloat16 --output "$results/memory" ;;
-    eager)  # with the time that Python takes to launch
-      python -m benchmarks.attention --device cuda --dtype bfloat16 --eager --output "$results/eager" ;;
     models)
       python -m benchmarks.models --device cuda --dtype bfloat16 --output "$results/models" ;;
-    autotune)  # with triton_autotune, and FlexAttention at its best: PyTorch times its tiles too, minutes a case
+    cold) # with the L2 cache emptied before each call
+      python -m benchmarks.attention --device cuda --dtype bfloat16 --cold-cache --no-compile --output "$results/cold" ;;
+    schedules) # how the kernels can be cut, each timed: what the table in ops/triton/schedule.py is chosen from
+      python -m benchmarks.schedules --output "$results/schedules" ;;
+    autotune) # with triton_autotune, and FlexAttention at its best: PyTorch times its tiles too, minutes a case
       python -m benchmarks.attention --device cuda --dtype bfloat16 --autotune --output "$results/autotuned" ;;
     *)
-      echo "parts are tests, attention, memory, eager, models and autotune: got $part" >&2
+      echo "parts are tests, attention, eager, memory, models, cold, schedules and autotune: got $part" >&2
       exit 2 ;;
   esac
 done
-echo "results: $results"
+echo "results: $results, $(date +%T)"
 exit "$failed"

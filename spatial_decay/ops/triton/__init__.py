@@ -5,7 +5,8 @@
 operators.py has the operators of torch.library, launch.py and schedule.py say how their kernels are launched,
 ops/formulas.py which decays there are, and kernels/ has the mathematics. Memory beyond inputs, outputs and their
 gradients is two numbers a token and head, three in float32. Nothing is added atomically: results repeat bit for bit. No
-second derivatives, no torch.func transforms. Triton itself, which is large, is imported at the first call.
+second derivatives, no torch.func transforms. A query all of whose scores lie below -1.1e7, where float32 has no digits
+left for their differences, gets 0. Triton itself, which is large, is imported at the first call.
 """
 
 import os

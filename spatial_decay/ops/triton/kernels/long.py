@@ -136,16 +136,16 @@ def forward(call, const):
     zeros2 = tl.zeros([const.BLOCK_Q, const.D2], tl.float32) if const.D2 > 0 else zeros
     state = (zeros, zeros2, tl.zeros([const.BLOCK_Q], tl.float32), tl.full([const.BLOCK_Q], LOWEST_PEAK, tl.float32))
     out, out2, total, peak = _walk(_over_keys, state, owned, walked, call.length, const.BLOCK_K, const)
-    # A query that may attend to nothing: O = 0, and P = 0 in the backward pass.
+    # A query that may attend to nothing: O = 0, and lse = +inf makes P = 0 in the backward pass.
     is_empty = total == 0.0
     total = tl.where(is_empty, 1.0, total)
     inverse = tl.where(is_empty, 0.0, 1.0 / total)
     mask, LSE = i < call.length, call.rows[0] + place.row
-    if q[0].dtype == tl.float32:
-        tl.store(LSE + i, tl.where(is_empty, float("inf"), peak), mask=mask)
+    is_split: tl.constexpr = q[0].dtype == tl.float32
+    lse = peak if is_split else peak + tl.math.log2(total)
+    tl.store(LSE + i, tl.where(is_empty, float("inf"), lse), mask=mask)
+    if is_split:
         tl.store(LSE + _num_rows(call, const.BLOCK_Q) + i, inverse, mask=mask)
-    else:
-        tl.store(LSE + i, tl.where(is_empty, float("inf"), peak + tl.math.log2(total)), mask=mask)
     out, out2 = out * inverse[:, None], out2 * inverse[:, None]
     store_features(features_at(o_tensor, place, const), i, call.length, out, out2, const)
 
@@ -158,7 +158,7 @@ def _num_rows(call, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_sums(LSE, num_rows, i, stop, MASKED: tl.constexpr, IS_SPLIT: tl.constexpr):
-    """lse and 1.0 of queries, or peak and 1 / total; past stop such that P = 0."""
+    """lse of queries, twice; or, where IS_SPLIT, peak and 1 / total. Past stop they make P = 0."""
     mask = i < stop
     lse = tl.load(LSE + i, mask=mask, other=float("inf")) if MASKED else tl.load(LSE + i)
     if IS_SPLIT:
