@@ -23,11 +23,11 @@ def test_all_are_within_limits():
 
 def test_what_is_beyond_a_limit_is_said():
     kernel = Kernel(86, "backward rows", "bfloat16", 64, 64, 8, 2, 128, "manhattan", 128, 255, 0, 1, 1)
-    (memory,) = triton_limits.faults(kernel, Taken(99 * 1024 + 1, 128, 0, 0.0))
+    (memory,) = triton_limits.faults(kernel, Taken(99 * 1024 + 1, 512, 128, 0, 0.0))
     assert memory.startswith("shared_memory 101377, of at most 101376: Kernel(capability=86, step='backward rows'")
-    registers, spills = triton_limits.faults(kernel, Taken(99 * 1024, 136, 999, 50.0))
+    registers, spills = triton_limits.faults(kernel, Taken(99 * 1024, 0, 136, 999, 50.0))
     assert registers.startswith("registers 136, of at most 128: ")
-    assert spills.startswith("percent_spills 50.0, of at most ")
+    assert spills.startswith("percent_spills 50.0, of at most 3: ")
 
 
 @pytest.mark.slow
