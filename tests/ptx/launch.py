@@ -15,7 +15,7 @@ from tests.ptx.kernel import Kernel
 from tests.ptx.machine import Machine
 from tests.ptx.memory import Array, Memory, Segment
 from tests.ptx.shared import UNFENCED_COPY
-from tests.ptx.triton_copy import use_copy
+from tests.ptx.triton_copy import adopt_new_modules, use_copy
 
 __all__ = ["Emulation", "KernelError"]
 
@@ -56,6 +56,7 @@ class Emulation:
 
         def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
             compiled = compile_or_run(kernel, *args, grid=grid, warmup=True, **options)
+            adopt_new_modules(monkeypatch)
             if not warmup:
                 self._launch(compiled, grid[0], args, options)
             return compiled

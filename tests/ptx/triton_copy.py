@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["use_copy"]
+__all__ = ["adopt_new_modules", "use_copy"]
 
 _KERNELS = "spatial_decay.ops.triton.kernels"
 
@@ -28,6 +28,14 @@ def use_copy(monkeypatch: pytest.MonkeyPatch, capability: int) -> Any:
         monkeypatch.setitem(sys.modules, name, module)
     copy["triton.runtime.driver"].driver.set_active(_NoGPU(capability))
     return copy["triton.runtime.jit"].JITFunction
+
+
+def adopt_new_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiling has imported belongs to the copy too, and goes with it."""
+    copy = _copy()
+    for name in set(_names()) - set(copy):
+        copy[name] = sys.modules.pop(name)
+        monkeypatch.setitem(sys.modules, name, copy[name])
 
 
 class _NoGPU:
