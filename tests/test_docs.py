@@ -100,8 +100,9 @@ def test_docstring_examples(name):
     assert [line for line in lines if len(line) > 80] == []  # they stand on the pages of the API
 
 
-def test_the_readme_has_its_two_commands():
+def test_the_readme_has_its_commands():
     readme = (ROOT / "README.md").read_text()
+    assert 'pip install ".[demo]" && python examples/photo.py' in readme
     assert 'pip install -e ".[demo]" && python examples/digits.py' in readme
     assert 'pip install -e ".[test]" && pytest' in readme
 
