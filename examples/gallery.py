@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
+from matplotlib import rc_context
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -108,6 +109,13 @@ def save(draw: Callable[[], Figure], name: str, output: Path) -> None:
         picture.save(output / f"gallery-{name}-{style}.png", optimize=True)
 
 
+def save_animation(draw: Callable[[], FuncAnimation], name: str, output: Path) -> None:
+    """Light and dark: gallery-NAME-light.gif and gallery-NAME-dark.gif."""
+    for style, page, ink in (("light", "white", "black"), ("dark", DARK, LIGHT)):
+        with rc_context({"figure.facecolor": page, "text.color": ink, "axes.edgecolor": ink}):
+            draw().save(output / f"gallery-{name}-{style}.gif", writer="pillow", dpi=72)
+
+
 def in_few_colours(picture: Image.Image) -> Image.Image:
     """A third of the bytes; dithered, so that a sky has no steps, on exactly the background that it had."""
     colours = picture.quantize(MAX_COLOURS, kmeans=3)
@@ -159,8 +167,8 @@ def draw_all(output: Path, *, steps: int, steps_of_kinds: int, num_frames: int) 
     models = [train([kind], photos, dim=64, num_heads=4, steps=steps_of_kinds) for kind in kinds]
     records = [viz.record(model, photos)[0] for model in models]
     save(lambda: viz.plot_kinds(records, photos, PETAL), "kinds", output)
-    animation: FuncAnimation = viz.animate_query(last, photos, loop(num_frames), image=TEMPLE, head=HEADS[1])
-    animation.save(output / "gallery-query.gif", writer="pillow", dpi=72)
+    path = loop(num_frames)
+    save_animation(lambda: viz.animate_query(last, photos, path, image=TEMPLE, head=HEADS[1]), "query", output)
     for name, value in viz.gate_statistics(layers).items():
         print(f"{name:32} {value:8.4f}")
 

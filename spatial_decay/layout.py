@@ -244,7 +244,7 @@ class Grid(Layout):
         return x[..., None, None]
 
     def keys(self, x: Tensor, *, row_multiple: int = 1) -> Tensor:
-        """(B, N, H * W) -> (B, N, 1, H, W), with lines of zeros added as `_extra` says."""
+        """(B, N, H * W) -> (B, N, 1, H, W), with zeros added to a multiple of row_multiple places, where few do it."""
         extra_rows, extra_columns = self._extra(row_multiple)
         x = x.unflatten(-1, self.size)[..., None, :, :]
         return F.pad(x, (0, extra_columns, 0, extra_rows)) if extra_rows or extra_columns else x

@@ -42,7 +42,7 @@ def swap_attention(
     backend: Backend = "auto",
     **unknown: Never,
 ) -> SwapReport:
-    """Put spatial decay into the attention of a model, in place; with gates it starts from the behaviour that it has.
+    """Put spatial decay into the attention of a model, in place. Kinds with gates change its outputs little at first.
 
     softmax(Q K^T / sqrt(d) + M_decay) V in place of softmax(Q K^T / sqrt(d)) V          (Mao et al. 2025, Eq. 10, 13)
 
@@ -192,7 +192,7 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
         Names of the attention modules that had a decay; none where hooks alone were left.
 
     Raises:
-        ValueError: there was neither.
+        ValueError: the model has no attention with decay, and no hooks.
     """
     check_is_model(model)
     taken = take_out(model)
