@@ -1,7 +1,7 @@
 """Draw the pictures of docs/gallery.md: every plot of spatial_decay.viz on two real photographs.
 
-    python examples/gallery.py                # docs/pictures/gallery-*, light and dark, some minutes on two CPU cores
-    python examples/gallery.py --output DIR   # somewhere else
+    python examples/gallery.py    # outputs/gallery-*, light and dark, some minutes on two CPU cores
+    python examples/gallery.py --output docs/pictures    # the page's own, anew
 
 A block for each kind of decay and a model of three blocks are trained to fill in masked patches of scikit-learn's two
 photographs: nothing is downloaded. Needs the extra [demo].
@@ -176,8 +176,7 @@ def draw_all(output: Path, *, steps: int, steps_of_kinds: int, num_frames: int) 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Draw the pictures of docs/gallery.md.")
-    folder = Path(__file__).parents[1] / "docs" / "pictures"
-    parser.add_argument("--output", type=Path, default=folder, help="new pictures for old (default: docs/pictures)")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: outputs)")
     parser.add_argument("--steps", type=int, default=120, help="of training the model (default: 120)")
     parser.add_argument("--steps-of-kinds", type=int, default=120, help="of training each kind (default: 120)")
     parser.add_argument("--frames", type=int, default=16, help="of the animation (default: 16)")
