@@ -1,7 +1,7 @@
 """Draw the pictures of docs/gallery.md: every plot of spatial_decay.viz on two real photographs.
 
-    python examples/gallery.py                # docs/pictures/gallery-*, light and dark, some minutes on two CPU cores
-    python examples/gallery.py --output DIR   # somewhere else
+    python examples/gallery.py    # outputs/gallery-*, light and dark, some minutes on two CPU cores
+    python examples/gallery.py --output docs/pictures    # the page's own, anew
 
 A block for each kind of decay and a model of three blocks are trained to fill in masked patches of scikit-learn's two
 photographs: nothing is downloaded. Needs the extra [demo].
@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
+from matplotlib import rc_context
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -108,6 +109,13 @@ def save(draw: Callable[[], Figure], name: str, output: Path) -> None:
         picture.save(output / f"gallery-{name}-{style}.png", optimize=True)
 
 
+def save_animation(draw: Callable[[], FuncAnimation], name: str, output: Path) -> None:
+    """Light and dark: gallery-NAME-light.gif and gallery-NAME-dark.gif."""
+    for style, page, ink in (("light", "white", "black"), ("dark", DARK, LIGHT)):
+        with rc_context({"figure.facecolor": page, "text.color": ink, "axes.edgecolor": ink}):
+            draw().save(output / f"gallery-{name}-{style}.gif", writer="pillow", dpi=72)
+
+
 def in_few_colours(picture: Image.Image) -> Image.Image:
     """A third of the bytes; dithered, so that a sky has no steps, on exactly the background that it had."""
     colours = picture.quantize(MAX_COLOURS, kmeans=3)
@@ -159,8 +167,8 @@ def draw_all(output: Path, *, steps: int, steps_of_kinds: int, num_frames: int) 
     models = [train([kind], photos, dim=64, num_heads=4, steps=steps_of_kinds) for kind in kinds]
     records = [viz.record(model, photos)[0] for model in models]
     save(lambda: viz.plot_kinds(records, photos, PETAL), "kinds", output)
-    animation: FuncAnimation = viz.animate_query(last, photos, loop(num_frames), image=TEMPLE, head=HEADS[1])
-    animation.save(output / "gallery-query.gif", writer="pillow", dpi=72)
+    path = loop(num_frames)
+    save_animation(lambda: viz.animate_query(last, photos, path, image=TEMPLE, head=HEADS[1]), "query", output)
     for name, value in viz.gate_statistics(layers).items():
         print(f"{name:32} {value:8.4f}")
 
@@ -168,8 +176,7 @@ def draw_all(output: Path, *, steps: int, steps_of_kinds: int, num_frames: int) 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Draw the pictures of docs/gallery.md.")
-    folder = Path(__file__).parents[1] / "docs" / "pictures"
-    parser.add_argument("--output", type=Path, default=folder, help="new pictures for old (default: docs/pictures)")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: outputs)")
     parser.add_argument("--steps", type=int, default=120, help="of training the model (default: 120)")
     parser.add_argument("--steps-of-kinds", type=int, default=120, help="of training each kind (default: 120)")
     parser.add_argument("--frames", type=int, default=16, help="of the animation (default: 16)")

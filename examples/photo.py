@@ -1,7 +1,7 @@
 """The README's picture: what a patch attends to with plain attention, with a fixed decay and with a learned one.
 
-    python examples/photo.py               # a minute on two CPU cores, into docs/pictures/photo-{light,dark}.png
-    python examples/photo.py --output .    # into another folder
+    python examples/photo.py    # a minute on two CPU cores, into outputs/photo-{light,dark}.png
+    python examples/photo.py --output docs/pictures    # the README's own, anew
 
 Three small blocks learn to fill in masked patches of the two photographs that come with scikit-learn: nothing is
 downloaded. Nothing tells their gates (SDT Eq. 5) what a sky, a temple or a flower is. Needs the extra [demo].
@@ -28,7 +28,6 @@ from tqdm import trange
 import spatial_decay as sd
 from spatial_decay import viz
 
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 SIZE = (240, 360)  # pixels
 PATCH = 8  # pixels
 ALPHA = 0.1  # Eq. 8
@@ -233,7 +232,7 @@ def save(figure: Figure, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", default="300", help="of training (default: 300)")
-    parser.add_argument("--output", type=Path, default=PICTURES, help="folder (default: docs/pictures)")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: outputs)")
     options = parser.parse_args(argv)
     if not options.steps.isdecimal() or int(options.steps) < 1:
         parser.error(f"argument --steps: must be a whole number >= 1: got {options.steps!r}")

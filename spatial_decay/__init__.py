@@ -8,7 +8,8 @@
 | `SDTH`, `sdt_h_*`, `SDTP`, `sdt_p_*`, `ViT`, `list_models`, `load_checkpoint` | backbones, and their weights |
 
 Modules: `kinds` (kinds of decay with their options), `decay` (what is added to the scores), `layers`, `models` (with
-the peers RMT and LocAtViT), `ops` (backends, attention_weights); and `integrations` and `viz`, imported when asked for.
+the peers RMT and LocAtViT), `ops` (backends, attention_weights), `swap` (register_attention, for attention classes of
+your own); and `integrations` and `viz`, imported when asked for.
 """
 
 from spatial_decay import decay, layers, models, ops

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
+from spatial_decay.values import in_words
+
 __all__ = ["Grid", "GridSize", "Layout", "LayoutLike", "Positions", "Steps"]
 
 GridSize: TypeAlias = Sequence[int]
@@ -242,7 +244,7 @@ class Grid(Layout):
         return x[..., None, None]
 
     def keys(self, x: Tensor, *, row_multiple: int = 1) -> Tensor:
-        """(B, N, H * W) -> (B, N, 1, H, W), with lines of zeros added as `_extra` says."""
+        """(B, N, H * W) -> (B, N, 1, H, W), with zeros added to a multiple of row_multiple places, where few do it."""
         extra_rows, extra_columns = self._extra(row_multiple)
         x = x.unflatten(-1, self.size)[..., None, :, :]
         return F.pad(x, (0, extra_columns, 0, extra_rows)) if extra_rows or extra_columns else x
@@ -279,7 +281,7 @@ class Grid(Layout):
         return (extra if 4 * extra <= self.height else 0), 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Positions(Layout):
     """A row and a column for each token, in any order; and which tokens lie nowhere.
 
@@ -327,6 +329,10 @@ class Positions(Layout):
 
     def __str__(self) -> str:
         return f"Positions of {self.num_tokens} tokens"
+
+    def __repr__(self) -> str:
+        known = "all lie somewhere" if self.has_position is None else "some lie nowhere"
+        return f"Positions(h and w: {in_words(self.h)}, {known})"
 
     @classmethod
     def of_subset(cls, indices: Tensor, grid: Grid) -> Self:

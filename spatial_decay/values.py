@@ -1,9 +1,9 @@
-"""Which tensors nobody traces, and whose values can be looked at: that must never wait for a GPU or stop a compiler."""
+"""What may be said of a tensor: its shape always, its values only where that neither waits for a GPU nor is traced."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["are_plain", "are_readable"]
+__all__ = ["are_plain", "are_readable", "in_words"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -33,3 +33,9 @@ def are_readable(*tensors: Tensor) -> bool:
     What is traced holds for all values, and what was seen of these would become part of it.
     """
     return are_plain(*tensors) and all(x.is_cpu for x in tensors)
+
+
+def in_words(x: Tensor) -> str:
+    """Its dtype, shape and device, for a repr that fits on a line: float32 (2, 3, 17) on cuda:0."""
+    device = "" if x.device.type == "cpu" else f" on {x.device}"
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{device}"

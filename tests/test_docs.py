@@ -100,10 +100,17 @@ def test_docstring_examples(name):
     assert [line for line in lines if len(line) > 80] == []  # they stand on the pages of the API
 
 
-def test_the_readme_has_its_two_commands():
+def test_the_readme_has_its_commands():
     readme = (ROOT / "README.md").read_text()
+    assert 'pip install -e ".[demo]" && python examples/photo.py' in readme
     assert 'pip install -e ".[demo]" && python examples/digits.py' in readme
     assert 'pip install -e ".[test]" && pytest' in readme
+
+
+def test_a_clone_is_installed_as_editable():
+    # Python that is started in the clone imports the clone's code, where only pip install -e compiles the kernel.
+    found = {name_of(page) for page in PAGES if re.search(r'pip install "?\.', page.read_text())}
+    assert found == {"performance/compile.md"}  # its table has both
 
 
 def test_pages_and_examples_that_are_named_are_there():

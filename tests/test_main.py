@@ -161,7 +161,8 @@ def test_demo_names_the_extra_that_is_missing(photo, folder, monkeypatch, capsys
         if name.partition(".")[0] == "matplotlib":
             monkeypatch.setitem(sys.modules, name, None)
     arguments = ["demo", str(photo), "--model", str(folder)]
-    assert_one_line(arguments, 'pip install "spatial-decay[viz]"', capsys)
+    error = assert_one_line(arguments, 'pip install "spatial-decay[viz]"', capsys)
+    assert error.count("pip install") == 1
 
 
 def assert_one_line(arguments, said, capsys, *others):
@@ -172,6 +173,7 @@ def assert_one_line(arguments, said, capsys, *others):
     assert error.count("\n") == 1
     for what in (said, *others):
         assert what in error
+    return error
 
 
 def test_demo_takes_grey_models_and_refuses_other_channels(photo, tmp_path, capsys):

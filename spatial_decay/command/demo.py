@@ -157,4 +157,6 @@ def _said_by_the_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise CommandError(f'{error.name or error} is missing: pip install "spatial-decay[{extra}]"') from error
+        # Our own modules name the extra themselves.
+        said = f'{error.name} is missing: pip install "spatial-decay[{extra}]"' if error.name else str(error)
+        raise CommandError(said) from error

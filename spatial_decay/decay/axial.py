@@ -14,7 +14,7 @@ from spatial_decay.layout import Grid, Layout
 __all__ = ["AxialDecay"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AxialDecay:
     """Attention over each row first, then over each column of the result (SDT Eq. 12, O = Attn_H(Attn_W V)).
 
@@ -30,6 +30,10 @@ class AxialDecay:
 
     def __post_init__(self) -> None:
         _checked(self.layout)
+
+    def __repr__(self) -> str:
+        kinds = {type(decay).__name__: None for decay in (self.rows, self.columns)}
+        return f"AxialDecay({' and '.join(kinds)} of rows and of columns, {self.layout})"
 
     @classmethod
     def from_gates(cls, gate_h: Tensor, gate_w: Tensor, layout: Layout) -> Self:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import fields
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
-from spatial_decay.values import are_readable
+from spatial_decay.values import are_readable, in_words
 
 __all__ = [
     "STRONGEST",
@@ -46,9 +47,22 @@ class PairwiseDecay(ABC):
     @property
     def numbers(self) -> Numbers:
         """The tensors (B, N, L), in the order of the fields."""
-        fields: dict[str, object] = self.__dataclass_fields__  # type: ignore[attr-defined]  # what decorators add
-        values = [getattr(self, name) for name in fields]
+        names: dict[str, object] = self.__dataclass_fields__  # type: ignore[attr-defined]  # what decorators add
+        values = [getattr(self, name) for name in names]
         return tuple([value for value in values if isinstance(value, Tensor)])
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__repr__" not in vars(cls):  # before dataclass gives it one with all the values
+            cls.__repr__ = PairwiseDecay.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
+        options = {name: values[name] for name in values if name not in (*tensors, "layout")}
+        said = [f"{', '.join(tensors)}: {in_words(self.numbers[0])}"] if tensors else []
+        said += [f"{name}={value}" for name, value in options.items() if value != getattr(type(self), name, None)]
+        return f"{type(self).__name__}({', '.join([*said, str(self.layout)])})"
 
     @abstractmethod
     def pairwise(self, query: Numbers, key: Numbers, *steps: Tensor) -> Tensor:

@@ -109,6 +109,9 @@ class _Pretrained(PyTorchModelHubMixin, Model, library_name="spatial-decay"):
             revision: Branch, tag or commit.
             overrides: In place of the config's values, for instance backend or num_classes (with strict=False).
 
+        Returns:
+            A model of this class.
+
         Raises:
             FileNotFoundError: a folder without config.json or model.safetensors.
             ValueError: a config.json that cannot be read or is another class's; a value in it that cannot be; config

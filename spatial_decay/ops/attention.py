@@ -35,7 +35,8 @@ def decay_attention(
         q: Queries, (B, N, L, d), floating point.
         k: Keys, same shape, dtype and device as q.
         v: Values, same shape, dtype and device as q.
-        decay: What is added to the scores, in nats: a ManhattanDecay, PathDecay or AxialDecay. None: nothing.
+        decay: What is added to the scores, in nats: a ManhattanDecay, PathDecay, GaussianDecay, AxialDecay
+            or one of your own. None: nothing.
         attn_mask: Added to the decay: bool (True = may attend) or floating point, broadcastable to (B, N, L, L).
             Values of at most -1e5, or of at most half of the lowest number of the mask's dtype, mean that a query may
             not attend; whatever else is finite is added as it is. A query that may attend to nothing gets zeros. An

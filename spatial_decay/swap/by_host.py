@@ -1,7 +1,6 @@
 """A swapped model from a folder of its own library, which has the gates among its weights, and not the keywords."""
 
 import functools
-import inspect
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast
@@ -9,6 +8,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from spatial_decay.swap.decayed import added_decays
+from spatial_decay.swap.options import keywords_of
 from spatial_decay.swap.swap import swap_attention
 
 __all__ = ["added_names", "load_by_host"]
@@ -35,7 +35,7 @@ def load_by_host(
     """
     if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
         raise TypeError(f"model_class must be the class of the model itself, such as ViTModel: got {model_class}.")
-    known = set(inspect.signature(swap_attention).parameters) - {"model"}
+    known = keywords_of(swap_attention)
     if unknown := set(swap) - known:
         raise ValueError(
             f"swap must hold keywords of swap_attention ({', '.join(sorted(known))}): got {', '.join(sorted(unknown))}."

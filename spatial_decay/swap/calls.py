@@ -20,10 +20,17 @@ __all__ = ["Calls"]
 
 
 class _Call:
-    """One forward pass through a patch embedding."""
+    """One forward pass through a patch embedding.
 
-    def __init__(self, layout: Layout, num_frames: int | None, again: Any | None) -> None:
-        self.layout, self.num_frames = layout, num_frames
+    Args:
+        layout: Where the tokens lie that go on from here.
+        num_frames: T, of a video.
+        again: The checkpoint that computes again, if one does.
+        whole: Where all patches of the image lie; None: the same.
+    """
+
+    def __init__(self, layout: Layout, num_frames: int | None, again: Any | None, whole: Layout | None = None) -> None:
+        self.layout, self.num_frames, self.whole = layout, num_frames, layout if whole is None else whole
         self.backward, self.again = running_backward(), None if again is None else weakref.ref(again)
 
     def is_of(self, again: Any | None) -> bool:
@@ -151,7 +158,14 @@ class Calls:
         """Of this call's patches only these are left, by number, (B, K), in this order."""
         slot, again = self._source()._thread.slot, _again()
         call = self._current(again)
-        slot.call = _Call(call.layout.subset(indices, self.num_unplaced_tokens), call.num_frames, again)
+        kept = call.layout.subset(indices, self.num_unplaced_tokens)
+        slot.call = _Call(kept, call.num_frames, again, call.whole)
+
+    def keep_all(self) -> None:
+        """All patches of this call's image go on again, in their first order: a decoder has put the others back."""
+        slot, again = self._source()._thread.slot, _again()
+        call = self._current(again)
+        slot.call = _Call(call.whole, call.num_frames, again)
 
     def num_patches(self) -> int:
         """How many patches the call that runs has."""

@@ -54,14 +54,16 @@ class AddedDecay(AttentionCore):
         options: dict[str, Any],
     ) -> None:
         super().__init__()
-        dim, num_heads, num_channels = host.dim(attn), host.num_heads(attn), host.num_channels(attn)
+        dim, num_heads, num_channels = host.width(attn), host.heads(attn), host.channels(attn)
         if gate_rank and num_channels != dim:
             raise ValueError(
                 f"gate_rank needs attention as wide as its tokens: got {num_channels} and {dim} in "
                 f"{type(attn).__name__}. Leave the output gate out."
             )
         calls.add_user(self)
-        self.calls, self.options, self.mask_name, self.stand_in = calls, options, host.mask_name, host.stand_in
+        self.calls, self.options, self.mask_name, self.stand_in = calls, options, host.mask, host.stand_in
+        self.of_class, self.other_forward = type(attn).__name__, host.forward
+        self.dim, self.num_channels = dim, num_channels
         self.is_over_space = is_over_space
         self.parameters_of_forward = parameters_of_forward(attn)
         self.decay = SpatialDecayMask(
@@ -73,6 +75,11 @@ class AddedDecay(AttentionCore):
         self.attention = _OwnSoftmax(backend) if decay.name == "none" else DecayAttention(backend)
         self.lpe = DepthwiseConv(num_channels, lpe_kernel_size) if lpe_kernel_size else None
         self.output_gate = OutputGate(num_channels, gate_rank) if gate_rank else None
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether it leaves the module as it is: kind `none`, without LPE and output gate."""
+        return self.decay.kind.name == "none" and self.lpe is None and self.output_gate is None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
@@ -94,8 +101,10 @@ class AddedDecay(AttentionCore):
         """F.scaled_dot_product_attention with the decay of these tokens, (B, N, L, d) in and out.
 
         Raises:
-            ValueError: causal attention, or attention to other tokens than those of the queries.
+            ValueError: causal attention, or attention to other tokens than those of the queries; or the module is not
+                what was registered of its class.
         """
+        self._check_answers(tokens, query, value)
         if is_causal or query.shape != key.shape:
             raise ValueError(
                 "decay needs attention of image tokens to each other: got "
@@ -115,6 +124,24 @@ class AddedDecay(AttentionCore):
         out = self.attend(query, key, value, decay, tokens, layout, **options)  # (B, L, N*d)
         out = out.roll(-num_suffix, 1) if num_suffix else out
         return rearrange(out, "b l (n d) -> b n l d", n=self.decay.num_heads)
+
+    def _check_answers(self, tokens: Tensor, query: Tensor, value: Tensor) -> None:
+        """What was registered of the class, against what comes."""
+        num_heads = self.decay.num_heads
+        if query.ndim != 4 or query.shape[1] != num_heads:
+            answer = f"heads={num_heads}"
+        elif tokens.ndim != 3 or tokens.shape[-1] != self.dim:
+            answer = f"width={self.dim}"
+        elif value.shape[-1] * num_heads != self.num_channels:
+            answer = f"channels={self.num_channels}"
+        else:
+            return
+        raise ValueError(
+            f"what is registered of {self.of_class} must fit its forward, with tokens (B, L, width) first, and queries "
+            f"(B, heads, L, d) and values of heads * d = channels: {answer} does not, got tokens "
+            f"{tuple(tokens.shape)}, queries {tuple(query.shape)} and values {tuple(value.shape)}. Register the class "
+            "again, see sd.swap.register_attention."
+        )
 
 
 def _rolled_mask(attn_mask: Tensor, num_suffix_tokens: int) -> Tensor:
@@ -153,6 +180,8 @@ class Decayed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module itself."""
         added = self.spatial_decay
+        if added.other_forward is not None:
+            return added.other_forward(self, *args, **kwargs)
         inputs = named(added.parameters_of_forward, args, kwargs)
         tokens, given = inputs[added.parameters_of_forward[0]], inputs.get(added.mask_name)
         inputs[added.mask_name] = mask = added.stand_in(self, tokens, given)
@@ -189,8 +218,9 @@ def put_back(model: nn.Module, taken: dict[str, AddedDecay]) -> None:
 
 
 def parameters_of_forward(module: nn.Module) -> tuple[str, ...]:
-    """The names of what a module's forward takes."""
-    return tuple(inspect.signature(module.forward).parameters)
+    """The names of what a module's forward takes; a last **kwargs is "**"."""
+    parameters = inspect.signature(module.forward).parameters
+    return tuple("**" if parameter.kind is parameter.VAR_KEYWORD else name for name, parameter in parameters.items())
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

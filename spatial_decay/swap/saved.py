@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from spatial_decay.folders import check_signed, reading, rivals, signed, weight_
 from spatial_decay.layers.kinds import KINDS, Kind, as_kind
 from spatial_decay.swap.by_host import added_names, load_by_host
 from spatial_decay.swap.decayed import AddedDecay, added_decays
+from spatial_decay.swap.options import keywords_of
 from spatial_decay.swap.swap import able_to_swap, restore_attention, swap_attention
 
 __all__ = ["load_swapped", "save_swapped"]
@@ -195,7 +195,7 @@ def _options_of_swap(file: Path) -> dict[str, Any]:
             f"{file.parent} must be a folder of save_swapped: it has no {file.name}. Where the model's own library has "
             'written it after the swap, pass the keywords of the swap, such as swap={"decay": "full"}. ' + _BY_HAND
         )
-    expected = set(inspect.signature(swap_attention).parameters) - {"model"}
+    expected = keywords_of(swap_attention)
     try:
         found = json.loads(file.read_text())
         if not isinstance(found, dict) or set(found) - _SIGNATURE != expected:

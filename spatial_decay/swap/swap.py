@@ -2,40 +2,31 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from typing_extensions import Never
 
-from spatial_decay.layers.kinds import DecayLike, Kind, as_kind
+from spatial_decay.layers.kinds import DecayLike, as_kind
 from spatial_decay.ops import Backend
 from spatial_decay.ops.choice import check_backend
 from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.decayed import AddedDecay, added_decays, parameters_of_forward, put_back, take_out
 from spatial_decay.swap.hooks import check_no_hooks_are_needed, install_hooks, remove_hooks
 from spatial_decay.swap.hosts.base import Host, PatchEmbed
-from spatial_decay.swap.hosts.table import host_of, looks_like_attention, patch_embeds_of
+from spatial_decay.swap.hosts.register import host_of
+from spatial_decay.swap.hosts.table import looks_like_attention, patch_embeds_of
+from spatial_decay.swap.options import (
+    check_is_model,
+    check_known,
+    check_whole_number,
+    checked_layers,
+    did_you_mean,
+    keywords_of,
+)
+from spatial_decay.swap.report import SwappedModule, SwapReport, reasons
 
-__all__ = ["SwapReport", "able_to_swap", "restore_attention", "swap_attention"]
-
-
-@dataclass(frozen=True)
-class SwapReport:
-    """What swap_attention did.
-
-    Args:
-        kind: How features become a decay, with every option.
-        replaced: Names of the attention modules that have it now, in the order of the model.
-        left: Names of the other attention modules, and why each was left as it was.
-    """
-
-    kind: Kind
-    replaced: tuple[str, ...]
-    left: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"decay {self.kind.name!r} in {len(self.replaced)} attention modules: {', '.join(self.replaced)}"]
-        return "\n".join(lines + [f"left as it was: {name}, because {reason}" for name, reason in self.left.items()])
+__all__ = ["able_to_swap", "restore_attention", "swap_attention"]
 
 
 def swap_attention(
@@ -46,19 +37,22 @@ def swap_attention(
     gate_rank: int = 0,
     layers: Sequence[int] | None = None,
     num_prefix_tokens: int | None = None,
-    num_suffix_tokens: int = 0,
+    num_suffix_tokens: int | None = None,
     patch_embed: str | None = None,
     backend: Backend = "auto",
+    **unknown: Never,
 ) -> SwapReport:
-    """Put spatial decay into the attention of a model, in place; with gates it starts from the behaviour that it has.
+    """Put spatial decay into the attention of a model, in place. Kinds with gates change its outputs little at first.
 
     softmax(Q K^T / sqrt(d) + M_decay) V in place of softmax(Q K^T / sqrt(d)) V          (Mao et al. 2025, Eq. 10, 13)
 
-    For timm (VisionTransformer, Eva, rope-ViT, DINOv3, NaFlexVit), transformers (ViT, DeiT, DINOv2, DINOv3), diffusers
-    (DiTTransformer2DModel, PixArt's self-attention) and other models that are made of their attention modules, such as
-    facebookresearch/DiT. Each module keeps its weights and their names, its class as a base class, and its own forward,
-    in which F.scaled_dot_product_attention gets the decay; new is its submodule `spatial_decay`. The grid of a call is
-    read from what the patch embedding gives for its images, of any size.
+    For timm (VisionTransformer, Eva, rope-ViT, DINOv3, NaFlexVit), transformers (ViT and its copies, DINOv2, DINOv3,
+    the image towers of CLIP and SigLIP, BEiT, Data2VecVision, ViTMAE, DPT, YOLOS), diffusers (DiTTransformer2DModel,
+    PixArt's self-attention), torchvision's VisionTransformer, and other models that are made of their attention
+    modules, such as facebookresearch/DiT; for a class of your own see register_attention. Each module keeps its weights
+    and their names, its class as a base class, and its own forward, in which F.scaled_dot_product_attention gets the
+    decay; new is its submodule `spatial_decay`. The grid of a call is read from what the patch embedding gives for its
+    images, of any size.
 
     Args:
         model: Changed in place. Swap before torch.compile, before wrapping it for several processes, and before making
@@ -72,9 +66,11 @@ def swap_attention(
         layers: Which of the attention modules that can take a decay, by number in the order of the model, negative
             from the end. None: all.
         num_prefix_tokens: P, class and register tokens, first in the sequence. None: what the model says, or none.
-        num_suffix_tokens: S, prompts, registers or text, last in the sequence. They have no position either.
+        num_suffix_tokens: S, prompts, registers or text, last in the sequence. They have no position either. None: what
+            the model says (the detection tokens of YOLOS), or none.
         patch_embed: Name of the module whose output (B, D, H, W) has the grid, where it is not found by itself.
         backend: As in decay_attention; for kind `none` only "auto", it keeps the model's own softmax.
+        unknown: No more: what is misspelt is an error that says what was meant.
 
     Returns:
         What was replaced, and what was left and why; print it.
@@ -90,17 +86,23 @@ def swap_attention(
         >>> len(report.replaced)
         12
     """
+    check_is_model(model)
+    check_known(unknown, keywords_of(swap_attention))
     check_backend(backend)
+    layers = checked_layers(layers)
     kind = as_kind(decay)
     kind = kind.resolved(**kind.quiet)
     if kind.name == "none" and backend != "auto":
         raise ValueError(
             f"kind 'none' keeps the model's own softmax, so that backend must be 'auto': got {backend!r}. Leave it out."
         )
-    if isinstance(num_suffix_tokens, bool) or not isinstance(num_suffix_tokens, int) or num_suffix_tokens < 0:
-        raise ValueError(
-            f"num_suffix_tokens must be a whole number >= 0: got {num_suffix_tokens!r}. Leave it out for none."
-        )
+    for option, number in {
+        "num_prefix_tokens": num_prefix_tokens,
+        "num_suffix_tokens": num_suffix_tokens,
+        "lpe_kernel_size": lpe_kernel_size,
+        "gate_rank": gate_rank,
+    }.items():
+        check_whole_number(option, number)
     _check_not_wrapped(model)
     if added_decays(model):
         raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")
@@ -111,14 +113,15 @@ def swap_attention(
     if not chosen:
         raise ValueError(
             "the model must have an attention module that can take a decay: found none"
-            + "".join(f"\n  {name}: {reason}" for name, reason in left.items())
-            + "\nFor attention of your own, add SpatialDecayMask or decay_attention to its code."
+            + "".join(f"\n  {names}: {reason}" for reason, names in reasons(left).items())
+            + "\nFor attention of your own: teach swap_attention its class (sd.swap.register_attention), or add "
+            "SpatialDecayMask or decay_attention to its code."
         )
     options: dict[str, Any] = {
         "decay": kind.config,
         "lpe_kernel_size": lpe_kernel_size,
         "gate_rank": gate_rank,
-        "layers": None if layers is None else list(layers),
+        "layers": layers,
         "num_prefix_tokens": num_prefix_tokens,
         "num_suffix_tokens": num_suffix_tokens,
         "patch_embed": patch_embed,
@@ -128,12 +131,17 @@ def swap_attention(
     modules, calls_of, added = dict(model.named_modules()), dict[str, Calls](), dict[str, AddedDecay]()
     for name in chosen:
         host, embed = able[name]
-        prefix = _num_prefix_tokens(model, name, host, num_prefix_tokens)
-        calls = calls_of.setdefault(embed.name, Calls(prefix, num_suffix_tokens))
-        if calls.num_prefix_tokens != prefix:
+        around = (
+            _num_prefix_tokens(model, name, host, num_prefix_tokens),
+            (host.num_suffix_tokens(modules[name]) or 0) if num_suffix_tokens is None else num_suffix_tokens,
+        )
+        calls = calls_of.setdefault(embed.name, Calls(*around))
+        before = (calls.num_prefix_tokens, calls.num_suffix_tokens)
+        if before != around:
             raise ValueError(
-                f"attention behind one patch embedding must agree on its prefix tokens: got {prefix} in {name} and "
-                f"{calls.num_prefix_tokens} before it. Pass num_prefix_tokens."
+                "attention behind one patch embedding must agree on its prefix and suffix tokens: got "
+                f"{around[0]} and {around[1]} in {name}, and {before[0]} and {before[1]} before it. Pass "
+                "num_prefix_tokens and num_suffix_tokens."
             )
         added[name] = AddedDecay(
             modules[name],
@@ -159,7 +167,17 @@ def swap_attention(
     for embed in {able[name][1].name: able[name][1] for name in chosen}.values():
         behind = [name for name in chosen if able[name][1].name == embed.name]
         install_hooks(model, embed, behind, calls_of[embed.name])
-    return SwapReport(kind, tuple(chosen), left)
+    modules_swapped = [
+        SwappedModule(
+            name,
+            new.of_class,
+            new.decay.num_heads,
+            sum(weight.numel() for weight in new.parameters()),
+            able[name][1].name,
+        )
+        for name, new in added.items()
+    ]
+    return SwapReport(kind, tuple(modules_swapped), left)
 
 
 def restore_attention(model: nn.Module) -> tuple[str, ...]:
@@ -174,8 +192,9 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
         Names of the attention modules that had a decay; none where hooks alone were left.
 
     Raises:
-        ValueError: there was neither.
+        ValueError: the model has no attention with decay, and no hooks.
     """
+    check_is_model(model)
     taken = take_out(model)
     for added in taken.values():
         for part in added.modules():  # PEFT keeps it and copies of it in a module of its own
@@ -195,8 +214,10 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
     """Attention modules that can take a decay, with the patch embedding before each; and why the others cannot."""
     able, left, embeds = dict[str, tuple[Host, PatchEmbed]](), dict[str, str](), _patch_embeds(model, patch_embed)
     inside: list[str] = []
-    for name, module in model.named_modules():
-        host = host_of(module)
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        above, _, leaf = name.rpartition(".")
+        host = host_of(module, modules[above] if name else None, leaf)
         if host is None:
             is_part = any(name.startswith(f"{outer}.") for outer in inside)
             if looks_like_attention(module) and not is_part:
@@ -208,8 +229,8 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
             left[name] = _OVER_TIME
         elif "forward" in vars(module):
             left[name] = "its forward has been replaced on this very module (by hooks of accelerate?)"
-        elif host.mask_name not in parameters_of_forward(module):
-            left[name] = f"its forward takes no {host.mask_name}; a newer version of its library does"
+        elif host.forward is None and not {host.mask, "**"}.intersection(parameters_of_forward(module)):
+            left[name] = f"its forward takes no {host.mask}; a newer version of its library does"
         elif reason := _reason_against(host, module):
             left[name] = reason
         elif not nearest:
@@ -246,8 +267,7 @@ def _check_not_wrapped(model: nn.Module) -> None:
 
 def _reason_against(host: Host, module: nn.Module) -> str:
     try:
-        host.num_heads(module), host.dim(module), host.num_channels(module)
-        return host.reason_against(module)
+        return str(host.answers(module)["reason_against"])
     except AttributeError as error:  # projections that another library has wrapped
         return f"it is not built as its class is: {error}"
 
@@ -257,7 +277,10 @@ def _patch_embeds(model: nn.Module, name: str | None) -> list[PatchEmbed]:
         return patch_embeds_of(model)
     modules = dict(model.named_modules())
     if name not in modules:
-        raise ValueError(f"patch_embed must be the name of a module of the model: got {name!r}.")
+        said = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise ValueError(
+            f"patch_embed must be the name of a module of the model: got {said}.{did_you_mean(name, modules)}"
+        )
     return [PatchEmbed(name, modules[name])]
 
 

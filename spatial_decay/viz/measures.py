@@ -68,10 +68,10 @@ def gate_statistics(layers: Sequence[LayerRecord]) -> dict[str, float]:
         layers: From record.
 
     Returns:
-        Layer/gate/statistic -> value, in nats per grid step: `mean`; `min` and `max` over images, heads and tokens;
-        `std_tokens`, how much the tokens of an image differ, which is what content decides; `std_heads`, how much the
-        means of the heads differ. Empty for kinds without gates. Where a layer was called more than once, its name has
-        the number of the call behind it: "blocks.0.attn#2".
+        "layer/gate/statistic" -> value, in nats per grid step. `mean`, `min` and `max` are over images, heads and
+        tokens. `std_tokens` says how much the tokens of an image differ, which is what content decides; `std_heads`
+        says how much the means of the heads differ. Empty for kinds without gates. Where a layer was called more than
+        once, its name has the number of the call behind it, as in "blocks.0.attn#2".
 
     Examples:
         >>> from spatial_decay.viz import record

@@ -18,11 +18,12 @@ from spatial_decay.ops import attention_weights
 from spatial_decay.ops.attn_mask import added_by, checked_mask
 from spatial_decay.precision import at_least_float32, autocast_disabled
 from spatial_decay.swap.decayed import added_decays
+from spatial_decay.values import in_words
 
 __all__ = ["LayerRecord", "record"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerRecord:
     """What one attention was given in one call, and the maps that follow from it, computed when they are asked for.
 
@@ -50,6 +51,10 @@ class LayerRecord:
     attn_mask: Tensor | None
     scale: float | None
     gate_outputs: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        height, width = self.layout.size
+        return f"LayerRecord({self.name!r}, {self.kind.name!r}, {height} x {width} patches, q: {in_words(self.q)})"
 
     def gates(self) -> dict[str, Tensor]:
         """G of each gate of the kind, by name: (B, N, H, W), <= 0, nats per grid step. Empty for kinds without one.

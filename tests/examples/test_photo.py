@@ -1,12 +1,15 @@
 """The example that draws the README's picture: its maps, its command line, and the picture itself, made anew."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from examples import photo
+
+PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_main_makes_the_pictures_of_the_readme_anew(tmp_path, monkeypatch):
     assert [path.name for path in pictures] == ["photo-dark.png", "photo-light.png"]
     for path in pictures:
         assert path.stat().st_size < 300_000
-        with Image.open(path) as new, Image.open(photo.PICTURES / path.name) as committed:
+        with Image.open(path) as new, Image.open(PICTURES / path.name) as committed:
             assert new.size == committed.size
     for view in seen:  # the gates tell the parts of the photograph apart
         low, high = view.half.quantile(torch.tensor([0.1, 0.9]))

@@ -14,6 +14,7 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchvision.models.vision_transformer import VisionTransformer
 
 from spatial_decay import kinds
 from tests import references
@@ -42,6 +43,9 @@ class HostModel:
     patch_size: int = 16
     sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96))  # the first is what it is built for
     left: tuple[str, ...] = field(default=())
+    num_suffix_tokens: int = 0
+    is_copy: bool = False  # another row has the same code: what does not depend on the class is slow
+    kept: Callable[[tuple[int, int]], torch.Tensor] | None = None  # numbers of the patches of a grid that go on, (B, K)
 
     def __str__(self) -> str:
         return self.name
@@ -84,22 +88,31 @@ def pickled(model: nn.Module) -> nn.Module:
 
 
 class InFloat64(TorchFunctionMode):
-    """Attention written out in float64, with these masks added; it knows nothing of swap_attention."""
+    """Attention written out in float64, with these masks added to its own; it knows nothing of swap_attention."""
 
     def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()
         self.mask = mask
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.multi_head_attention_forward:  # of nn.MultiheadAttention, which would hide its softmax
+            return func(*args, **kwargs | {"attn_mask": self.mask.flatten(0, 1).float()})
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = (x.double() for x in (*args, *(kwargs or {}).values())[:3])
         scale = (kwargs or {}).get("scale") or q.shape[-1] ** -0.5
-        return (torch.softmax(scale * q @ k.mT + self.mask, -1) @ v).to(torch.float32)
+        own = (kwargs or {}).get("attn_mask")  # BEiT's bias
+        mask = self.mask if own is None else self.mask + own.double()
+        return (torch.softmax(scale * q @ k.mT + mask, -1) @ v).to(torch.float32)
 
 
-def full_masks(gate: nn.Module, patches: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Eq. 4-9 as loops for patches (B, H * W, D) and a gate with a bias, (B, N, H * W, H * W)."""
+def full_masks(
+    gate: nn.Module, patches: torch.Tensor, size: tuple[int, int], kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Eq. 4-9 as loops for patches (B, K, D), all of a grid or those kept, and a gate with a bias, (B, N, K, K)."""
+    if kept is not None:  # the others add nothing to these
+        whole = patches.new_zeros(len(patches), size[0] * size[1], patches.shape[-1])
+        patches = whole.scatter(1, kept[..., None].expand_as(patches), patches)
     masks = []
     for image in patches.tolist():
         of_heads = []
@@ -107,7 +120,10 @@ def full_masks(gate: nn.Module, patches: torch.Tensor, size: tuple[int, int]) ->
             logits = [sum(a * b for a, b in zip(token, weight, strict=True)) + bias for token in image]
             of_heads.append(references.full([references.log_sigmoid(z) for z in logits], *size))
         masks.append(of_heads)
-    return torch.tensor(masks, dtype=torch.float64)
+    found = torch.tensor(masks, dtype=torch.float64)
+    if kept is None:
+        return found
+    return torch.stack([mask[:, numbers][:, :, numbers] for mask, numbers in zip(found, kept, strict=True)])
 
 
 class OwnDiT(nn.Module):
@@ -151,12 +167,29 @@ def _timm(name: str, num_prefix_tokens: int, **options: Any) -> HostModel:
 
 def _transformers(name: str, num_prefix_tokens: int, model: str, config: str, **options: Any) -> HostModel:
     run = options.pop("run", {})
+    more = {key: options.pop(key) for key in ("left", "num_suffix_tokens", "is_copy") if key in options}
     return HostModel(
         f"transformers {name}",
         lambda: getattr(transformers, model)(getattr(transformers, config)(**HF | options)),
         lambda host, x: host(x, **run).last_hidden_state,
         num_prefix_tokens,
+        **more,
     )
+
+
+def _noise(num_patches: int) -> torch.Tensor:
+    """Of MAE, for two images: the patches with the least go on."""
+    return (torch.arange(2 * num_patches).view(2, -1) * 0.618).frac()
+
+
+def _kept(grid: tuple[int, int]) -> torch.Tensor:
+    num_patches = grid[0] * grid[1]
+    return _noise(num_patches).argsort(1)[:, : num_patches // 2]
+
+
+def _mae(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    noise = _noise(x.shape[-2] * x.shape[-1] // 256)
+    return model(x, noise=noise, interpolate_pos_encoding=True).last_hidden_state
 
 
 def _dit(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -180,6 +213,8 @@ _DIFFUSERS: dict[str, Any] = {
     "patch_size": 2,
 }
 _RESIZED = {"interpolate_pos_encoding": True}
+_BIASED = {"use_absolute_position_embeddings": True, "use_relative_position_bias": True}
+_BIASED |= {"use_shared_relative_position_bias": True}
 
 HOSTS = [
     _timm("vit_tiny_patch16_224", 1, img_size=64, dynamic_img_size=True),
@@ -196,6 +231,38 @@ HOSTS = [
         "DINOv2 with registers", 5, "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=4
     ),
     _transformers("DINOv3", 5, "DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4),
+    _transformers("CLIP", 1, "CLIPVisionModel", "CLIPVisionConfig", run=_RESIZED),
+    _transformers(
+        "SigLIP", 0, "SiglipVisionModel", "SiglipVisionConfig", is_copy=True, run=_RESIZED, left=("head.attention",)
+    ),
+    HostModel(
+        "transformers ViTMAE",
+        lambda: transformers.ViTMAEModel(transformers.ViTMAEConfig(**HF, mask_ratio=0.5)),
+        _mae,
+        1,
+        kept=_kept,
+    ),
+    _transformers("BEiT", 1, "BeitModel", "BeitConfig", **_BIASED),
+    _transformers("Data2VecVision", 1, "Data2VecVisionModel", "Data2VecVisionConfig", **_BIASED),
+    _transformers("DPT", 1, "DPTModel", "DPTConfig", is_copy=True),
+    _transformers(
+        "YOLOS",
+        1,
+        "YolosModel",
+        "YolosConfig",
+        num_suffix_tokens=4,
+        num_detection_tokens=4,
+        image_size=[64, 64],
+    ),
+    _transformers("ViTMSN", 1, "ViTMSNModel", "ViTMSNConfig", is_copy=True, run=_RESIZED),
+    _transformers("I-JEPA", 0, "IJepaModel", "IJepaConfig", is_copy=True, run=_RESIZED),
+    HostModel(
+        "torchvision ViT",
+        lambda: VisionTransformer(64, 16, num_layers=2, num_heads=4, hidden_dim=48, mlp_dim=96),
+        lambda model, x: model(x),
+        1,
+        sizes=((64, 64),),  # it takes no other
+    ),
     HostModel(
         "diffusers DiT",
         lambda: diffusers.DiTTransformer2DModel(num_embeds_ada_norm=10, **_DIFFUSERS),

@@ -34,9 +34,11 @@ def test_the_report_names_all_and_why():
     assert report.replaced == ("blocks.0.attn", "blocks.3.attn")
     assert report.left == {"blocks.1.attn": "it is not in layers", "blocks.2.attn": "it is not in layers"}
     assert str(report).splitlines() == [
-        "decay 'fixed' in 2 attention modules: blocks.0.attn, blocks.3.attn",
-        "left as it was: blocks.1.attn, because it is not in layers",
-        "left as it was: blocks.2.attn, because it is not in layers",
+        "decay 'fixed' in 2 attention modules, 0 new parameters",
+        "attention        class      heads  new parameters  grid from",
+        "blocks.0,3.attn  Attention      3           2 x 0  patch_embed.proj",
+        "left as it was: blocks.1-2.attn, because it is not in layers",
+        "next: fine-tune; the outputs have changed, and no weight is new",
     ]
     assert isinstance(model.blocks[0].attn, timm.layers.Attention)
     assert not any("spatial_decay" in name for name, _ in model.blocks[1].named_parameters())
@@ -378,7 +380,7 @@ class TwoStems(nn.Module):
         (vit, {"decay": sd.kinds.Fixed(initial_value=-1.0)}, "needs initial_value"),
         (vit, {"decay": "decomposed"}, "belong to no row or column"),
         (vit, {"layers": [2]}, "2 attention modules, 0 to 1 or negative: got"),
-        (vit, {"layers": []}, "it is not in layers"),
+        (vit, {"layers": []}, "one or more: got none. Leave it out for all"),
         (vit, {"patch_embed": "stem"}, "must be the name of a module of the model: got 'stem'"),
         (vit, {"backend": "fast"}, "backend must be 'auto' or one of"),
         (vit, {"decay": "none", "backend": "triton"}, "'none' keeps the model's own softmax.*'auto': got 'triton'"),

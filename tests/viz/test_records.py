@@ -334,3 +334,10 @@ def test_a_part_that_is_not_there(chosen):
     model, images = make("full")
     with pytest.raises(ValueError, match=r"of first.attn must be numbers from 0 to 1, one or more: got"):
         viz.record(model, images)[0].select(*chosen)
+
+
+def test_its_repr_fits_on_a_line():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=48, num_heads=3, img_size=64)
+    swap_attention(model)
+    (layer,) = viz.record(model, torch.randn(1, 3, 64, 64))
+    assert repr(layer) == "LayerRecord('blocks.0.attn', 'full', 4 x 4 patches, q: float32 (1, 3, 17, 16))"

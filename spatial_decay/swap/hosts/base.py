@@ -15,26 +15,52 @@ __all__ = ["Host", "Library", "PatchEmbed", "ReadLayout", "Removable", "class_na
 
 @dataclass(frozen=True)
 class Host:
-    """A class of attention modules that can take a decay. All but mask_name is asked of a module of the class.
+    """A class of attention modules that can take a decay, as register_attention has it, with every answer.
 
-    Args:
-        num_heads: N.
-        dim: D, width of its tokens.
-        num_channels: N * d, width of its values.
-        mask_name: Keyword of forward that goes to F.scaled_dot_product_attention as attn_mask.
-        stand_in: What goes there in its place.
-        reason_against: Why this one cannot; empty where it can.
-        num_prefix_tokens: P of its model where the module knows; None where the model itself does.
+    All but mask, stand_in and forward are asked of a module of the class.
     """
 
-    num_heads: Callable[[Any], int]
-    dim: Callable[[Any], int]
-    num_channels: Callable[[Any], int]
-    mask_name: str
+    heads: Callable[[Any], int]
+    width: Callable[[Any], int]
+    channels: Callable[[Any], int]
+    mask: str
     stand_in: type[StandIn]
     reason_against: Callable[[Any], str]
     num_prefix_tokens: Callable[[Any], int | None]
+    num_suffix_tokens: Callable[[Any], int | None]
+    forward: Callable[..., Any] | None
 
+    def answers(self, attn: nn.Module) -> dict[str, Any]:
+        """What the functions say of a module, by name, each checked.
+
+        Raises:
+            AttributeError: the module is not built as its class is, such as one whose projections another library has
+                wrapped.
+            TypeError, ValueError: an answer that cannot be.
+        """
+        found: dict[str, Any] = {}
+        for name in ("heads", "width", "channels", "num_prefix_tokens", "num_suffix_tokens", "reason_against"):
+            try:
+                found[name] = answer = getattr(self, name)(attn)
+            except AttributeError as error:
+                raise AttributeError(f"{name} cannot be asked of it ({error})") from error
+            least, is_optional = (0, True) if name.startswith("num_") else (1, False)
+            if name == "reason_against":
+                fits, needed = isinstance(answer, str), "a string, empty where there is none"
+            else:
+                is_whole = isinstance(answer, int) and not isinstance(answer, bool) and answer >= least
+                fits, needed = is_whole or (is_optional and answer is None), f"a whole number >= {least}"
+            if not fits:
+                raise TypeError(f"{name} of {type(attn).__name__} must give {needed}: got {answer!r}. {_REGISTER}")
+        if found["channels"] % found["heads"]:
+            raise ValueError(
+                f"channels of {type(attn).__name__} must be a multiple of its heads: got {found['channels']} and "
+                f"{found['heads']}. {_REGISTER}"
+            )
+        return found
+
+
+_REGISTER = "Register the class with the right function, see sd.swap.register_attention."
 
 ReadLayout: TypeAlias = Callable[[Sequence[Any], dict[str, Any], Any, int], tuple[Layout, Tensor]]
 """Arguments, keywords and output of a patch embedding, and how many tokens lie nowhere (first in the layout) ->
@@ -69,17 +95,15 @@ class Removable(Protocol):
 
 @dataclass(frozen=True)
 class Library:
-    """A library of models, everything under the full name of a class, module and all.
+    """What a library of models has around its attention, under the full name of a class, module and all.
 
     Args:
-        attention: Attention modules, subclasses as well.
         patch_embeds: How the layout is read of those patch embeddings that are more than a convolution, subclasses as
             well. Convolutions are found without being named here.
-        dropouts: Of modules that leave patch tokens out, exactly of these classes: make one tell the Calls that it is
-            given which tokens it keeps, and return what undoes that.
+        dropouts: Of modules that leave patch tokens out or bring them back, exactly of these classes: make one tell the
+            Calls that it is given which tokens go on, and return what undoes that.
     """
 
-    attention: Mapping[str, Host]
     patch_embeds: Mapping[str, ReadLayout] = field(default_factory=dict)
     dropouts: Mapping[str, Callable[[nn.Module, Calls], Sequence[Removable]]] = field(default_factory=dict)
 

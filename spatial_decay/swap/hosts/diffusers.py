@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Self
 
-from spatial_decay.swap.hosts.base import Host, Library
+from spatial_decay.swap.hosts.base import Library
+from spatial_decay.swap.hosts.register import register_attention
 from spatial_decay.swap.stand_in import StandIn
 
 __all__ = ["LIBRARY"]
@@ -43,16 +44,15 @@ def _reason_against(attn: Any) -> str:
     return "" if processor == "AttnProcessor2_0" else f"its processor is {processor} (needs AttnProcessor2_0)"
 
 
-LIBRARY = Library(
-    attention={
-        "diffusers.models.attention_processor.Attention": Host(
-            num_heads=lambda attn: attn.heads,
-            dim=lambda attn: attn.to_q.in_features,
-            num_channels=lambda attn: attn.to_v.out_features,
-            mask_name="attention_mask",
-            stand_in=_Mask,
-            reason_against=_reason_against,
-            num_prefix_tokens=lambda _: 0,
-        )
-    },
+register_attention(
+    "diffusers.models.attention_processor.Attention",
+    heads=lambda attn: attn.heads,
+    width=lambda attn: attn.to_q.in_features,
+    channels=lambda attn: attn.to_v.out_features,
+    mask="attention_mask",
+    reason_against=_reason_against,
+    num_prefix_tokens=lambda _: 0,
+    stand_in=_Mask,
 )
+
+LIBRARY = Library()

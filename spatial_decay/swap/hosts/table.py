@@ -1,4 +1,4 @@
-"""The table of host libraries, none of which is imported; and what of them is in a model."""
+"""The host libraries, none of which is imported; and what of them is in a model."""
 
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
@@ -6,24 +6,18 @@ from typing import TypeVar
 from torch import nn
 
 from spatial_decay.swap.calls import Calls
-from spatial_decay.swap.hosts import diffusers, timm, transformers
-from spatial_decay.swap.hosts.base import Host, PatchEmbed, Removable, class_names
+from spatial_decay.swap.hosts import diffusers, timm, torchvision, transformers
+from spatial_decay.swap.hosts.base import PatchEmbed, Removable, class_names
 
-__all__ = ["LIBRARIES", "hook_dropouts", "host_of", "looks_like_attention", "patch_embeds_of"]
+__all__ = ["LIBRARIES", "hook_dropouts", "looks_like_attention", "patch_embeds_of"]
 
-LIBRARIES = (timm.LIBRARY, transformers.LIBRARY, diffusers.LIBRARY)
-"""A new library adds its file and its name here."""
+LIBRARIES = (timm.LIBRARY, transformers.LIBRARY, diffusers.LIBRARY, torchvision.LIBRARY)
+"""A new library adds its file, which registers its attention as it is imported, and its name here."""
 
-_ATTENTION = {name: host for library in LIBRARIES for name, host in library.attention.items()}
 _PATCH_EMBEDS = {name: read for library in LIBRARIES for name, read in library.patch_embeds.items()}
 _DROPOUTS = {name: hook for library in LIBRARIES for name, hook in library.dropouts.items()}
 
 _Row = TypeVar("_Row")
-
-
-def host_of(module: nn.Module) -> Host | None:
-    """The entry of the module's class or of one that it derives from."""
-    return _row_of(module, _ATTENTION)
 
 
 def looks_like_attention(module: nn.Module) -> bool:
@@ -34,20 +28,25 @@ def looks_like_attention(module: nn.Module) -> bool:
 def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
     """All there are: modules known by name; without any, convolutions whose stride is their kernel."""
     found, modules = [], dict(model.named_modules())
+    convolutions = dict[str, nn.Conv2d]()  # by the name of what PEFT has wrapped around one
+    for name, module in modules.items():
+        convolution = getattr(module, "base_layer", module)
+        if isinstance(convolution, nn.Conv2d) and not any(name.startswith(f"{outer}.") for outer in convolutions):
+            convolutions[name] = convolution
     for name, module in modules.items():
         above, _, leaf = name.rpartition(".")
         parent = modules.get(above)
         if read := _row_of(module, _PATCH_EMBEDS):
             found.append(PatchEmbed(name, module, read))
         is_named = ("Embed" in type(parent).__name__ and leaf in ("proj", "projection")) or leaf in _USUAL_NAMES
-        if isinstance(module, nn.Conv2d) and is_named and not _row_of(parent, _PATCH_EMBEDS):
+        if name in convolutions and is_named and not _row_of(parent, _PATCH_EMBEDS):
             found.append(PatchEmbed(name, module))
     if found:
         return found
     return [
-        PatchEmbed(name, module)
-        for name, module in modules.items()
-        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.kernel_size == module.stride
+        PatchEmbed(name, modules[name])
+        for name, convolution in convolutions.items()
+        if max(convolution.stride) > 1 and convolution.kernel_size == convolution.stride
     ]
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from spatial_decay.layout import Grid, Positions
 from spatial_decay.swap.calls import Calls
-from spatial_decay.swap.hosts.base import Host, Library, Removable
+from spatial_decay.swap.hosts.base import Library, Removable
+from spatial_decay.swap.hosts.register import register_attention
 from spatial_decay.swap.stand_in import StandIn, named
 
 __all__ = ["LIBRARY"]
@@ -28,15 +29,20 @@ def _reason_against(attn: Any) -> str:
     return "" if is_fused else "it writes its softmax out (fused_attn is False; see timm.layers.set_fused_attn)"
 
 
-_ATTENTION = Host(
-    num_heads=lambda attn: attn.num_heads,
-    dim=_dim,
-    num_channels=lambda attn: attn.proj.in_features,
-    mask_name="attn_mask",
-    stand_in=_Mask,
-    reason_against=_reason_against,
-    num_prefix_tokens=lambda _: None,
-)
+for _name in (
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.models.vision_transformer.Attention",  # until timm 1.0.20
+    "timm.models.eva.EvaAttention",
+):
+    register_attention(
+        _name,
+        heads=lambda attn: attn.num_heads,
+        width=_dim,
+        channels=lambda attn: attn.proj.in_features,
+        reason_against=_reason_against,
+        stand_in=_Mask,
+    )
 
 
 def _read_naflex(
@@ -98,12 +104,6 @@ def _note_kept_and_leave_tokens(
 
 
 LIBRARY = Library(
-    attention={
-        "timm.layers.attention.Attention": _ATTENTION,
-        "timm.layers.attention.AttentionRope": _ATTENTION,
-        "timm.models.vision_transformer.Attention": _ATTENTION,  # until timm 1.0.20
-        "timm.models.eva.EvaAttention": _ATTENTION,
-    },
     patch_embeds={"timm.models.naflexvit.NaFlexEmbeds": _read_naflex},
     dropouts={
         "timm.layers.patch_dropout.PatchDropout": _hook_dropout,

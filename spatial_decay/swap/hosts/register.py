@@ -1,0 +1,156 @@
+"""What swap_attention knows of classes of attention: register_attention teaches it one, ours and users' alike."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from spatial_decay.swap.hosts.base import Host, class_names
+from spatial_decay.swap.stand_in import StandIn
+
+__all__ = ["host_of", "register_attention"]
+
+_HOSTS: dict[str, Host] = {}
+
+
+def register_attention(
+    cls: type[nn.Module] | str,
+    *,
+    heads: Callable[[Any], int],
+    width: Callable[[Any], int],
+    mask: str = "attn_mask",
+    channels: Callable[[Any], int] | None = None,
+    reason_against: Callable[[Any], str] | None = None,
+    num_prefix_tokens: Callable[[Any], int | None] | None = None,
+    num_suffix_tokens: Callable[[Any], int | None] | None = None,
+    stand_in: type[StandIn] = StandIn,
+    forward: Callable[..., Any] | None = None,
+) -> None:
+    """Teach swap_attention a class of attention modules, and its subclasses.
+
+    Its forward must take the tokens first, (B, L, D), and must call F.scaled_dot_product_attention once, with q, k and
+    v of shape (B, N, L, d). An argument of its forward must come to that call as attn_mask, as it was given, None or
+    not. Where a part of this does not hold, the first call after the swap says which.
+
+    Args:
+        cls: The class; or its full name, "package.module.Class", so that its package need not be imported. What was
+            registered under that name before is replaced. For modules of a class that serves for much else, the full
+            name of the class that has them and their name in it, "package.module.Block.attn".
+        heads: Asked of a module of the class: N.
+        width: D of its tokens.
+        mask: The name of that argument of forward. Where forward takes **kwargs, any name.
+        channels: N * d of its values. None: as width.
+        reason_against: Why this module cannot take a decay, such as "it attends over windows"; empty where it can.
+            None: each can.
+        num_prefix_tokens: P, class and register tokens, where the module knows. None, or the answer None: what the
+            model says, or none.
+        num_suffix_tokens: S, tokens behind the patches, the same way.
+        stand_in: What goes to forward in place of the mask: a subclass of sd.swap.StandIn for classes that ask a mask
+            for its shape, or change it, on the way. It must be at the top of a module, to be pickled.
+        forward: Runs in place of the module's own forward where no mask comes to the softmax: it gets the module, and
+            what the module is called with, and must call `attn.spatial_decay.attend_as_host(tokens, q, k, v)` for the
+            softmax. At the top of a module too. None: the module's own.
+
+    Raises:
+        TypeError: cls is no class of modules, or an answer is no function.
+        ValueError: forward has no argument of that name.
+
+    Examples:
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> class MyAttention(nn.Module):
+        ...     def __init__(self, dim, num_heads, is_causal=False):
+        ...         super().__init__()
+        ...         self.num_heads, self.is_causal = num_heads, is_causal
+        ...         self.qkv = nn.Linear(dim, 3 * dim)
+        ...         self.proj = nn.Linear(dim, dim)
+        ...
+        ...     def forward(self, x, attn_mask=None):
+        ...         q, k, v = self.qkv(x).chunk(3, -1)  # (B, L, D) each
+        ...         q, k, v = (
+        ...             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        ...             for x in (q, k, v)
+        ...         )
+        ...         out = F.scaled_dot_product_attention(
+        ...             q, k, v, attn_mask, is_causal=self.is_causal
+        ...         )
+        ...         return self.proj(out.transpose(1, 2).flatten(2))
+        >>> class MyViT(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.patch_embed = nn.Conv2d(3, 32, 16, 16)
+        ...         self.attn = MyAttention(32, num_heads=2)
+        ...
+        ...     def forward(self, images):
+        ...         return self.attn(self.patch_embed(images).flatten(2).mT)
+        >>> register_attention(
+        ...     MyAttention,
+        ...     heads=lambda attn: attn.num_heads,
+        ...     width=lambda attn: attn.qkv.in_features,
+        ...     reason_against=lambda attn: (
+        ...         "it is causal" if attn.is_causal else ""
+        ...     ),
+        ... )
+        >>> model = MyViT()
+        >>> print(swap_attention(model, "full"))
+        decay 'full' in 1 attention module, 66 new parameters
+        attention  class        heads  new parameters  grid from
+        attn       MyAttention      2              66  patch_embed
+        next: train; the new weights have ".spatial_decay." in their names
+        >>> model(torch.randn(1, 3, 64, 96)).shape
+        torch.Size([1, 24, 32])
+    """
+    answers = {
+        "heads": heads,
+        "width": width,
+        "channels": channels,
+        "num_prefix_tokens": num_prefix_tokens,
+        "num_suffix_tokens": num_suffix_tokens,
+        "reason_against": reason_against,
+        "forward": forward,
+    }
+    for name, answer in answers.items():
+        if not callable(answer) and (answer is not None or name in ("heads", "width")):
+            raise TypeError(
+                f"{name} must be a function of a module of the class, such as lambda attn: attn.num_heads: got "
+                f"{answer!r}."
+            )
+    if not (isinstance(stand_in, type) and issubclass(stand_in, StandIn)):
+        raise TypeError(f"stand_in must be a subclass of StandIn: got {stand_in!r}.")
+    if isinstance(cls, type) and issubclass(cls, nn.Module):
+        parameters = inspect.signature(cls.forward).parameters
+        if forward is None and mask not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(
+                f"mask must be the name of an argument of {cls.__name__}.forward, one of "
+                f"{', '.join(list(parameters)[1:])}: got {mask!r}. Give forward an argument that goes to "
+                "F.scaled_dot_product_attention as attn_mask."
+            )
+        cls = f"{cls.__module__}.{cls.__qualname__}"
+    elif not isinstance(cls, str):
+        raise TypeError(f"cls must be a class of modules or its full name: got {cls!r}.")
+    _HOSTS[cls] = Host(
+        heads=heads,
+        width=width,
+        channels=width if channels is None else channels,
+        mask=mask,
+        stand_in=stand_in,
+        reason_against=_none_against if reason_against is None else reason_against,
+        num_prefix_tokens=_unknown if num_prefix_tokens is None else num_prefix_tokens,
+        num_suffix_tokens=_unknown if num_suffix_tokens is None else num_suffix_tokens,
+        forward=forward,
+    )
+
+
+def host_of(module: nn.Module, parent: nn.Module | None, name: str) -> Host | None:
+    """The entry of the module's class or of one that it derives from; or of its name in the class of its parent."""
+    names = [*class_names(module), *(f"{of_parent}.{name}" for of_parent in class_names(parent))]
+    return next((_HOSTS[name] for name in names if name in _HOSTS), None)
+
+
+def _none_against(_: Any) -> str:
+    return ""
+
+
+def _unknown(_: Any) -> None:
+    return None
