@@ -17,8 +17,8 @@ class StandIn:
 
     Args:
         attn: The module, with its submodule `spatial_decay`.
-        tokens: What the module is given.
-        attn_mask: The mask that it is given.
+        tokens: What the module is given, (B, L, D).
+        attn_mask: The mask that it is given, of a shape that its F.scaled_dot_product_attention takes; or None.
 
     Attributes:
         how_to_fuse: How this library is made to call F.scaled_dot_product_attention.
@@ -49,7 +49,14 @@ class StandIn:
 
     @classmethod
     def error(cls, what: str) -> RuntimeError:
-        """That it did not come to the one call."""
+        """That it did not come to the one call.
+
+        Args:
+            what: Where it went instead.
+
+        Returns:
+            The error to raise.
+        """
         return RuntimeError(
             f"attention with decay must hand its attn_mask to F.scaled_dot_product_attention, once: {what}. Use fused "
             f"attention ({cls.how_to_fuse}), or leave this module out, see layers of swap_attention."
