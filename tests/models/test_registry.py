@@ -15,7 +15,7 @@ import spatial_decay as sd
 from spatial_decay.models.backbone import Backbone
 from spatial_decay.models.registry import ENTRIES
 
-API = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+API = "\n".join((Path(__file__).parents[2] / "docs" / "api" / page).read_text() for page in ("models.md", "peers.md"))
 
 
 def test_it_holds_every_builder():
