@@ -2,7 +2,7 @@
 
     manhattan: (a_i + a_j) * d_M        path: -|c_i - c_j|        gaussian: a_i * exp(-(u_i dh^2 + v_i dw^2))
 
-A row here goes with a value and a slope in triton/kernels/tiles.py and in native/source. Nothing else asks for a name.
+A row here goes with a value and a slope in triton/kernels/pairs.py and in native/source. Nothing else asks for a name.
 """
 
 from collections.abc import Callable

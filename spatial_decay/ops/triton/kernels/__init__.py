@@ -1,6 +1,6 @@
 """The one Triton kernel that is launched, with the one list of arguments: softmax(scale * Q K^T + M) V, step by step.
 
-long.py has the steps for sequences of any length, short.py those for short ones, tiles.py what both share.
+long.py has the steps for sequences of any length, short.py those for short ones; pairs.py and tiles.py what both share.
 """
 
 from typing import Any

@@ -35,28 +35,30 @@ Tensors are (B, O, N, L, d): O counts the rows or columns of a grid where these 
 import triton
 import triton.language as tl
 
+from spatial_decay.ops.triton.kernels.pairs import (
+    across,
+    add_decay,
+    beside,
+    completed,
+    down,
+    load_key_mask,
+    load_numbers,
+    numbers_now,
+    only_placed,
+    scores_of,
+    slopes,
+)
 from spatial_decay.ops.triton.kernels.tiles import (
     LOG2E,
     LOWEST_PEAK,
-    across,
-    add_decay,
     add_dot,
-    beside,
-    completed,
     dot_features,
-    down,
     features_at,
     load_features,
-    load_key_mask,
-    load_numbers,
     load_row,
-    numbers_now,
-    only_placed,
     place_of,
     scaled,
-    scores_of,
     sequence_at,
-    slopes,
     store_features,
 )
 

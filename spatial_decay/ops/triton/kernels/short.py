@@ -11,24 +11,26 @@ Tensors are (B, O, N, L, d) with any strides: O counts the rows or the columns o
 import triton
 import triton.language as tl
 
+from spatial_decay.ops.triton.kernels.pairs import (
+    across,
+    completed,
+    down,
+    load_key_mask,
+    load_numbers,
+    product,
+    scores_of,
+    slopes,
+)
 from spatial_decay.ops.triton.kernels.tiles import (
     LOG2E,
     LOWEST_PEAK,
-    across,
-    completed,
     dot,
     dot_features,
-    down,
     features_at,
     load_features,
-    load_key_mask,
-    load_numbers,
     place_of,
-    product,
     scaled,
-    scores_of,
     sequence_at,
-    slopes,
     store_features,
 )
 
