@@ -41,8 +41,10 @@ def check_is_model(model: object) -> None:
 
 def check_known(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise TypeError for keywords that swap_attention has not."""
+    of_kinds = {option for kind in KINDS.values() for option in kind.options()}
     for name in unknown:
-        kinds = [f"sd.kinds.{kind.__name__}({name}=...)" for kind in KINDS.values() if name in kind.options()]
+        meant = next(iter(difflib.get_close_matches(name, [*known, *sorted(of_kinds)], n=1)), name)
+        kinds = [f"sd.kinds.{kind.__name__}({meant}=...)" for kind in KINDS.values() if meant in kind.options()]
         if kinds:
             advice = f" It is an option of a kind: decay={' or '.join(kinds)}."
         else:

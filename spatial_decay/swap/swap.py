@@ -113,7 +113,7 @@ def swap_attention(
     if not chosen:
         raise ValueError(
             "the model must have an attention module that can take a decay: found none"
-            + "".join(f"\n  {names}: {reason}" for reason, names in reasons(left).items())
+            + "".join(f"\n  {names or 'the model'}: {reason}" for reason, names in reasons(left).items())
             + "\nFor attention of your own: teach swap_attention its class (sd.swap.register_attention), or add "
             "SpatialDecayMask or decay_attention to its code."
         )
@@ -276,7 +276,7 @@ def _patch_embeds(model: nn.Module, name: str | None) -> list[PatchEmbed]:
     if name is None:
         return patch_embeds_of(model)
     modules = dict(model.named_modules())
-    if name not in modules:
+    if not name or name not in modules:
         said = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
         raise ValueError(
             f"patch_embed must be the name of a module of the model: got {said}.{did_you_mean(name, modules)}"

@@ -290,6 +290,10 @@ def test_layers_of_pytorch_do_not_go_past_the_decay():
         expected = swapped(images)
         with torch.no_grad():
             assert relative_error(swapped(images), expected) < 2e-6
+    host = next(host for host in HOSTS if host.name == "torchvision ViT")
+    vit = host.make()
+    sd.swap_attention(vit)
+    host.run(vit, host.images((64, 64)))  # its place is registered besides, with a class token
 
 
 def test_torchvisions_vit_is_the_same_with_gradients_and_refuses_other_calls():

@@ -38,7 +38,8 @@ def register_attention(
     Args:
         cls: The class; or its full name, "package.module.Class", so that its package need not be imported. What was
             registered under that name before is replaced. For modules of a class that serves for much else, the full
-            name of the class that has them and their name in it, "package.module.Block.attn".
+            name of the class that has them and their name in it, "package.module.Block.attn", which goes before the
+            name of their own class.
         heads: Asked of a module of the class: N.
         width: D of its tokens.
         mask: The name of that argument of forward. Where forward takes **kwargs, any name.
@@ -157,8 +158,8 @@ def _check_forward(cls: type[nn.Module], mask: str) -> None:
 
 
 def host_of(module: nn.Module, parent: nn.Module | None, name: str) -> Host | None:
-    """The entry of the module's class or of one that it derives from; or of its name in the class of its parent."""
-    names = [*class_names(module), *(f"{of_parent}.{name}" for of_parent in class_names(parent))]
+    """The entry of its name in the class of its parent; or of its own class or one that this derives from."""
+    names = [*(f"{of_parent}.{name}" for of_parent in class_names(parent)), *class_names(module)]
     return next((_HOSTS[name] for name in names if name in _HOSTS), None)
 
 
