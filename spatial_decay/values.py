@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-__all__ = ["are_readable", "in_words"]
+__all__ = ["are_readable", "in_words", "is_jit_tracing"]
+
+
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace records: sizes are tensors then, and what Python asks of them holds for good."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def are_readable(*tensors: Tensor) -> bool:
@@ -12,9 +17,7 @@ def are_readable(*tensors: Tensor) -> bool:
     Nor torch.jit. What is traced holds for all values, and what was seen of these would become part of it. Nor a lazy
     negative or zero, whose memory holds other numbers than the tensor.
     """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or is_jit_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     functorch = torch._C._functorch
     for x in tensors:
