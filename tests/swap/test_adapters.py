@@ -13,7 +13,7 @@ BY_NAME = {host.name: host for host in HOSTS}
 def swapped(host):
     torch.manual_seed(0)
     model = host.make()
-    sd.swap_attention(model, sd.kinds.Full(gate_bias_init=0.5), layers=[-1], gate_rank=4)
+    sd.swap_attention(model, sd.kinds.Full(gate_bias_init=0.5), layers=[0], gate_rank=4)
     return model
 
 
