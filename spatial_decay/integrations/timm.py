@@ -86,14 +86,14 @@ class TimmAttention(SpatialDecayAttention):
         Args:
             x: Tokens (B, L, D).
             layout: As in SpatialDecayAttention.forward; None: the patch tokens must be a square.
-            attn_mask: The same.
+            attn_mask: The same; without layout (L, L).
             is_causal: Must be False.
 
         Returns:
             (B, L, D).
 
         Raises:
-            ValueError: is_causal; or no layout, and L - P is no square.
+            ValueError: is_causal; or no layout, and L - P is no square, or attn_mask differs from image to image.
         """
         _check_call(x, layout, attn_mask, self.num_prefix_tokens, is_causal=is_causal)
         return super().forward(x, layout, attn_mask)
@@ -188,14 +188,14 @@ class TimmBlock(SDTBlock):
         Args:
             x: Tokens (B, L, D).
             layout: As in SDTBlock.forward; None: the patch tokens must be a square.
-            attn_mask: The same.
+            attn_mask: The same; without layout (L, L).
             is_causal: Must be False.
 
         Returns:
             (B, L, D).
 
         Raises:
-            ValueError: is_causal; or no layout, and L - P is no square.
+            ValueError: is_causal; or no layout, and L - P is no square, or attn_mask differs from image to image.
         """
         _check_call(x, layout, attn_mask, self.attn.num_prefix_tokens, is_causal=is_causal)
         return super().forward(x, layout, attn_mask)
@@ -305,11 +305,11 @@ def _check_call(
     if is_causal:
         raise ValueError("is_causal must be False: got True. Tokens of an image have no order; pass attn_mask.")
     # NaFlexVit's says which tokens are padding, and the others by chance count as a square.
-    if layout is None and attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[0] == x.shape[0]:
+    if layout is None and attn_mask is not None and attn_mask.ndim == 4:
         raise ValueError(
-            f"timm passes no layout, and an attn_mask for each image {tuple(attn_mask.shape)}, as NaFlexVit's for "
-            "padding: where the patches lie is not known. Build NaFlexVit with its own attention, and put the decay in "
-            "with spatial_decay.swap_attention, which reads the coordinates of its patches."
+            "without layout attn_mask must be one of all images, (L, L): got shape "
+            f"{tuple(attn_mask.shape)}. NaFlexVit's for padding are such, and where its patches lie is not known here: "
+            "build it with its own attention, and put the decay in with spatial_decay.swap_attention."
         )
     num_patches = x.shape[1] - num_prefix_tokens
     if x.ndim == 3 and layout is None and int(max(num_patches, 0) ** 0.5) ** 2 != num_patches:
