@@ -75,6 +75,10 @@ class AddedDecay(AttentionCore):
         self.attention = _OwnSoftmax(backend) if decay.name == "none" else DecayAttention(backend)
         self.lpe = DepthwiseConv(num_channels, lpe_kernel_size) if lpe_kernel_size else None
         self.output_gate = OutputGate(num_channels, gate_rank) if gate_rank else None
+        if isinstance(attn, nn.MultiheadAttention):
+            # In evaluation nn.TransformerEncoderLayer takes the weights of its attention and does not call it, but
+            # where a module inside has a hook.
+            self.register_forward_pre_hook(_do_nothing)
 
     @property
     def adds_nothing(self) -> bool:
@@ -142,6 +146,10 @@ class AddedDecay(AttentionCore):
             f"{tuple(tokens.shape)}, queries {tuple(query.shape)} and values {tuple(value.shape)}. Register the class "
             "again, see sd.swap.register_attention."
         )
+
+
+def _do_nothing(_module: nn.Module, _args: Any) -> None:
+    """A hook of a module that nobody calls."""
 
 
 def _rolled_mask(attn_mask: Tensor, num_suffix_tokens: int) -> Tensor:

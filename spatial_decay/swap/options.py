@@ -53,7 +53,7 @@ def check_known(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
 def check_whole_number(option: str, value: object) -> None:
     """Raise ValueError where it is neither None nor a whole number >= 0."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise ValueError(f"{option} must be a whole number >= 0: got {value!r}. Leave it out for none.")
+        raise ValueError(f"{option} must be a whole number >= 0: got {value!r}. Or leave it out.")
 
 
 def checked_layers(layers: Any) -> list[int] | None:

@@ -43,7 +43,7 @@ def test_what_no_type_fits_is_said(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gate_rank": -1}, "gate_rank must be a whole number >= 0: got -1. Leave it out for none"),
+        ({"gate_rank": -1}, "gate_rank must be a whole number >= 0: got -1. Or leave it out"),
         ({"gate_rank": 2.5}, "gate_rank must be a whole number >= 0: got 2.5"),
         ({"lpe_kernel_size": True}, "lpe_kernel_size must be a whole number >= 0: got True"),
         ({"num_prefix_tokens": -1}, "num_prefix_tokens must be a whole number >= 0: got -1"),

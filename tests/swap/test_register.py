@@ -100,7 +100,8 @@ def test_by_its_name_and_again():
         ({"heads": 3}, TypeError, "heads must be a function of a module .*got 3"),
         ({"width": None}, TypeError, "width must be a function"),
         ({"stand_in": object}, TypeError, "stand_in must be a subclass of StandIn"),
-        ({"mask": "attn_mask"}, ValueError, "Attention.forward, one of x, bias: got 'attn_mask'"),
+        ({"mask": "attn_mask"}, ValueError, "Attention.forward behind the tokens, one of bias: got 'attn_mask'"),
+        ({"mask": "x"}, ValueError, "behind the tokens, one of bias: got 'x'"),
     ],
 )
 def test_what_cannot_be_registered_is_said(wrong, error, message):
@@ -108,6 +109,24 @@ def test_what_cannot_be_registered_is_said(wrong, error, message):
         sd.swap.register_attention(Attention, **RIGHT | wrong)
     with pytest.raises(TypeError, match="cls must be a class of modules or its full name: got 3"):
         sd.swap.register_attention(3, **RIGHT)
+
+
+class OfAny(Attention):
+    def forward(self, *args, bias=None):
+        return super().forward(*args, bias=bias)
+
+
+class OfPlaces(Attention):
+    def forward(self, x, /, bias=None):
+        return super().forward(x, bias)
+
+
+@pytest.mark.parametrize("cls", [OfAny, OfPlaces, nn.Module])
+def test_a_forward_that_cannot_be_called_by_names_is_said(cls):
+    with pytest.raises(
+        ValueError, match=rf"{cls.__name__}.forward must take the tokens first, and all .*: got \(self, "
+    ):
+        sd.swap.register_attention(cls, **RIGHT)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +269,27 @@ def test_softmax_that_is_written_out_is_a_reason(name):
     config = getattr(transformers, f"{name}Config")(**HF | more, attn_implementation="eager")
     with pytest.raises(ValueError, match=r"it runs attn_implementation='eager' \(needs 'sdpa'\)"):
         sd.swap_attention(getattr(transformers, f"{name}Model")(config))
+
+
+def attend(attn, x, *_, **__):
+    qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    out = attn.spatial_decay.attend_as_host(x, q, k, v)
+    return attn.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def test_layers_of_pytorch_do_not_go_past_the_decay():
+    """In evaluation without gradients nn.TransformerEncoderLayer has a fast path that does not call its attention."""
+    answers = {"heads": lambda attn: attn.num_heads, "width": lambda attn: attn.embed_dim, "forward": attend}
+    sd.swap.register_attention(nn.MultiheadAttention, **answers)
+    layer = nn.TransformerEncoderLayer(48, 4, 64, batch_first=True)
+    model, images = Model(lambda: nn.TransformerEncoder(layer, 2)).eval(), torch.randn(2, 3, 48, 64)
+    model.out = nn.Identity()
+    sd.swap_attention(model, STRONG, num_suffix_tokens=1)
+    for swapped in (model, pickled(model)):
+        expected = swapped(images)
+        with torch.no_grad():
+            assert relative_error(swapped(images), expected) < 2e-6
 
 
 def test_torchvisions_vit_is_the_same_with_gradients_and_refuses_other_calls():

@@ -31,7 +31,9 @@ def register_attention(
 
     Its forward must take the tokens first, (B, L, D), and must call F.scaled_dot_product_attention once, with q, k and
     v of shape (B, N, L, d). An argument of its forward must come to that call as attn_mask, as it was given, None or
-    not. Where a part of this does not hold, the first call after the swap says which.
+    not. Where shapes or the mask tell that a part of this does not hold, the first call after the swap says which. What
+    they do not tell, reason_against must: attention to other tokens of the same number, tokens that are put in another
+    order first, and attention that is causal only without a mask.
 
     Args:
         cls: The class; or its full name, "package.module.Class", so that its package need not be imported. What was
@@ -54,7 +56,7 @@ def register_attention(
 
     Raises:
         TypeError: cls is no class of modules, or an answer is no function.
-        ValueError: forward has no argument of that name.
+        ValueError: forward has no argument of that name, or cannot take the tokens and the mask by name.
 
     Examples:
         >>> import torch.nn.functional as F
@@ -119,13 +121,8 @@ def register_attention(
     if not (isinstance(stand_in, type) and issubclass(stand_in, StandIn)):
         raise TypeError(f"stand_in must be a subclass of StandIn: got {stand_in!r}.")
     if isinstance(cls, type) and issubclass(cls, nn.Module):
-        parameters = inspect.signature(cls.forward).parameters
-        if forward is None and mask not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise ValueError(
-                f"mask must be the name of an argument of {cls.__name__}.forward, one of "
-                f"{', '.join(list(parameters)[1:])}: got {mask!r}. Give forward an argument that goes to "
-                "F.scaled_dot_product_attention as attn_mask."
-            )
+        if forward is None:
+            _check_forward(cls, mask)
         cls = f"{cls.__module__}.{cls.__qualname__}"
     elif not isinstance(cls, str):
         raise TypeError(f"cls must be a class of modules or its full name: got {cls!r}.")
@@ -140,6 +137,23 @@ def register_attention(
         num_suffix_tokens=_unknown if num_suffix_tokens is None else num_suffix_tokens,
         forward=forward,
     )
+
+
+def _check_forward(cls: type[nn.Module], mask: str) -> None:
+    """Raise ValueError where forward cannot be given its tokens and the mask by name."""
+    _, *parameters = inspect.signature(cls.forward).parameters.values()
+    names = [parameter.name for parameter in parameters]
+    if not parameters or any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in parameters):
+        raise ValueError(
+            f"{cls.__name__}.forward must take the tokens first, and all arguments by their names: got "
+            f"{inspect.signature(cls.forward)}. Give it such a signature, or register a forward in its place."
+        )
+    if mask not in names[1:] and parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        raise ValueError(
+            f"mask must be the name of an argument of {cls.__name__}.forward behind the tokens, one of "
+            f"{', '.join(names[1:])}: got {mask!r}. Give forward an argument that goes to "
+            "F.scaled_dot_product_attention as attn_mask."
+        )
 
 
 def host_of(module: nn.Module, parent: nn.Module | None, name: str) -> Host | None:

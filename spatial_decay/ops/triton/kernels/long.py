@@ -25,9 +25,9 @@ numbers of M lose nothing to it, and the factor that is left goes to the side th
 because half precision has too few bits for sums of hundreds of terms. Lanes past the end of a sequence are loaded as 0
 and never stored; as keys they get the score -inf, as queries lse = +inf: in both cases P = 0.
 
-Prefix tokens have no position: M = 0 wherever they take part. On the side that is walked over they are a small block of
-their own without decay; on the other, all numbers are 0 to them (beside). Where such tokens may be anywhere
-(Positions), each has a flag, and all numbers are 0 to them on both sides.
+Prefix tokens have no position: M = 0 wherever they take part, because to them the first number of each other token is
+0 (beside). Of the side that is walked over they come last, in one block with the last tokens, so that no other block
+asks for them. Where tokens without a position may be anywhere (Positions), each block does.
 
 Tensors are (B, O, N, L, d): O counts the rows or columns of a grid where these are the sequences, and is 1 otherwise.
 """
@@ -103,7 +103,7 @@ def _over_keys(state, owned, walked, start, stop, whole, BLOCK: tl.constexpr, IS
         j = _tokens(first, whole, BLOCK, IS_REST, const)
         k = load_features(k_at, j, sequence.length, IS_REST, const)
         keys = load_numbers(sequence, j, IS_REST, const)
-        key_mask = load_key_mask(sequence, j, sequence.length, IS_REST, const)
+        key_mask = load_key_mask(sequence, j, IS_REST, const)
         query, key = _face(down(queries), across(keys), IS_REST, const)
         scores = scores_of(
             dot_features(q, k, const), query, key, key_mask, j, sequence.length, const.FORMULA, IS_REST, const
@@ -185,7 +185,7 @@ def _back_over_keys(state, owned, walked, start, stop, whole, BLOCK: tl.constexp
         k = load_features(k_at, j, sequence.length, IS_REST, const)
         v = load_features(v_at, j, sequence.length, IS_REST, const)
         keys = numbers_now(sequence, j, first < stop, IS_REST, const)
-        key_mask = load_key_mask(sequence, j, sequence.length, IS_REST, const)
+        key_mask = load_key_mask(sequence, j, IS_REST, const)
         query, key = _face(down(queries), across(keys), IS_REST, const)
         scores = scores_of(
             dot_features(q, k, const), query, key, key_mask, j, sequence.length, const.FORMULA, IS_REST, const
@@ -260,7 +260,7 @@ def _over_queries(state, owned, walked, start, stop, whole, BLOCK: tl.constexpr,
         queries = numbers_now(sequence, i, first < stop, IS_REST, const)
         zero = tl.zeros([BLOCK], tl.float32)
         lse, inverse, delta = zero, zero, zero
-        if first < stop:
+        if first < stop:  # always, see numbers_now
             lse, inverse = _load_sums(LSE, num_rows, i, sequence.length, IS_REST, is_split)
             delta = load_row(DELTA + i, i < sequence.length, IS_REST)
         key, query = _face(down(keys), across(queries), IS_REST, const)
@@ -294,7 +294,7 @@ def backward_columns(call, const):
     k = scaled(load_features(features_at(k_tensor, place, const), j, call.length, True, const), call.factor)
     v = load_features(features_at(v_tensor, place, const), j, call.length, True, const)
     key = load_numbers(sequence, j, True, const)
-    owned = (k, v, key, load_key_mask(sequence, j, call.length, True, const))
+    owned = (k, v, key, load_key_mask(sequence, j, True, const))
     zeros = tl.zeros([const.BLOCK_K, const.D1], tl.float32)
     zeros2 = tl.zeros([const.BLOCK_K, const.D2], tl.float32) if const.D2 > 0 else zeros
     state = (zeros, zeros2, zeros, zeros2, tl.zeros([const.BLOCK_K], tl.float32))

@@ -38,7 +38,7 @@ __all__ = ["backward", "forward"]
 @triton.jit
 def _softmax(q, k, numbers, sequence, index, const):
     """P (L, L) before it is divided by its row sums, and the inverses of these sums."""
-    key_mask = load_key_mask(sequence, index, sequence.length, True, const)
+    key_mask = load_key_mask(sequence, index, True, const)
     scores = scores_of(
         dot_features(q, k, const), down(numbers), across(numbers), key_mask, index, sequence.length, const.FORMULA,
         True, const,
