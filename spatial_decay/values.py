@@ -3,9 +3,14 @@
 import torch
 from torch import Tensor
 
-__all__ = ["are_plain", "are_readable", "in_words"]
+__all__ = ["are_plain", "are_readable", "in_words", "is_jit_tracing"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace records: sizes are tensors then, and what Python asks of them holds for good."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def are_plain(*tensors: Tensor) -> bool:
@@ -14,9 +19,7 @@ def are_plain(*tensors: Tensor) -> bool:
     Then backends may call their kernels without an operator of torch.library in between. A lazy negative or zero is not
     plain: its memory holds other numbers than the tensor.
     """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or is_jit_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     functorch = torch._C._functorch
     for x in tensors:

@@ -3,6 +3,8 @@
 ONNX files are run by onnxruntime; docs/guides/export.md says what stays fixed.
 """
 
+from functools import partial
+
 import onnxruntime
 import pytest
 import torch
@@ -25,6 +27,7 @@ MODELS = {
     "vit_full": (lambda: sd.ViT(5, decay="full", num_registers=1, **VIT), 3, 16),
     "locatvit": (lambda: sd.ViT(5, decay="gaussian", global_pool="prr", **VIT), 3, 16),
 }
+slow = partial(pytest.param, marks=pytest.mark.slow)
 FIRST = (2, 4, 4)  # batch and grid that is traced; for the ViTs that of their positions
 OTHERS = [(3, 5, 3), (4, 3, 6), (2, 4, 4), (5, 2, 7)]
 
@@ -179,3 +182,17 @@ def test_a_named_backend_that_onnx_cannot_hold_says_so(backend):
     with pytest.raises(Exception, match="ONNX has no such operator") as caught:
         torch.onnx.export(model, make_inputs("vit_full", *FIRST), dynamo=True, verbose=False)
     assert "Use backend='auto' or one of: sdpa, math" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "name", ["sdt_p", "locatvit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdt_h", "vit_full"))]
+)
+def test_torch_jit_trace_serves_all_sizes(name):
+    """As fvcore and OpenVINO read it: real numbers alone; its warnings tell of checks that it leaves out."""
+    model = build(name)
+    traced = torch.jit.trace(model, make_inputs(name, *FIRST), check_trace=False)
+    assert "complex" not in str(traced.inlined_graph)
+    for sizes in [FIRST, *OTHERS]:
+        inputs = make_inputs(name, *sizes)
+        assert_close(traced(*inputs), model, inputs)

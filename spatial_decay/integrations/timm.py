@@ -20,6 +20,7 @@ from spatial_decay.models.registry import ENTRIES, Entry, ImageSettings
 try:
     from timm.layers import GELU, Attention, Mlp
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+    from timm.models.vision_transformer import ATTN_LAYERS
 except ImportError as error:
     raise ImportError(
         "spatial_decay.integrations.timm needs timm 1.0.23 or newer. Install it: pip install spatial-decay[timm]"
@@ -85,16 +86,16 @@ class TimmAttention(SpatialDecayAttention):
         Args:
             x: Tokens (B, L, D).
             layout: As in SpatialDecayAttention.forward; None: the patch tokens must be a square.
-            attn_mask: The same.
+            attn_mask: The same; without layout (L, L).
             is_causal: Must be False.
 
         Returns:
             (B, L, D).
 
         Raises:
-            ValueError: is_causal; or no layout, and L - P is no square.
+            ValueError: is_causal; or no layout, and L - P is no square, or attn_mask differs from image to image.
         """
-        _check_call(x, layout, self.num_prefix_tokens, is_causal=is_causal)
+        _check_call(x, layout, attn_mask, self.num_prefix_tokens, is_causal=is_causal)
         return super().forward(x, layout, attn_mask)
 
 
@@ -187,21 +188,24 @@ class TimmBlock(SDTBlock):
         Args:
             x: Tokens (B, L, D).
             layout: As in SDTBlock.forward; None: the patch tokens must be a square.
-            attn_mask: The same.
+            attn_mask: The same; without layout (L, L).
             is_causal: Must be False.
 
         Returns:
             (B, L, D).
 
         Raises:
-            ValueError: is_causal; or no layout, and L - P is no square.
+            ValueError: is_causal; or no layout, and L - P is no square, or attn_mask differs from image to image.
         """
-        _check_call(x, layout, self.attn.num_prefix_tokens, is_causal=is_causal)
+        _check_call(x, layout, attn_mask, self.attn.num_prefix_tokens, is_causal=is_causal)
         return super().forward(x, layout, attn_mask)
 
 
+ATTN_LAYERS["spatial_decay"] = TimmAttention  # timm's names for attn_layer=
+
+
 def attention_layer(decay: DecayLike = "full", *, num_prefix_tokens: int = 1, **options: Any) -> type[TimmAttention]:
-    """A class for the attn_layer= of timm's vision transformers.
+    """A class for the attn_layer= of timm's vision transformers; with nothing said, its name "spatial_decay" does too.
 
     Args:
         decay: Kind of decay with its options, see SpatialDecayMask.
@@ -295,9 +299,18 @@ def _refuse(name: str, reasons: dict[str, bool]) -> None:
         raise ValueError(f"{name} cannot do what timm asks for:{''.join(wrong)}\nBuild the model without it.")
 
 
-def _check_call(x: Tensor, layout: LayoutLike, num_prefix_tokens: int, *, is_causal: bool) -> None:
+def _check_call(
+    x: Tensor, layout: LayoutLike, attn_mask: Tensor | None, num_prefix_tokens: int, *, is_causal: bool
+) -> None:
     if is_causal:
         raise ValueError("is_causal must be False: got True. Tokens of an image have no order; pass attn_mask.")
+    # NaFlexVit's says which tokens are padding, and the others by chance count as a square.
+    if layout is None and attn_mask is not None and attn_mask.ndim == 4:
+        raise ValueError(
+            "without layout attn_mask must be one of all images, (L, L): got shape "
+            f"{tuple(attn_mask.shape)}. NaFlexVit's for padding are such, and where its patches lie is not known here: "
+            "build it with its own attention, and put the decay in with spatial_decay.swap_attention."
+        )
     num_patches = x.shape[1] - num_prefix_tokens
     if x.ndim == 3 and layout is None and int(max(num_patches, 0) ** 0.5) ** 2 != num_patches:
         raise ValueError(
@@ -310,10 +323,12 @@ def _check_call(x: Tensor, layout: LayoutLike, num_prefix_tokens: int, *, is_cau
 
 def _create(entry: Entry, images: ImageSettings, keywords: dict[str, Any]) -> nn.Module:
     """A model by timm's builder, which loads weights, and wraps it where features_only is asked for."""
-    if keywords.get("feature_cls", "getter") != "getter":
+    wrapper = keywords.pop("feature_cls", "getter") if keywords.get("features_only") else "getter"
+    if wrapper not in ("getter", "list"):  # both give a list of maps
         raise ValueError(
-            f"feature_cls must be 'getter': got {keywords['feature_cls']!r}, and blocks here are called with more than "
-            "one tensor. Leave it out."
+            f"feature_cls must be 'getter' or 'list': got {wrapper!r}. timm's others call or trace the modules of a "
+            "model one by one, and blocks here take more than one tensor. By name: "
+            "dict(zip(model.feature_info.module_name(), model(x)))."
         )
     if "img_size" in keywords and "img_size" not in inspect.signature(entry.model).parameters:
         raise TypeError(f"{entry.name} has no keyword img_size: it takes images of any size. Leave it out.")

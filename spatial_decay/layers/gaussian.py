@@ -15,7 +15,7 @@ from spatial_decay.precision import autocast_disabled
 __all__ = ["GaussianGate"]
 
 # min() would ask a compiler which one is less, for good. That of torch 2.6 cannot trace sym_min.
-_shorter: Any = torch.sym_min if torch.__version__ >= "2.7" else min
+_least: Any = torch.sym_min if torch.__version__ >= "2.7" else min
 
 
 class GaussianGate(nn.Module):
@@ -57,7 +57,7 @@ class GaussianGate(nn.Module):
         longest = max(self.initial_grid_size)
         coefficient = longest**2
         shift = math.log(coefficient - 1) if coefficient > 2 else 0.0
-        ratio: Any = _shorter(*grid.size) / min(self.initial_grid_size)
+        ratio: Any = _shorter_side(grid) / min(self.initial_grid_size)
         with autocast_disabled(q.device):
             amplitude = F.softplus(self.log_alpha(q))[..., 0]  # (B, N, L)
             variance = torch.sigmoid(self.log_var(q) - shift) * (coefficient * ratio) + self._eps()
@@ -74,6 +74,12 @@ class GaussianGate(nn.Module):
         while 0.5 * (max(self.initial_grid_size) - 1) ** 2 / eps**2 > 65000 / 2:
             eps *= 2
         return eps
+
+
+def _shorter_side(grid: Grid) -> Any:
+    """min(H, W); to torch.jit.trace sizes are tensors, float64 here so that it divides as Python does."""
+    size: Any = grid.size
+    return torch.minimum(*size).double() if isinstance(size[0], Tensor) else _least(*size)
 
 
 class _PreciseLinear(Linear):

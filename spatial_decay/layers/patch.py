@@ -82,23 +82,24 @@ class ConvStem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2 with batch norm: half the size, another width.
+    """A 3x3 convolution with batch norm: half the size, another width.
 
     What it gives is contiguous, as what ConvStem gives.
 
     Args:
         dim: Channels in.
         out_dim: Channels out.
+        stride: 2, or 1 to keep the size.
     """
 
-    def __init__(self, dim: int, out_dim: int) -> None:
+    def __init__(self, dim: int, out_dim: int, *, stride: int = 2) -> None:
         super().__init__()
-        self.reduction = nn.Conv2d(dim, out_dim, 3, 2, 1)
+        self.reduction = nn.Conv2d(dim, out_dim, 3, stride, 1)
         self.norm = nn.BatchNorm2d(out_dim)
         fill_skipped(self.reduction)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A map (B, H, W, dim) -> (B, ceil(H / 2), ceil(W / 2), out_dim), contiguous."""
+        """A map (B, H, W, dim) -> (B, ceil(H / stride), ceil(W / stride), out_dim), contiguous."""
         return self.norm(self.reduction(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).contiguous()
 
 

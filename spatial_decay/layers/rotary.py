@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
+from spatial_decay.values import is_jit_tracing
 
 __all__ = ["RopeMode", "RotaryEmbedding"]
 
@@ -84,7 +85,8 @@ class RotaryEmbedding(nn.Module):
 def _turn(x: Tensor, angles: Tensor) -> Tensor:
     """(x_2m, x_2m+1) -> (x_2m cos - x_2m+1 sin, x_2m+1 cos + x_2m sin), in the dtype of x."""
     pairs = at_least_float32(x).unflatten(-1, (-1, 2))  # (..., L, d/2, 2)
-    if torch.compiler.is_compiling():  # a compiler fuses this, and knows no complex numbers
+    # A compiler fuses this, and knows no complex numbers; nor do those who read what torch.jit.trace records.
+    if torch.compiler.is_compiling() or is_jit_tracing():
         cos, sin = angles.cos(), angles.sin()
         even, odd = pairs.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)

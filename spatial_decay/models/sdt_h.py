@@ -37,6 +37,7 @@ class SDTHOptions(AttentionOptions, total=False):
     drop_path_rate: float
     projection_dim: int
     stem_stride: int
+    output_stride: int | None
 
 
 class SDTH(Backbone):
@@ -63,6 +64,9 @@ class SDTH(Backbone):
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
         projection_dim: Width of the head's projection; 0 leaves it out, and the head pools the last stage's map.
         stem_stride: 4, or 2 or 1 for small images.
+        output_stride: Pixels of the image a step of the last map at most, for segmentation: stages that would go beyond
+            it keep the size of the stage before. Their weights are the same, but distances count in steps, which are
+            smaller then: weights trained without it need training. None: each stage halves the size.
         options: Keywords of SpatialDecayAttention, for all blocks.
 
     Attributes:
@@ -93,6 +97,7 @@ class SDTH(Backbone):
         drop_path_rate: float = 0.1,
         projection_dim: int = 1024,
         stem_stride: int = 4,
+        output_stride: int | None = None,
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(in_chans, drop_rate=drop_rate)
@@ -114,9 +119,17 @@ class SDTH(Backbone):
         self.config |= dict(zip(_PER_STAGE, lists, strict=True))
         self.embed_dims = tuple(embed_dims)
         self.num_features, self.head_hidden_size = embed_dims[-1], projection_dim or embed_dims[-1]
+        strides = [stem_stride * 2**i for i in range(count)]
+        if output_stride is not None:
+            if output_stride not in [stem_stride * 2**i for i in range(32)]:
+                raise ValueError(
+                    f"output_stride must be the stride of a stage, one of {', '.join(map(str, strides))}, or None: got "
+                    f"{output_stride!r}."
+                )
+            strides = [min(stride, output_stride) for stride in strides]
         self.feature_info = [
-            FeatureInfo(module=f"stages.{i}", num_chs=dim, reduction=stem_stride * 2**i)
-            for i, dim in enumerate(embed_dims)
+            FeatureInfo(module=f"stages.{i}", num_chs=dim, reduction=stride)
+            for i, (dim, stride) in enumerate(zip(embed_dims, strides, strict=True))
         ]
 
         self.stem = ConvStem(in_chans, embed_dims[0], stride=stem_stride)
@@ -127,6 +140,7 @@ class SDTH(Backbone):
                 embed_dims[i - 1] if i else None,
                 embed_dims[i],
                 num_heads[i],
+                stride=strides[i] // strides[i - 1] if i else 1,
                 mlp_ratio=mlp_ratios[i],
                 decay=kinds[i],
                 drop_paths=drop_paths[ends[i] - depths[i] : ends[i]],
@@ -229,7 +243,7 @@ class SDTH(Backbone):
         Returns:
             (last, maps): the last map that was computed, and the maps of indices in the order of the stages, all
             (B, D, H', W'); intermediates_only: the maps alone. Stage 0 has stride 4, each further one twice the stride
-            before it.
+            before it, up to output_stride.
 
         Raises:
             TypeError, ValueError: as in forward; ValueError for a stage that is not there, a norm or another format.
@@ -328,6 +342,7 @@ class _Stage(nn.Module):
         dim: int,
         num_heads: int,
         *,
+        stride: int,
         mlp_ratio: float,
         decay: Kind,
         drop_paths: Sequence[float],
@@ -335,7 +350,7 @@ class _Stage(nn.Module):
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__()
-        self.downsample = nn.Identity() if in_dim is None else Downsample(in_dim, dim)
+        self.downsample = nn.Identity() if in_dim is None else Downsample(in_dim, dim, stride=stride)
         self.blocks = nn.ModuleList(
             SDTBlock(
                 dim, num_heads, mlp_ratio=mlp_ratio, decay=decay, drop_path=rate, init_values=init_values, **options

@@ -18,6 +18,7 @@ from spatial_decay.models.backbone import Backbone, FeatureInfo, Groups, block_n
 from spatial_decay.models.common import check_whole, init_linear, run_block
 from spatial_decay.models.config import keeps_config
 from spatial_decay.models.registry import ImageSettings, register
+from spatial_decay.values import is_jit_tracing
 
 __all__ = ["ViT", "ViTOptions", "locatvit_base", "locatvit_small", "locatvit_tiny"]
 
@@ -379,7 +380,9 @@ class ViT(Backbone, Initialised):
 
 
 def _is_known_equal(a: GridSize, b: GridSize) -> bool:
-    """False too where a compiler traces sizes that vary: to ask would tie the program to the answer."""
+    """False too where sizes that vary are traced: to ask would tie the program to the answer."""
+    if is_jit_tracing():
+        return False
     if not torch.compiler.is_compiling() or not _CAN_ASK_FREELY:
         return tuple(a) == tuple(b)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # it pulls in sympy, 0.3 s

@@ -14,7 +14,7 @@ from spatial_decay.decay import AxialDecay, Decay, PairwiseDecay, dense
 from spatial_decay.features import columns_of_rows, to_columns, to_rows
 from spatial_decay.ops.attn_mask import added_by, checked_mask, columns_of_mask, rows_of_mask, without
 from spatial_decay.precision import autocast_dtype
-from spatial_decay.values import are_readable
+from spatial_decay.values import are_readable, is_jit_tracing
 
 __all__ = ["Inputs", "along_columns", "along_rows", "checked_inputs", "total_mask"]
 
@@ -82,7 +82,7 @@ class Inputs:
         if any(map(torch._C._functorch.is_functorch_wrapped_tensor, self._tensors)):
             reasons.append("inside a torch.func transform (needs none)")
         reasons += self.forward_mode
-        if torch._C._get_tracing_state() is not None:
+        if is_jit_tracing():
             reasons.append("torch.jit.trace, which cannot record such an operator (needs torch.export)")
         return reasons
 

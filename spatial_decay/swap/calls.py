@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spatial_decay.layout import Layout
 from spatial_decay.swap.recompute import running_backward, running_checkpoints
+from spatial_decay.values import is_jit_tracing
 
 __all__ = ["Calls"]
 
@@ -119,7 +120,7 @@ class Calls:
 
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the part of the model that has both the patch embedding and its attention."""
-        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        if is_jit_tracing():
             raise RuntimeError(
                 "a swapped model must be exported with torch.export or torch.onnx.export(dynamo=True): torch.jit.trace "
                 "would keep the layout of the image that it saw for images of every size."

@@ -102,6 +102,24 @@ def test_features_only(name, out_indices):
     assert info.module_name() == [whole.feature_info[i]["module"] for i in numbers]
 
 
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+@torch.no_grad()
+def test_output_stride(output_stride):
+    """As DeepLabV3+ and PAN ask for it."""
+    keywords = {"features_only": True, "output_stride": output_stride}
+    model, whole = make("rmt_tiny", **keywords, feature_cls="list").eval(), make("rmt_tiny", features_only=True).eval()
+    strides = [min(stride, output_stride) for stride in (4, 8, 16, 32)]
+    assert model.feature_info.reduction() == strides
+    whole.load_state_dict(model.state_dict())  # the same weights
+    maps, x = [], torch.randn(1, 3, 64, 90)
+    for got, expected, stride in zip(model(x), whole(x), strides, strict=True):
+        assert got.shape == (1, expected.shape[1], math.ceil(64 / stride), math.ceil(90 / stride))
+        maps.append(got.shape == expected.shape and torch.equal(got, expected))
+    assert maps == [stride == plain for stride, plain in zip(strides, (4, 8, 16, 32), strict=True)]
+    first = make("rmt_tiny", **keywords, out_indices=(0,)).model
+    assert sd.SDTH(**first.config)(x).shape == (1, 8, 16, 23)
+
+
 @one_of_each
 def test_every_parameter_of_a_feature_model_trains(name):
     model = make(name, features_only=True, drop_path_rate=0.0)
@@ -186,7 +204,10 @@ def test_keywords_that_cannot_be_are_refused():
         ("sdt_h_tiny", {"window_size": 7}, TypeError, "SDTH has no keyword window_size"),
         ("sdt_h_tiny", {"out_indices": (0,)}, TypeError, "SDTH has no keyword out_indices"),
         ("locatvit_tiny", {"reg_tokens": 4}, TypeError, "ViT has no keyword reg_tokens"),
-        ("sdt_h_tiny", {"features_only": True, "feature_cls": "hook"}, ValueError, "must be 'getter': got 'hook'"),
+        ("sdt_h_tiny", {"features_only": True, "feature_cls": "hook"}, ValueError, "'getter' or 'list': got 'hook'"),
+        ("sdt_h_tiny", {"feature_cls": "list"}, TypeError, "SDTH has no keyword feature_cls"),
+        ("sdt_h_tiny", {"output_stride": 12}, ValueError, r"one of 4, 8, 16, 32, or None: got 12"),
+        ("locatvit_tiny", {"output_stride": 8}, TypeError, "ViT has no keyword output_stride"),
         (
             "sdt_h_tiny",
             {"features_only": True, "out_indices": (4,)},
@@ -277,6 +298,15 @@ def test_training_in_timm(door):
     assert [f.shape for f in features] == [(1, 16, 4, 4)] * 2
 
 
+@torch.no_grad()
+def test_our_attention_has_a_name_in_timm():
+    named, ours = vit(attn_layer="spatial_decay").eval(), vit(attn_layer=attention_layer()).eval()
+    assert type(named.blocks[0].attn) is TimmAttention
+    ours.load_state_dict(named.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(named(x), ours(x))
+
+
 def test_options_keep_their_place():
     model = vit(
         attn_layer=attention_layer(sd.kinds.Full(alpha=0.3), backend="math"), proj_drop_rate=0.2, dtype=torch.bfloat16
@@ -320,6 +350,31 @@ def test_grids_that_timm_does_not_pass_are_refused():
     assert TimmAttention(16, 2)(x, (4, 6)).shape == x.shape
     with pytest.raises(ValueError, match="is_causal must be False: got True"):
         TimmAttention(16, 2)(x, (4, 6), is_causal=True)
+
+
+def test_packed_images_of_naflex_are_refused():
+    """With padding their patches, here 4 x 6 and one more, can count as a square."""
+    model = timm.create_model(
+        "naflexvit_base_patch16_gap",
+        depth=1,
+        embed_dim=16,
+        num_heads=2,
+        num_classes=5,
+        reg_tokens=1,
+        attn_layer="spatial_decay",
+    )
+    coordinates = torch.cartesian_prod(torch.arange(4), torch.arange(6))
+    coordinates = torch.cat([coordinates, torch.zeros(1, 2, dtype=torch.long)])[None]
+    packed = {
+        "patches": torch.randn(1, 25, 768),
+        "patch_coord": coordinates,
+        "patch_valid": torch.arange(25)[None] < 24,
+    }
+    with pytest.raises(ValueError, match=r"one of all images, .*\(1, 1, 26, 26\).*spatial_decay\.swap_attention"):
+        model(packed)
+    with pytest.raises(ValueError, match="must be a square: got L = 25"):
+        model(torch.randn(1, 3, 64, 96))
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
 
 def test_what_our_layers_cannot_do_is_refused():
