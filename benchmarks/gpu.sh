@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, on one, in some 10 minutes: the tests that wait for one, then the benchmarks for cuda. Results go to
+# What needs a GPU, on one, meant for 10 minutes: the tests that wait for one, then the benchmarks for cuda. Results go to
 # benchmarks/results/<device>-<date>/ with CSV and tables: send that folder. In an environment with the package and its
 # extra [test].
 #
