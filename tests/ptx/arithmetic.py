@@ -91,7 +91,7 @@ def _of_pairs(o: Operation) -> Step:
 def _of_integers(o: Operation) -> Step:
     name, dtype = o.parts[0], DTYPES[o.type]
     if name in ("mul", "mad") and "wide" in o.parts:
-        wide = _I64 if o.type == "s32" else _U64
+        wide = DTYPES[o.type[0] + str(2 * int(o.type[1:]))]
         types, zero = [dtype, dtype] if name == "mul" else [dtype, dtype, wide], wide(0)
         return o.elementwise(lambda a, b, c=zero: a.astype(wide) * b.astype(wide) + c, *types)
     if name == "mul" and "hi" in o.parts:

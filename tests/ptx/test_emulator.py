@@ -43,6 +43,7 @@ def execute(body):
         ("add.s32 %r9, 0x7fffffff, 1;", 0x80000000),
         ("div.s32 %r9, -7, 2;", -3),
         ("mul.hi.u32 %r9, 0x80000000, 4;", 2),
+        ("mov.b32 {%rs1, %rs2}, 0xffffffff; mul.wide.u16 %r8, %rs1, 2; neg.s32 %r9, %r8;", -0x1FFFE),  # 32 bits
         ("shl.b32 %r9, 1, 32;", 0),
         ("shr.s32 %r9, -8, 40;", -1),
         ("bfe.u32 %r9, 0x11223344, 8, 8;", 0x33),
