@@ -107,9 +107,7 @@ def _over_keys(state, owned, walked, start, stop, whole, BLOCK: tl.constexpr, IS
         keys = load_numbers(sequence, j, IS_REST, const)
         key_mask = load_key_mask(sequence, j, IS_REST, const)
         query, key = _face(down(queries), across(keys), IS_REST, const)
-        scores = scores_of(
-            dot_features(q, k, const), query, key, key_mask, j, sequence.length, const.FORMULA, IS_REST, const
-        )
+        scores = scores_of(dot_features(q, k, const), query, key, key_mask, sequence, j, IS_REST, const)
         new_peak = tl.maximum(peak, tl.max(scores, 1) * to_log2)
         p = tl.math.exp2(scores * to_log2 - new_peak[:, None])
         shrink = tl.math.exp2(peak - new_peak)
@@ -189,14 +187,12 @@ def _back_over_keys(state, owned, walked, start, stop, whole, BLOCK: tl.constexp
         keys = numbers_now(sequence, j, first < stop, IS_REST, const)
         key_mask = load_key_mask(sequence, j, IS_REST, const)
         query, key = _face(down(queries), across(keys), IS_REST, const)
-        scores = scores_of(
-            dot_features(q, k, const), query, key, key_mask, j, sequence.length, const.FORMULA, IS_REST, const
-        )
+        scores = scores_of(dot_features(q, k, const), query, key, key_mask, sequence, j, IS_REST, const)
         exponents = scores * (sequence.scale * LOG2E) - lse[:, None]
         p = _weights(exponents, inverse[:, None], q[0].dtype == tl.float32)
         ds = p * (dot_features(do, v, const) - delta[:, None])
         if const.FORMULA != "none":
-            slope1, slope2, slope3, _ = slopes(only_placed(ds, key, IS_REST, const), query, key, const.FORMULA, const)
+            slope1, slope2, slope3, _ = slopes(only_placed(ds, key, IS_REST, const), query, key, const)
             sum1 += tl.sum(slope1, 1)
             if const.NUM_NUMBERS > 1:
                 sum2 += tl.sum(slope2, 1)
@@ -237,7 +233,7 @@ def backward_rows(call, const):
     scale = call.scale * call.factor
     dq, dq2 = dq * scale, dq2 * scale
     store_features(features_at(dq_tensor, place, const), i, call.length, dq, dq2, const)
-    first, second, third = completed(sum1, sum2, sum3, query, call.scale, const.FORMULA)
+    first, second, third = completed(sum1, sum2, sum3, query, call.scale, const)
     if const.NUM_NUMBERS > 0:
         tl.store(DNUMBERS + place.row + i, first * query.flag, mask=mask)
     if const.NUM_NUMBERS > 1:
@@ -266,13 +262,13 @@ def _over_queries(state, owned, walked, start, stop, whole, BLOCK: tl.constexpr,
             lse, inverse = _load_sums(LSE, num_rows, i, sequence.length, IS_REST, is_split)
             delta = load_row(DELTA + i, i < sequence.length, IS_REST)
         key, query = _face(down(keys), across(queries), IS_REST, const)
-        scores = add_decay(dot_features(k, q, const), query, key, const.FORMULA, const)
+        scores = add_decay(dot_features(k, q, const), query, key, const)
         if const.HAS_KEY_MASK:
             scores += key_mask[:, None]
         p = _weights(scores * (sequence.scale * LOG2E) - lse[None, :], inverse[None, :], is_split)
         ds = p * (dot_features(v, do, const) - delta[None, :])
-        if const.FORMULA != "none" and const.READS_KEYS:
-            _, _, _, slope = slopes(only_placed(ds, query, IS_REST, const), query, key, const.FORMULA, const)
+        if const.READS_KEYS:
+            _, _, _, slope = slopes(only_placed(ds, query, IS_REST, const), query, key, const)
             total += tl.sum(slope, 1)
         p, ds = p.to(do[0].dtype), ds.to(q[0].dtype)
         dv = add_dot(dv, p, do[0], const)

@@ -28,40 +28,40 @@ class Numbers(NamedTuple):
 
 
 @triton.jit
-def prepared(first, second, third, scale, FORMULA: tl.constexpr):
+def prepared(first, second, third, scale, const):
     """A token's numbers as value and slopes read them; the first is divided by scale, because the scores are."""
-    if FORMULA == "gaussian":
+    if const.FORMULA == "gaussian":
         return first * (1 / scale), second * LOG2E, third * LOG2E
     else:
         return first * (1 / scale), second, third
 
 
 @triton.jit
-def add_decay(scores, query, key, FORMULA: tl.constexpr, const):
+def add_decay(scores, query, key, const):
     """The value: scores + M / scale."""
-    if FORMULA == "manhattan":  # (a_i + a_j) * d_M
+    if const.FORMULA == "manhattan":  # (a_i + a_j) * d_M
         # fma by name: a plain addition would be folded into the matrix product and stall its loads.
         return tl.fma(query.first + key.first, tl.abs(query.h - key.h) + tl.abs(query.w - key.w), scores)
-    elif FORMULA == "path":  # -|c_i - c_j|
+    elif const.FORMULA == "path":  # -|c_i - c_j|
         cost = tl.abs(query.first - key.first)
         if const.HAS_FLAGS:
             cost = tl.where(query.w == key.w, 0.0, cost)
         return scores - cost
-    elif FORMULA == "gaussian":  # a_i * exp(-(u_i dh^2 + v_i dw^2))
+    elif const.FORMULA == "gaussian":  # a_i * exp(-(u_i dh^2 + v_i dw^2))
         amplitude = tl.broadcast_to(query.first, scores.shape)
         return tl.fma(amplitude, _bell(query, query.h - key.h, query.w - key.w), scores)
     else:
-        tl.static_assert(FORMULA == "none")
+        tl.static_assert(const.FORMULA == "none")
         return scores
 
 
 @triton.jit
-def slopes(ds, query, key, FORMULA: tl.constexpr, const):
+def slopes(ds, query, key, const):
     """dS o dM/dt of the query's three numbers and of the key's, to be summed; what a formula lacks repeats another."""
-    if FORMULA == "manhattan":
+    if const.FORMULA == "manhattan":
         slope = product(ds, tl.abs(query.h - key.h) + tl.abs(query.w - key.w))
         return slope, slope, slope, slope
-    elif FORMULA == "path":
+    elif const.FORMULA == "path":
         # dS o dM/dc_j, whose sign is that of w_i - w_j, the tokens' places along the path, for c_j - c_i may be 0.
         # By way of the sign bit: comparing takes twice the instructions.
         sign = (query.w - key.w).to(tl.int32, bitcast=True) & -2147483648
@@ -69,12 +69,12 @@ def slopes(ds, query, key, FORMULA: tl.constexpr, const):
         if const.HAS_FLAGS:
             slope = tl.where(query.w == key.w, 0.0, slope)
         return -slope, -slope, -slope, slope
-    elif FORMULA == "gaussian":  # the factor -a_i of the second and third comes after the sum
+    elif const.FORMULA == "gaussian":  # the factor -a_i of the second and third comes after the sum
         dh, dw = query.h - key.h, query.w - key.w
         slope = product(ds, _bell(query, dh, dw))
         return slope, product(slope * dh, dh), product(slope * dw, dw), slope
     else:
-        tl.static_assert(FORMULA == "none")
+        tl.static_assert(const.FORMULA == "none")
         return ds, ds, ds, ds
 
 
@@ -92,9 +92,9 @@ def product(a, b):
 
 
 @triton.jit
-def completed(sum1, sum2, sum3, query, scale, FORMULA: tl.constexpr):
+def completed(sum1, sum2, sum3, query, scale, const):
     """The gradients of the query's numbers from the sums of its slopes: what is the same for all keys."""
-    if FORMULA == "gaussian":
+    if const.FORMULA == "gaussian":
         amplitude = query.first * scale  # 0 for prefix tokens
         return sum1, -amplitude * sum2, -amplitude * sum3
     else:
@@ -125,7 +125,7 @@ def load_numbers(sequence, index, MASKED: tl.constexpr, const):
         if const.NUM_NUMBERS > 1:
             second = load_row(start + step + index * sequence.token_stride, mask, MASKED)
             third = load_row(start + step + step + index * sequence.token_stride, mask, MASKED)
-        first, second, third = prepared(first, second, third, sequence.scale, const.FORMULA)
+        first, second, third = prepared(first, second, third, sequence.scale, const)
         h = load_row(sequence.positions + index, mask, MASKED)
         w = load_row(sequence.positions + sequence.length + index, mask, MASKED)
     if const.HAS_FLAGS:
@@ -196,13 +196,13 @@ def only_placed(ds, walked, IS_REST: tl.constexpr, const):
 
 
 @triton.jit
-def scores_of(products, query, key, key_mask, j, stop, FORMULA: tl.constexpr, MASKED: tl.constexpr, const):
-    """Products (BLOCK_Q, BLOCK_K) of queries and keys -> scores / scale: with decay and key mask, -inf past stop."""
-    scores = add_decay(products, query, key, FORMULA, const)
+def scores_of(products, query, key, key_mask, sequence, j, MASKED: tl.constexpr, const):
+    """Products (BLOCK_Q, BLOCK_K) of queries and keys -> scores / scale: with decay and key mask, -inf past the end."""
+    scores = add_decay(products, query, key, const)
     if const.HAS_KEY_MASK:
         scores += key_mask[None, :]
     if MASKED:
-        scores = tl.where((j < stop)[None, :], scores, float("-inf"))
+        scores = tl.where((j < sequence.length)[None, :], scores, float("-inf"))
     return scores
 
 

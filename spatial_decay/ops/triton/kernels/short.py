@@ -42,9 +42,8 @@ def _softmax(q, k, numbers, sequence, index, const):
     """P (L, L) before it is divided by its row sums, and the inverses of these sums."""
     key_mask = load_key_mask(sequence, index, True, const)
     scores = scores_of(
-        dot_features(q, k, const), down(numbers), across(numbers), key_mask, index, sequence.length, const.FORMULA,
-        True, const,
-    )  # fmt: skip
+        dot_features(q, k, const), down(numbers), across(numbers), key_mask, sequence, index, True, const
+    )
     to_log2 = sequence.scale * LOG2E
     peak = tl.maximum(tl.max(scores, 1) * to_log2, LOWEST_PEAK)
     p = tl.math.exp2(scores * to_log2 - peak[:, None])
@@ -88,8 +87,8 @@ def backward(call, const):
     dp = dot_features(do, v, const)
     ds = p * (dp - tl.sum(product(p, dp), 1)[:, None])
     if const.NUM_NUMBERS > 0:  # here one at most
-        row, _, _, column = slopes(ds, down(numbers), across(numbers), const.FORMULA, const)
-        dnumbers, _, _ = completed(tl.sum(row, 1), 0.0, 0.0, numbers, call.scale, const.FORMULA)
+        row, _, _, column = slopes(ds, down(numbers), across(numbers), const)
+        dnumbers, _, _ = completed(tl.sum(row, 1), 0.0, 0.0, numbers, call.scale, const)
         if const.READS_KEYS:
             dnumbers += tl.sum(column, 0)
         tl.store(DNUMBERS + place.row + index, dnumbers, mask=index < call.length)
