@@ -15,7 +15,7 @@ All take the same inputs, here in the order of their schemas:
     tunes         whether schedules are timed
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from spatial_decay.ops.formulas import FORMULAS
 from spatial_decay.ops.operands import empty_heads, summed_as, with_features_together
 from spatial_decay.ops.triton.launch import Launch, reaches_too_far
+from spatial_decay.ops.triton.schedule import Step
 from spatial_decay.values import are_plain
 
 __all__ = ["attend", "backward", "forward", "short_backward", "short_forward"]
@@ -38,16 +39,21 @@ _INPUTS = (
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """Of sequences of any length O, as q, and lse: one number a query, in float32 two, see long.py."""
-    out, lse = empty_heads(q), _empty_lse(q)
-    launch = Launch(
-        "forward",
-        (with_features_together(q), with_features_together(k), with_features_together(v), out),
-        (lse,),
-        *others,
-    )
+    lse = _empty_lse(q)
+    return _output("forward", (lse,), q, k, v, *others), lse
+
+
+def _short_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    """O of short sequences without prefix tokens, as q."""
+    return _output("short forward", (), q, k, v, *others)
+
+
+def _output(step: Step, rows: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    out = empty_heads(q)
+    launch = Launch(step, (*[with_features_together(x) for x in (q, k, v)], out), rows, *others)
     with torch.cuda.device_of(q):
         launch(launch.schedule())
-    return out, lse
+    return out
 
 
 def _backward(
@@ -67,20 +73,6 @@ def _backward(
         rows(of_rows)
         columns(of_columns)
     return dq, dk, dv, summed_as(dnumbers, numbers)
-
-
-def _short_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
-    """O of short sequences without prefix tokens, as q."""
-    out = empty_heads(q)
-    launch = Launch(
-        "short forward",
-        (with_features_together(q), with_features_together(k), with_features_together(v), out),
-        (),
-        *others,
-    )
-    with torch.cuda.device_of(q):
-        launch(launch.schedule())
-    return out
 
 
 def _short_backward(
