@@ -16,10 +16,7 @@ the extra [viz] for the picture.
 
 import argparse
 import contextlib
-import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +24,7 @@ import torch
 
 from benchmarks.contenders import CASES, COMPILED, FLOOR, PASSES, PLAIN, Case, Setting, contenders, make_call
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
-from benchmarks.timing import Call, captured, interleaved, reasons, relative_error
+from benchmarks.timing import Call, captured, interleaved, reasons, relative_error, run_in_processes
 from spatial_decay.ops import BACKENDS
 
 SLOW, ROUNDS_OF_SLOW = 3.0, 3
@@ -82,17 +79,6 @@ def measure(case: Case, setting: Setting, which: str, arguments: argparse.Namesp
     return rows
 
 
-def compile_ahead(cases: Sequence[Case], setting: Setting, names: Sequence[str]) -> None:
-    """By several processes into the caches on the disk, so that measuring one by one does not wait for compilers."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
-    num_processes = min(12, max(1, (os.cpu_count() or 1) - 1))
-    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        for case in cases:
-            for name in names:
-                for which in PASSES:
-                    pool.submit(_call_once, case, setting, name, which)
-
-
 def _call_once(case: Case, setting: Setting, name: str, which: str) -> None:
     with contextlib.suppress(Exception):  # measure says why it cannot
         make_call(case, setting, name, which)()
@@ -145,7 +131,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             for x in contenders(setting.device, autotune=arguments.autotune)
             if x.startswith("triton") or x in compiled
         ]
-        compile_ahead([case for case in cases if case.kind in kinds], setting, names)
+        of_kinds = [case for case in cases if case.kind in kinds]
+        run_in_processes(
+            _call_once, [(case, setting, name, which) for case in of_kinds for name in names for which in PASSES]
+        )
     rows: list[Row] = []
     for kind in kinds:
         of_kind = [case for case in cases if case.kind == kind]

@@ -5,10 +5,7 @@
 The schedules of one step are compiled by several processes first, and then timed by one, alone.
 """
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -17,6 +14,7 @@ import torch
 
 from benchmarks.contenders import CASES, PASSES, Case, Setting, make_call
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, write_results
+from benchmarks.timing import run_in_processes
 from spatial_decay.ops.triton import schedule as schedules
 from spatial_decay.ops.triton.schedule import Schedule
 
@@ -76,17 +74,13 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     wanted = tuple(arguments.cases.split(";")) if arguments.cases else ("",)
     cases = [case for case in CASES["cuda"] if f"{case.kind} {case.shape}".startswith(wanted)]
     cases = cases[:1] if arguments.quick else cases
-    context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), mp_context=context) as pool:
-        jobs = [pool.submit(_compile, case, setting, part) for case in cases for part in range(_SLICES)]
-        for job in jobs:
-            job.result()
+    run_in_processes(_compile, [(case, setting, part) for case in cases for part in range(_SLICES)])
+    where = machine(setting.device, arguments.dtype)
     rows: list[Row] = []
     for case in cases:
         new = measure(case, setting)
         rows += new
         print(f"\n{format_table(new)}", flush=True)
-        where = machine(setting.device, arguments.dtype)
         write_results(arguments.output, "Schedules", ABOUT, rows, where, by=["kind", "B, N, grid, d", "step"])
     return rows
 

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Timing", "captured", "interleaved", "peak_memory", "reasons", "relative_error", "summary"]
+__all__ = [
+    "Call",
+    "Timing",
+    "captured",
+    "interleaved",
+    "peak_memory",
+    "reasons",
+    "relative_error",
+    "run_in_processes",
+    "summary",
+]
 
 Call = Callable[[], Any]
 """What is measured: it does all of its work each time."""
@@ -125,6 +136,25 @@ def captured(call: Call, device: torch.device) -> Call:
         return call  # its inputs must live as long as the graph, which knows but their addresses
 
     return replay
+
+
+def run_in_processes(function: Callable[..., object], jobs: Sequence[tuple[object, ...]]) -> None:
+    """The function with each job's arguments, by several processes: so that compilers fill their caches on the disk.
+
+    Then measuring one by one does not wait for them.
+
+    Args:
+        function: Of a module.
+        jobs: What it is called with.
+
+    Raises:
+        Exception: what the first job that failed has raised.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
+    num_processes = min(12, max(1, (os.cpu_count() or 1) - 1))  # each takes some of the GPU's memory
+    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+        for future in [pool.submit(function, *job) for job in jobs]:
+            future.result()
 
 
 def summary(seconds: Sequence[float], floor: Sequence[float]) -> Timing:
