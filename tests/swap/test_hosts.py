@@ -5,13 +5,13 @@ import copy
 import onnxruntime
 import pytest
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchDropout
 from torch import nn
 
 import spatial_decay as sd
 from tests.cases import relative_error
-from tests.swap.hosts import HOSTS, STRONG, InFloat64, full_masks, pickled, traces
+from tests.swap.checks import check_compiled, check_full, check_gradients, check_no_decay, gradients, set_checkpointing
+from tests.swap.hosts import HOSTS, STRONG, pickled, traces
 
 EVERY_HOST = pytest.mark.parametrize("host", HOSTS, ids=str)
 EVERY_CODE = pytest.mark.parametrize(
@@ -22,37 +22,9 @@ BY_NAME = {host.name: host for host in HOSTS}
 SOME_HOSTS = pytest.mark.parametrize("host", [host for host in HOSTS if host.name in SOME], ids=str)
 
 
-def seen_at(module: nn.Module, run) -> tuple[tuple, dict, object]:
-    """What a module is called with while run() runs, and what it gives."""
-    seen = []
-    handle = module.register_forward_hook(lambda _, *call: seen.append(call), with_kwargs=True)
-    run()
-    handle.remove()
-    (call,) = seen
-    return call
-
-
-def first(output):
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
 @EVERY_HOST
 def test_no_decay_changes_nothing_and_restoring_leaves_nothing(host):
-    model = host.make()
-    names, found = set(model.state_dict()), traces(model)
-    with torch.no_grad():
-        before = [host.run(model, host.images(size)) for size in host.sizes]
-        report = sd.swap_attention(model, "none")
-        swapped = [host.run(model, host.images(size)) for size in host.sizes]
-        assert len(report.replaced) == 2
-        assert tuple(report.left) == host.left
-        assert set(model.state_dict()) == names
-        assert sd.restore_attention(model) == report.replaced
-        restored = [host.run(model, host.images(size)) for size in host.sizes]
-    for a, b, c in zip(before, swapped, restored, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
-    assert traces(model) == found
+    check_no_decay(host)
 
 
 @pytest.mark.parametrize("patch_drop_rate", [0.0, 0.5])
@@ -99,24 +71,7 @@ def test_what_was_restored_can_be_swapped_again(host):
 
 @EVERY_HOST
 def test_decay_is_the_equation_at_each_size(host):
-    model = host.make()
-    original = copy.deepcopy(model)
-    report = sd.swap_attention(model, STRONG)
-    name = report.replaced[-1]
-    for size in host.sizes:
-        with torch.no_grad():
-            args, kwargs, got = seen_at(model.get_submodule(name), lambda size=size: host.run(model, host.images(size)))
-        x = args[0] if args else kwargs["hidden_states"]
-        gate = model.get_submodule(name).spatial_decay.decay.gate
-        before, behind = host.num_prefix_tokens, host.num_suffix_tokens
-        grid = host.grid(size)
-        masks = full_masks(gate, x[:, before : x.shape[1] - behind], grid, host.kept and host.kept(grid))
-        masks = F.pad(masks, (before, behind, before, behind))
-        with torch.no_grad(), InFloat64(masks):
-            expected = first(original.get_submodule(name)(*args, **kwargs))
-        assert relative_error(first(got), expected) < 2e-6
-        with torch.no_grad():
-            assert relative_error(first(original.get_submodule(name)(*args, **kwargs)), expected) > 1e-3
+    check_full(host)
 
 
 @pytest.mark.parametrize("kind", ["full", "1d", "bidirectional"])
@@ -142,38 +97,9 @@ def test_so_it_does_on_large_grids(kind):
     assert 0 < change < 0.01
 
 
-def gradients(host, model, size):
-    model.zero_grad()
-    torch.manual_seed(2)
-    host.run(model, host.images(size)).square().sum().backward()
-    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def set_checkpointing(model):
-    for name in ("set_grad_checkpointing", "activation_checkpointing_enable", "enable_gradient_checkpointing"):
-        if hasattr(model, name):
-            getattr(model, name)()
-            return
-    pytest.fail(f"{type(model).__name__} offers no gradient checkpointing that this test knows")
-
-
 @EVERY_HOST
 def test_gates_get_gradients_also_with_checkpointing(host):
-    model = host.make().train()
-    report = sd.swap_attention(model, STRONG, lpe_kernel_size=0 if host.kept else 3, gate_rank=4)
-    plain = gradients(host, model, host.sizes[-1])
-    new = [name for name in plain if ".spatial_decay." in name]
-    # gate and its bias, output gate's two, and LPE, which needs a whole grid, and its bias
-    assert len(new) == len(report.replaced) * (4 if host.kept else 6)
-    # Those of the last module reach no class token, which is all that some models read of it.
-    assert all(plain[name].any() for name in new if name.startswith(f"{report.replaced[0]}."))
-    if host.name in ("a DiT of timm's layers", "torchvision ViT"):
-        return  # they have no checkpointing
-    set_checkpointing(model)
-    again = gradients(host, model, host.sizes[-1])
-    assert set(again) == set(plain)
-    for name, gradient in plain.items():
-        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6)
+    check_gradients(host)
 
 
 @EVERY_CODE
@@ -217,14 +143,9 @@ def test_copies_and_pickles_are_models_of_their_own(host):
     ids=str,
 )
 def test_compiles_whole_at_each_size_and_with_checkpointing(host):
-    torch._dynamo.reset()
+    check_compiled(host, "eager")  # below, what comes behind the graph too
     model = host.make()
     sd.swap_attention(model, STRONG)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # below, what comes behind the graph too
-    for size in host.sizes:
-        with torch.no_grad():
-            got, expected = host.run(compiled, host.images(size)), host.run(model, host.images(size))
-        assert relative_error(got, expected) < 1e-5
     model.train()
     set_checkpointing(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
