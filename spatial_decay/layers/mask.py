@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from spatial_decay.decay import AxialDecay, Decay, PairwiseDecay, dense
 from spatial_decay.features import as_tokens
 from spatial_decay.layers.kinds import DecayLike, as_kind
-from spatial_decay.layout import LayoutLike
+from spatial_decay.layout import Layout, LayoutLike
 from spatial_decay.ops.sdpa import row_multiple
 
 __all__ = ["SpatialDecayMask"]
@@ -81,7 +81,21 @@ class SpatialDecayMask(nn.Module):
         Raises:
             TypeError, ValueError: x or layout do not fit, see the message.
         """
-        tokens, layout = as_tokens(x, layout, dim=self.dim, num_prefix_tokens=self.num_prefix_tokens)
+        return self.describe_tokens(*as_tokens(x, layout, dim=self.dim, num_prefix_tokens=self.num_prefix_tokens))
+
+    def describe_tokens(self, tokens: Tensor, layout: Layout) -> Decay | None:
+        """As describe, where someone has checked what comes: its prefix tokens are those of the layout.
+
+        Args:
+            tokens: (B, L, D), floating point.
+            layout: Where they lie.
+
+        Returns:
+            As describe.
+
+        Raises:
+            ValueError: Positions, where the kind needs a grid.
+        """
         if self.kind.needs_grid:
             layout.as_grid(f"kind {self.kind.name!r}", "Use another kind, for instance 'full'.")
         return self.kind.describe(self, tokens, layout)

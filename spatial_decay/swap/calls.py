@@ -8,12 +8,13 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spatial_decay.layout import Layout
+from spatial_decay.layout import Grid, Layout
 from spatial_decay.swap.recompute import running_backward, running_checkpoints
 from spatial_decay.values import is_jit_tracing
 
@@ -167,6 +168,16 @@ class Calls:
         slot, again = self._source()._thread.slot, _again()
         call = self._current(again)
         slot.call = _Call(call.whole, call.num_frames, again)
+
+    def put_in_front(self, num_tokens: int) -> None:
+        """From here on so many more tokens, which lie nowhere, stand in front of the tokens of this call's image."""
+        slot, again = self._source()._thread.slot, _again()
+        call = slot.call
+        if call is None or not (torch.compiler.is_compiling() or call.is_of(again)):
+            return  # a checkpoint computes again, and knows the layout; or layout_of says what is wrong
+        assert isinstance(call.whole, Grid)
+        more = replace(call.whole, num_prefix_tokens=self.num_unplaced_tokens + num_tokens)
+        slot.call = _Call(more, call.num_frames, again, call.whole)
 
     def num_patches(self) -> int:
         """How many patches the call that runs has."""

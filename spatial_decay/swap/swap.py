@@ -221,7 +221,7 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
         if host is None:
             is_part = any(name.startswith(f"{outer}.") for outer in inside)
             if looks_like_attention(module) and not is_part:
-                left[name] = f"{type(module).__name__} is not known to attend over all tokens of one grid"
+                left[name] = _reason_where_unknown(module, modules[above] if name else None)
             continue
         inside.append(name)
         nearest = _nearest(name, embeds)
@@ -242,6 +242,17 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
     # What merely contains attention modules is none itself.
     left = {name: why for name, why in left.items() if not any(other.startswith(f"{name}.") for other in able)}
     return able, left
+
+
+def _reason_where_unknown(module: nn.Module, parent: nn.Module | None) -> str:
+    """Why a class that nobody has registered is left, as far as its own words tell."""
+    kind = type(module).__name__
+    if getattr(module, "is_causal", None) is True:
+        return f"{kind} is causal"
+    if "cu_seqlens" in parameters_of_forward(module):
+        return f"{kind} attends over images that are packed one behind the other"
+    window = getattr(module, "window_size", None) or getattr(parent, "window_size", None)
+    return f"{kind} is not known to attend over all tokens of one grid" + f" (window_size={window})" * bool(window)
 
 
 _OVER_TIME = "it attends over time"

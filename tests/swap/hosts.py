@@ -167,7 +167,7 @@ def _timm(name: str, num_prefix_tokens: int, **options: Any) -> HostModel:
 
 def _transformers(name: str, num_prefix_tokens: int, model: str, config: str, **options: Any) -> HostModel:
     run = options.pop("run", {})
-    more = {key: options.pop(key) for key in ("left", "num_suffix_tokens", "is_copy") if key in options}
+    more = {key: options.pop(key) for key in ("left", "num_suffix_tokens", "is_copy", "sizes") if key in options}
     return HostModel(
         f"transformers {name}",
         lambda: getattr(transformers, model)(getattr(transformers, config)(**HF | options)),
@@ -190,6 +190,49 @@ def _kept(grid: tuple[int, int]) -> torch.Tensor:
 def _mae(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     noise = _noise(x.shape[-2] * x.shape[-1] // 256)
     return model(x, noise=noise, interpolate_pos_encoding=True).last_hidden_state
+
+
+def _packed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches of 16 x 16 of images, (B, L, 768), and the row and column of each, (L, 2)."""
+    rows, columns = x.shape[-2] // 16, x.shape[-1] // 16
+    patches = x.unflatten(3, (columns, 16)).unflatten(2, (rows, 16)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return patches, torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+
+
+def _siglip2(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    patches, places = _packed(x)
+    return model(
+        patches,
+        pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long),
+        spatial_shapes=(places[-1] + 1).expand(len(x), 2),
+    ).last_hidden_state
+
+
+def _pix2struct(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    patches, places = _packed(x)
+    return model(torch.cat([(places + 1).expand(len(x), -1, -1), patches], -1)).last_hidden_state
+
+
+def _all(grid: tuple[int, int]) -> torch.Tensor:
+    """For those that tell positions and no grid."""
+    return torch.arange(grid[0] * grid[1]).expand(2, -1)
+
+
+def _llava() -> nn.Module:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**HF),
+        text_config=transformers.LlamaConfig(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=3, vocab_size=20
+        ),
+        image_token_index=7,
+    )
+    config.vision_feature_layer = -1  # else the last block is not read
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def _describe(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    words = torch.tensor([[1, *[7] * (x.shape[-2] * x.shape[-1] // 256), 2, 3]]).expand(len(x), -1)
+    return model(input_ids=words, pixel_values=x).logits
 
 
 def _dit(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -256,6 +299,55 @@ HOSTS = [
     ),
     _transformers("ViTMSN", 1, "ViTMSNModel", "ViTMSNConfig", is_copy=True, run=_RESIZED),
     _transformers("I-JEPA", 0, "IJepaModel", "IJepaConfig", is_copy=True, run=_RESIZED),
+    HostModel(
+        "transformers SigLIP 2",
+        lambda: transformers.Siglip2VisionModel(
+            transformers.Siglip2VisionConfig(**{key: HF[key] for key in HF if key != "image_size"}, num_patches=16)
+        ),
+        _siglip2,
+        0,
+        left=("head.attention",),
+        kept=_all,
+    ),
+    HostModel(
+        "transformers Pix2Struct",
+        lambda: transformers.Pix2StructVisionModel(
+            transformers.Pix2StructVisionConfig(
+                hidden_size=48,
+                d_kv=16,
+                d_ff=96,
+                num_hidden_layers=2,
+                num_attention_heads=3,
+                patch_embed_hidden_size=768,
+                seq_len=32,
+            )
+        ),
+        _pix2struct,
+        0,
+        kept=_all,
+    ),
+    *(
+        _transformers(
+            name,
+            4 + 5,  # of the last block, where the queries are
+            f"{cls}ForUniversalSegmentation",
+            f"{cls}Config",
+            num_blocks=1,
+            num_queries=4,
+            num_register_tokens=4,
+            sizes=((64, 64),),  # it takes no other
+        )
+        for name, cls in (("EoMT", "Eomt"), ("EoMT with DINOv3", "EomtDinov3"))
+    ),
+    HostModel(
+        "transformers LLaVA",
+        _llava,
+        _describe,
+        1,
+        sizes=((64, 64),),  # it takes no other
+        left=("model.language_model.layers.0.self_attn",),
+        is_copy=True,
+    ),
     HostModel(
         "torchvision ViT",
         lambda: VisionTransformer(64, 16, num_layers=2, num_heads=4, hidden_dim=48, mlp_dim=96),

@@ -366,7 +366,7 @@ class TwoStems(nn.Module):
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), {}, "WindowAttention is not known to attend"),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), {}, "WindowAttention is not known .*window_size="),
         (lambda: nn.Linear(3, 3), {}, "found none\nFor attention of your own"),
         (eager_hf, {}, r"attn_implementation='eager' \(needs 'sdpa'\)"),
         (unfused, {}, r"fused_attn is False"),

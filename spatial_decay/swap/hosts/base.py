@@ -100,8 +100,8 @@ class Library:
     Args:
         patch_embeds: How the layout is read of those patch embeddings that are more than a convolution, subclasses as
             well. Convolutions are found without being named here.
-        dropouts: Of modules that leave patch tokens out or bring them back, exactly of these classes: make one tell the
-            Calls that it is given which tokens go on, and return what undoes that.
+        dropouts: Of modules that leave patch tokens out, bring them back or put other tokens in front, exactly of these
+            classes: make one tell the Calls that it is given which tokens go on, and return what undoes that.
     """
 
     patch_embeds: Mapping[str, ReadLayout] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""transformers: ViT and its copies, DINOv2 and DINOv3, the towers of CLIP and SigLIP, BEiT, MAE, DPT and YOLOS."""
+"""transformers: ViT and its copies, DINOv2 and DINOv3, the towers of CLIP and SigLIP, BEiT, MAE, DPT, YOLOS, EoMT."""
 
 import inspect
 import sys
@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from spatial_decay.layout import Positions
 from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.hosts.base import Library, Removable
 from spatial_decay.swap.hosts.register import register_attention
-from spatial_decay.swap.stand_in import StandIn
+from spatial_decay.swap.stand_in import StandIn, named
 
 __all__ = ["LIBRARY"]
 
@@ -93,6 +95,12 @@ _register("vit_mae.modeling_vit_mae", "ViTMAEAttention", lambda _: 1)  # of the 
 _register("ijepa.modeling_ijepa", "IJepaAttention", lambda _: 0)
 _register("clip.modeling_clip", "CLIPAttention", lambda _: 1, reason_against=_reason_against_tower)
 _register("siglip.modeling_siglip", "SiglipAttention", lambda _: 0, reason_against=_reason_against_tower)
+# Their first num_queries tokens come in before the last blocks: see _hook_eomt.
+_register("eomt.modeling_eomt", "EomtAttention", _class_and_registers)
+_register("eomt_dinov3.modeling_eomt_dinov3", "EomtDinov3Attention", _class_and_registers)
+# Packed patches with padding, whose positions come with them: see _read_siglip2 and _read_pix2struct.
+_register("siglip2.modeling_siglip2", "Siglip2Attention", lambda _: 0, reason_against=_reason_against_tower)
+_register("pix2struct.modeling_pix2struct", "Pix2StructVisionAttention", lambda _: 0, query="query")
 # The relative position bias of BEiT's layers comes as the mask, Data2Vec's has an argument of its own.
 _register("beit.modeling_beit", "BeitAttention", lambda _: 1)
 _register(
@@ -143,9 +151,44 @@ def _note_all(calls: Calls, _module: nn.Module, _args: Any) -> None:
     calls.keep_all()
 
 
+def _hook_eomt(module: Any, calls: Calls) -> Sequence[Removable]:
+    """It puts its queries in front of all tokens before the first of its last num_blocks blocks."""
+    block = module.layers[module.num_hidden_layers - module.config.num_blocks]
+    return [block.register_forward_pre_hook(partial(_note_queries, calls, module.config.num_queries))]
+
+
+def _note_queries(calls: Calls, num_queries: int, _module: nn.Module, _args: Any) -> None:
+    calls.put_in_front(num_queries)
+
+
+def _read_siglip2(
+    args: Sequence[Any], kwargs: dict[str, Any], output: Tensor, num_prefix_tokens: int
+) -> tuple[Positions, Tensor]:
+    """Of Siglip2VisionEmbeddings: the rows and columns of each image come in, (B, 2), padding behind its patches."""
+    shapes = named(("pixel_values", "spatial_shapes"), args, kwargs)["spatial_shapes"].to(output.device)
+    numbers, height, width = torch.arange(output.shape[1], device=output.device), shapes[:, :1], shapes[:, 1:]
+    coordinates = torch.stack([numbers // width, numbers % width], -1)  # (B, L, 2)
+    return Positions.of_coordinates(coordinates, numbers < height * width, num_prefix_tokens=num_prefix_tokens), output
+
+
+def _read_pix2struct(
+    args: Sequence[Any], kwargs: dict[str, Any], output: Tensor, num_prefix_tokens: int
+) -> tuple[Positions, Tensor]:
+    """Of Pix2StructVisionEmbeddings: each patch begins with its row and column, from 1; those of padding are 0."""
+    coordinates = named(("flattened_patches",), args, kwargs)["flattened_patches"][..., :2].long()  # (B, L, 2)
+    is_patch = coordinates[..., 0] > 0
+    return Positions.of_coordinates(coordinates, is_patch, num_prefix_tokens=num_prefix_tokens), output
+
+
 LIBRARY = Library(
+    patch_embeds={
+        "transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings": _read_siglip2,
+        "transformers.models.pix2struct.modeling_pix2struct.Pix2StructVisionEmbeddings": _read_pix2struct,
+    },
     dropouts={
         "transformers.models.vit_mae.modeling_vit_mae.ViTMAEEmbeddings": _hook_mae,
         "transformers.models.vit_mae.modeling_vit_mae.ViTMAEDecoder": _hook_mae_decoder,
+        "transformers.models.eomt.modeling_eomt.EomtForUniversalSegmentation": _hook_eomt,
+        "transformers.models.eomt_dinov3.modeling_eomt_dinov3.EomtDinov3ForUniversalSegmentation": _hook_eomt,
     },
 )
