@@ -102,6 +102,13 @@ def check_compiled(host: HostModel, backend: str) -> float:
     return max(errors)
 
 
+def check_compiles(host: HostModel) -> None:
+    """The model as it is, without decay, is one graph."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        host.run(torch.compile(host.make(), fullgraph=True, backend="eager"), host.images(host.sizes[0]))
+
+
 def gradients(host: HostModel, model: nn.Module, size: tuple[int, int]) -> dict[str, Tensor]:
     """Of the square of the outputs, by the names of the weights."""
     model.zero_grad()
