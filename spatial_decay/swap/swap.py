@@ -47,12 +47,12 @@ def swap_attention(
     softmax(Q K^T / sqrt(d) + M_decay) V in place of softmax(Q K^T / sqrt(d)) V          (Mao et al. 2025, Eq. 10, 13)
 
     For timm (VisionTransformer, Eva, rope-ViT, DINOv3, NaFlexVit), transformers (ViT and its copies, DINOv2, DINOv3,
-    the image towers of CLIP, SigLIP and SigLIP 2, BEiT, Data2VecVision, ViTMAE, DPT, YOLOS, EoMT, Pix2Struct), diffusers (DiTTransformer2DModel,
-    PixArt's self-attention), torchvision's VisionTransformer, and other models that are made of their attention
-    modules, such as facebookresearch/DiT; for a class of your own see register_attention. Each module keeps its weights
-    and their names, its class as a base class, and its own forward, in which F.scaled_dot_product_attention gets the
-    decay; new is its submodule `spatial_decay`. The grid of a call is read from what the patch embedding gives for its
-    images, of any size.
+    the image towers of CLIP, SigLIP and SigLIP 2, BEiT, Data2VecVision, ViTMAE, DPT, YOLOS, EoMT, Pix2Struct),
+    diffusers (DiTTransformer2DModel, PixArt's self-attention), torchvision's VisionTransformer, and other models that
+    are made of their attention modules, such as facebookresearch/DiT; for a class of your own see register_attention.
+    Each module keeps its weights and their names, its class as a base class, and its own forward, in which
+    F.scaled_dot_product_attention gets the decay; new is its submodule `spatial_decay`. The grid of a call is read from
+    what the patch embedding gives for its images, of any size.
 
     Args:
         model: Changed in place. Swap before torch.compile, before wrapping it for several processes, and before making

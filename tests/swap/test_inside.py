@@ -1,5 +1,6 @@
 """swap_attention where a tower or a backbone is inside, where images are packed or tokens come in; and why not."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -79,6 +80,19 @@ def test_queries_come_in_front_in_the_last_blocks(name, training):
     sd.swap_attention(model, "fixed", lpe_kernel_size=3)
     with torch.no_grad():
         assert model(images).last_hidden_state.shape == (2, 25, 48)
+
+
+@pytest.mark.parametrize("num_blocks", [0, 2])
+def test_queries_from_the_first_block_on_or_never(num_blocks):
+    config = transformers.EomtConfig(**HF, num_blocks=num_blocks, num_queries=4, num_register_tokens=4)
+    model = transformers.EomtForUniversalSegmentation(config).eval()
+    sd.swap_attention(model, STRONG)
+    seen = []
+    for layer in model.layers:
+        layer.attention.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    with torch.no_grad(), contextlib.nullcontext() if num_blocks else pytest.raises(RuntimeError, match="48 channels"):
+        model(torch.randn(1, 3, 64, 64))  # without queries transformers itself fails, behind the blocks
+    assert seen == ([25, 25] if num_blocks else [21, 21])
 
 
 def packed(name, places, patches):

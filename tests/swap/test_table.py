@@ -1,5 +1,7 @@
 """The table of the hosts: each has its row on the page, and a check that fails is a row too."""
 
+import pytest
+
 from tests.swap import table
 from tests.swap.hosts import HOSTS
 
@@ -30,6 +32,7 @@ def test_a_check_that_fails_is_told():
     assert (table.told(lambda: 3.21e-7), table.told(lambda: 0.0)) == ("3e-07", "0")
 
 
+@pytest.mark.slow  # it asks every package that is installed
 def test_the_versions_are_those_of_the_hosts_libraries():
     assert table.libraries_of(HOSTS[0].build())[0] == "timm"
     own = next(host for host in HOSTS if host.name == "a DiT of timm's layers")

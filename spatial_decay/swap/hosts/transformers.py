@@ -153,8 +153,9 @@ def _note_all(calls: Calls, _module: nn.Module, _args: Any) -> None:
 
 def _hook_eomt(module: Any, calls: Calls) -> Sequence[Removable]:
     """It puts its queries in front of all tokens before the first of its last num_blocks blocks."""
-    block = module.layers[module.num_hidden_layers - module.config.num_blocks]
-    return [block.register_forward_pre_hook(partial(_note_queries, calls, module.config.num_queries))]
+    config, note = module.config, partial(_note_queries, calls, module.config.num_queries)
+    first = config.num_hidden_layers - config.num_blocks
+    return [block.register_forward_pre_hook(note) for i, block in enumerate(module.layers) if i == first]
 
 
 def _note_queries(calls: Calls, num_queries: int, _module: nn.Module, _args: Any) -> None:
