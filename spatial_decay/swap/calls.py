@@ -142,13 +142,13 @@ class Calls:
     def note(
         self,
         read: Callable[..., tuple[Layout, Tensor]],
-        _module: nn.Module,
+        module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
         """Forward hook of the patch embedding; read says what it gave, see ReadLayout."""
-        layout, tokens = read(args, kwargs, output, self.num_unplaced_tokens)
+        layout, tokens = read(module, args, kwargs, output, self.num_unplaced_tokens)
         slot = self._source()._thread.slot
         num_frames = None if slot.num_videos is None else tokens.shape[0] // slot.num_videos
         if tokens.ndim == 5:  # a convolution over frames, (B, D, T, H, W)

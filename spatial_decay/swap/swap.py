@@ -15,7 +15,12 @@ from spatial_decay.swap.decayed import AddedDecay, added_decays, parameters_of_f
 from spatial_decay.swap.hooks import check_no_hooks_are_needed, install_hooks, remove_hooks
 from spatial_decay.swap.hosts.base import Host, PatchEmbed
 from spatial_decay.swap.hosts.register import host_of
-from spatial_decay.swap.hosts.table import looks_like_attention, patch_embeds_of
+from spatial_decay.swap.hosts.table import (
+    looks_like_attention,
+    num_prefix_tokens_of,
+    patch_embed_of,
+    patch_embeds_of,
+)
 from spatial_decay.swap.options import (
     check_is_model,
     check_known,
@@ -48,11 +53,12 @@ def swap_attention(
 
     For timm (VisionTransformer, Eva, rope-ViT, DINOv3, NaFlexVit), transformers (ViT and its copies, DINOv2, DINOv3,
     the image towers of CLIP and SigLIP, BEiT, Data2VecVision, ViTMAE, DPT, YOLOS), diffusers (DiTTransformer2DModel,
-    PixArt's self-attention), torchvision's VisionTransformer, and other models that are made of their attention
-    modules, such as facebookresearch/DiT; for a class of your own see register_attention. Each module keeps its weights
-    and their names, its class as a base class, and its own forward, in which F.scaled_dot_product_attention gets the
-    decay; new is its submodule `spatial_decay`. The grid of a call is read from what the patch embedding gives for its
-    images, of any size.
+    PixArt's self-attention), torchvision's VisionTransformer, the image towers of open_clip's CLIP and CoCa,
+    vit-pytorch's ViT and SimpleViT, and other models that are made of their attention modules, such as
+    facebookresearch/DiT; for a class of your own see register_attention. Each module keeps its weights and their names,
+    its class as a base class, and its own forward, in which F.scaled_dot_product_attention gets the decay; new is its
+    submodule `spatial_decay`. The grid of a call is read from what the patch embedding gives for its images, of any
+    size.
 
     Args:
         model: Changed in place. Swap before torch.compile, before wrapping it for several processes, and before making
@@ -216,8 +222,7 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
     inside: list[str] = []
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        above, _, leaf = name.rpartition(".")
-        host = host_of(module, modules[above] if name else None, leaf)
+        host = host_of(modules, name)
         if host is None:
             is_part = any(name.startswith(f"{outer}.") for outer in inside)
             if looks_like_attention(module) and not is_part:
@@ -281,7 +286,7 @@ def _patch_embeds(model: nn.Module, name: str | None) -> list[PatchEmbed]:
         raise ValueError(
             f"patch_embed must be the name of a module of the model: got {said}.{did_you_mean(name, modules)}"
         )
-    return [PatchEmbed(name, modules[name])]
+    return [patch_embed_of(modules, name)]
 
 
 def _nearest(name: str, embeds: list[PatchEmbed]) -> list[PatchEmbed]:
@@ -310,5 +315,7 @@ def _num_prefix_tokens(model: nn.Module, name: str, host: Host, given: int | Non
     known = host.num_prefix_tokens(model.get_submodule(name)) if given is None else given
     while known is None:
         name = name.rpartition(".")[0]
-        known = getattr(model.get_submodule(name), "num_prefix_tokens", None if name else 0)
+        known = num_prefix_tokens_of(model.get_submodule(name))
+        if not name:
+            return known or 0
     return known

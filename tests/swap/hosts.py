@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import open_clip
 import timm
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models.vision_transformer import VisionTransformer
+from vit_pytorch import SimpleViT, ViT
 
 from spatial_decay import kinds
 from tests import references
@@ -46,6 +48,8 @@ class HostModel:
     num_suffix_tokens: int = 0
     is_copy: bool = False  # another row has the same code: what does not depend on the class is slow
     kept: Callable[[tuple[int, int]], torch.Tensor] | None = None  # numbers of the patches of a grid that go on, (B, K)
+    has_norm: bool = False  # its attention begins with a norm, which the gates read behind
+    has_checkpointing: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -97,6 +101,8 @@ class InFloat64(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.multi_head_attention_forward:  # of nn.MultiheadAttention, which would hide its softmax
             return func(*args, **kwargs | {"attn_mask": self.mask.flatten(0, 1).float()})
+        if func is F.softmax:  # written out
+            return torch.softmax(args[0].double() + self.mask, -1).to(torch.float32)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = (x.double() for x in (*args, *(kwargs or {}).values())[:3])
@@ -216,6 +222,28 @@ _RESIZED = {"interpolate_pos_encoding": True}
 _BIASED = {"use_absolute_position_embeddings": True, "use_relative_position_bias": True}
 _BIASED |= {"use_shared_relative_position_bias": True}
 
+def open_clip_model(cls: type[nn.Module] = open_clip.CLIP, text: Any = None, **vision: Any) -> nn.Module:
+    """Of two towers."""
+    given = {"image_size": (64, 96), "patch_size": 16, "width": 48, "head_width": 16, "layers": 2}
+    given_text = {"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2, "layers": 2}
+    return cls(24, vision_cfg=given | vision, text_cfg=given_text | (text or {}))
+
+
+def _open_clip(name: str, **vision: Any) -> HostModel:
+    return HostModel(
+        f"open_clip {name}",
+        lambda: open_clip_model(**vision),
+        lambda model, x: model.encode_image(x),
+        1,
+        sizes=(vision.get("image_size", (64, 96)),),  # it takes no other
+        left=("transformer.resblocks.0.attn", "transformer.resblocks.1.attn"),
+        has_checkpointing="qk_norm" not in vision,  # open_clip hands its custom blocks too many arguments
+    )
+
+
+_VIT_PYTORCH = {"image_size": (64, 96), "patch_size": 16, "num_classes": 10, "dim": 48, "depth": 2, "heads": 3}
+_VIT_PYTORCH |= {"dim_head": 16, "mlp_dim": 96}
+
 HOSTS = [
     _timm("vit_tiny_patch16_224", 1, img_size=64, dynamic_img_size=True),
     _timm("deit_tiny_distilled_patch16_224", 2, img_size=64, sizes=((64, 64),)),
@@ -262,6 +290,7 @@ HOSTS = [
         lambda model, x: model(x),
         1,
         sizes=((64, 64),),  # it takes no other
+        has_checkpointing=False,
     ),
     HostModel(
         "diffusers DiT",
@@ -280,5 +309,26 @@ HOSTS = [
         left=("transformer_blocks.0.attn2", "transformer_blocks.1.attn2"),
         **_LATENTS,
     ),
-    HostModel("a DiT of timm's layers", OwnDiT, lambda model, x: model(x), 0, **_LATENTS),
+    _open_clip("CLIP"),
+    _open_clip("CLIP with custom blocks", image_size=(64, 64), qk_norm=True, scale_heads=True, scale_attn_inner=True),
+    HostModel(
+        "vit-pytorch ViT",
+        lambda: ViT(**_VIT_PYTORCH),
+        lambda model, x: model(x),
+        1,
+        sizes=((64, 96), (64, 64)),
+        has_norm=True,
+        has_checkpointing=False,
+    ),
+    HostModel(
+        "vit-pytorch SimpleViT",
+        lambda: SimpleViT(**_VIT_PYTORCH),
+        lambda model, x: model(x),
+        0,
+        sizes=((64, 96),),  # it takes no other
+        is_copy=True,
+        has_norm=True,
+        has_checkpointing=False,
+    ),
+    HostModel("a DiT of timm's layers", OwnDiT, lambda model, x: model(x), 0, has_checkpointing=False, **_LATENTS),
 ]

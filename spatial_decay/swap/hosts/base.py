@@ -1,8 +1,9 @@
 """What the file of a host library says: its attention modules, its patch embeddings, and what leaves tokens out."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from spatial_decay.layout import Grid, Layout
 from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.stand_in import StandIn
 
-__all__ = ["Host", "Library", "PatchEmbed", "ReadLayout", "Removable", "class_names", "read_map"]
+__all__ = ["Host", "Library", "PatchEmbed", "ReadLayout", "Removable", "class_names", "read_map", "row_of"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Host:
 
 _REGISTER = "Register the class with the right function, see sd.swap.register_attention."
 
-ReadLayout: TypeAlias = Callable[[Sequence[Any], dict[str, Any], Any, int], tuple[Layout, Tensor]]
-"""Arguments, keywords and output of a patch embedding, and how many tokens lie nowhere (first in the layout) ->
+ReadLayout: TypeAlias = Callable[[Any, Sequence[Any], dict[str, Any], Any, int], tuple[Layout, Tensor]]
+"""A patch embedding, its arguments, keywords and output, and how many tokens lie nowhere (first in the layout) ->
 where the tokens lie, and a tensor of its output.
 
 A function of a module, so that a model that has been swapped can be pickled.
@@ -71,7 +72,7 @@ A function of a module, so that a model that has been swapped can be pickled.
 
 
 def read_map(
-    _args: Sequence[Any], _kwargs: dict[str, Any], output: Tensor, num_prefix_tokens: int
+    _module: Any, _args: Sequence[Any], _kwargs: dict[str, Any], output: Tensor, num_prefix_tokens: int
 ) -> tuple[Grid, Tensor]:
     """Of a convolution that makes patches, (B, D, H, W)."""
     return Grid(output.shape[-2], output.shape[-1], num_prefix_tokens), output
@@ -99,15 +100,39 @@ class Library:
 
     Args:
         patch_embeds: How the layout is read of those patch embeddings that are more than a convolution, subclasses as
-            well. Convolutions are found without being named here.
+            well, or by the path to one, see row_of. Convolutions are found without being named here.
         dropouts: Of modules that leave patch tokens out or bring them back, exactly of these classes: make one tell the
             Calls that it is given which tokens go on, and return what undoes that.
+        num_prefix_tokens: P, asked of a model, subclasses as well, that has no attribute num_prefix_tokens.
     """
 
     patch_embeds: Mapping[str, ReadLayout] = field(default_factory=dict)
     dropouts: Mapping[str, Callable[[nn.Module, Calls], Sequence[Removable]]] = field(default_factory=dict)
+    num_prefix_tokens: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
 
 
-def class_names(module: nn.Module | None) -> list[str]:
+def class_names(module: nn.Module) -> list[str]:
     """Full names of the module's class and its bases."""
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+
+
+_Row = TypeVar("_Row")
+
+
+def row_of(table: Mapping[str, _Row], modules: Mapping[str, nn.Module], name: str) -> _Row | None:
+    """What a table has for a module of a model: under the longest path to it, at last under the name of its class.
+
+    Args:
+        table: By the full name of a class; or of a class above the module and the path from there, with numbers as they
+            are or as `*`: "package.module.ViT.blocks.*.attn".
+        modules: All modules of the model, by name.
+        name: That of the module.
+    """
+    parts = name.split(".") if name else []
+    for depth in range(len(parts) + 1):
+        above = modules[".".join(parts[:depth])]
+        path = [(part, "*") if part.isdecimal() else (part,) for part in parts[depth:]]
+        for of_class, *below in itertools.product(class_names(above), *path):
+            if row := table.get(".".join((of_class, *below))):
+                return row
+    return None

@@ -1,12 +1,12 @@
 """What swap_attention knows of classes of attention: register_attention teaches it one, ours and users' alike."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from spatial_decay.swap.hosts.base import Host, class_names
+from spatial_decay.swap.hosts.base import Host, row_of
 from spatial_decay.swap.stand_in import StandIn
 
 __all__ = ["host_of", "register_attention"]
@@ -38,8 +38,9 @@ def register_attention(
     Args:
         cls: The class; or its full name, "package.module.Class", so that its package need not be imported. What was
             registered under that name before is replaced. For modules of a class that serves for much else, the full
-            name of the class that has them and their name in it, "package.module.Block.attn", which goes before the
-            name of their own class.
+            name of a class above them and the path from there, with numbers as they are or as `*`, such as
+            "package.module.ViT.blocks.*.attn". It goes before the name of their own class, and a longer path before a
+            shorter one.
         heads: Asked of a module of the class: N.
         width: D of its tokens.
         mask: The name of that argument of forward. Where forward takes **kwargs, any name.
@@ -53,7 +54,8 @@ def register_attention(
             for its shape, or change it, on the way. It must be at the top of a module, to be pickled.
         forward: Runs in place of the module's own forward where no mask comes to the softmax: it gets the module, and
             what the module is called with, and must call `attn.spatial_decay.attend_as_host(tokens, q, k, v)` for the
-            softmax. At the top of a module too. None: the module's own.
+            softmax. Where nothing is added, with kind `none`, the module's own runs. At the top of a module too. None:
+            the module's own, always.
 
     Raises:
         TypeError: cls is no class of modules, or an answer is no function.
@@ -157,10 +159,9 @@ def _check_forward(cls: type[nn.Module], mask: str) -> None:
         )
 
 
-def host_of(module: nn.Module, parent: nn.Module | None, name: str) -> Host | None:
-    """The entry of its name in the class of its parent; or of its own class or one that this derives from."""
-    names = [*(f"{of_parent}.{name}" for of_parent in class_names(parent)), *class_names(module)]
-    return next((_HOSTS[name] for name in names if name in _HOSTS), None)
+def host_of(modules: Mapping[str, nn.Module], name: str) -> Host | None:
+    """What is registered of a module of a model, by the path to it or its class, see row_of."""
+    return row_of(_HOSTS, modules, name)
 
 
 def _none_against(_: Any) -> str:

@@ -1,23 +1,35 @@
 """The host libraries, none of which is imported; and what of them is in a model."""
 
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
 
 from torch import nn
 
 from spatial_decay.swap.calls import Calls
-from spatial_decay.swap.hosts import diffusers, timm, torchvision, transformers
-from spatial_decay.swap.hosts.base import PatchEmbed, Removable, class_names
+from spatial_decay.swap.hosts import diffusers, open_clip, timm, torchvision, transformers, vit_pytorch
+from spatial_decay.swap.hosts.base import PatchEmbed, Removable, class_names, read_map, row_of
 
-__all__ = ["LIBRARIES", "hook_dropouts", "looks_like_attention", "patch_embeds_of"]
+__all__ = [
+    "LIBRARIES",
+    "hook_dropouts",
+    "looks_like_attention",
+    "num_prefix_tokens_of",
+    "patch_embed_of",
+    "patch_embeds_of",
+]
 
-LIBRARIES = (timm.LIBRARY, transformers.LIBRARY, diffusers.LIBRARY, torchvision.LIBRARY)
+LIBRARIES = (
+    timm.LIBRARY,
+    transformers.LIBRARY,
+    diffusers.LIBRARY,
+    torchvision.LIBRARY,
+    open_clip.LIBRARY,
+    vit_pytorch.LIBRARY,
+)
 """A new library adds its file, which registers its attention as it is imported, and its name here."""
 
 _PATCH_EMBEDS = {name: read for library in LIBRARIES for name, read in library.patch_embeds.items()}
 _DROPOUTS = {name: hook for library in LIBRARIES for name, hook in library.dropouts.items()}
-
-_Row = TypeVar("_Row")
+_NUM_PREFIX_TOKENS = {name: count for library in LIBRARIES for name, count in library.num_prefix_tokens.items()}
 
 
 def looks_like_attention(module: nn.Module) -> bool:
@@ -35,11 +47,11 @@ def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
             convolutions[name] = convolution
     for name, module in modules.items():
         above, _, leaf = name.rpartition(".")
-        parent = modules.get(above)
-        if read := _row_of(module, _PATCH_EMBEDS):
+        if read := row_of(_PATCH_EMBEDS, modules, name):
             found.append(PatchEmbed(name, module, read))
-        is_named = ("Embed" in type(parent).__name__ and leaf in ("proj", "projection")) or leaf in _USUAL_NAMES
-        if name in convolutions and is_named and not _row_of(parent, _PATCH_EMBEDS):
+            continue
+        is_of_embed = "Embed" in type(modules[above]).__name__ and leaf in ("proj", "projection")
+        if name in convolutions and (is_of_embed or leaf in _USUAL_NAMES) and not row_of(_PATCH_EMBEDS, modules, above):
             found.append(PatchEmbed(name, module))
     if found:
         return found
@@ -48,6 +60,18 @@ def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
         for name, convolution in convolutions.items()
         if max(convolution.stride) > 1 and convolution.kernel_size == convolution.stride
     ]
+
+
+def patch_embed_of(modules: Mapping[str, nn.Module], name: str) -> PatchEmbed:
+    """The named module as a patch embedding."""
+    return PatchEmbed(name, modules[name], row_of(_PATCH_EMBEDS, modules, name) or read_map)
+
+
+def num_prefix_tokens_of(module: nn.Module) -> int | None:
+    """P, as a model or a part of one says it."""
+    known: int | None = getattr(module, "num_prefix_tokens", None)
+    counts = (_NUM_PREFIX_TOKENS[name] for name in class_names(module) if name in _NUM_PREFIX_TOKENS)
+    return next((count(module) for count in counts), None) if known is None else known
 
 
 def hook_dropouts(part: nn.Module, calls: Calls) -> Iterator[tuple[nn.Module, Removable]]:
@@ -59,7 +83,3 @@ def hook_dropouts(part: nn.Module, calls: Calls) -> Iterator[tuple[nn.Module, Re
 
 
 _USUAL_NAMES = ("patch_embed", "patch_embedding", "patch_embeddings")
-
-
-def _row_of(module: nn.Module | None, table: Mapping[str, _Row]) -> _Row | None:
-    return next((table[name] for name in class_names(module) if name in table), None)
