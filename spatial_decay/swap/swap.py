@@ -14,7 +14,7 @@ from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.decayed import AddedDecay, added_decays, parameters_of_forward, put_back, take_out
 from spatial_decay.swap.hooks import check_no_hooks_are_needed, install_hooks, remove_hooks
 from spatial_decay.swap.hosts.base import Host, PatchEmbed
-from spatial_decay.swap.hosts.register import host_of
+from spatial_decay.swap.hosts.register import hosts_of
 from spatial_decay.swap.hosts.table import (
     looks_like_attention,
     num_prefix_tokens_of,
@@ -221,8 +221,9 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
     able, left, embeds = dict[str, tuple[Host, PatchEmbed]](), dict[str, str](), _patch_embeds(model, patch_embed)
     inside: list[str] = []
     modules = dict(model.named_modules())
+    hosts = hosts_of(modules)
     for name, module in modules.items():
-        host = host_of(modules, name)
+        host = hosts.get(name)
         if host is None:
             is_part = any(name.startswith(f"{outer}.") for outer in inside)
             if looks_like_attention(module) and not is_part:

@@ -222,6 +222,7 @@ _RESIZED = {"interpolate_pos_encoding": True}
 _BIASED = {"use_absolute_position_embeddings": True, "use_relative_position_bias": True}
 _BIASED |= {"use_shared_relative_position_bias": True}
 
+
 def open_clip_model(cls: type[nn.Module] = open_clip.CLIP, text: Any = None, **vision: Any) -> nn.Module:
     """Of two towers."""
     given = {"image_size": (64, 96), "patch_size": 16, "width": 48, "head_width": 16, "layers": 2}

@@ -11,6 +11,7 @@ from torch import nn
 
 import spatial_decay as sd
 from spatial_decay.swap.calls import Calls
+from spatial_decay.swap.report import reasons
 from tests.cases import relative_error
 from tests.swap.hosts import STRONG, InFloat64, full_masks, open_clip_model, pickled, traces
 
@@ -20,16 +21,17 @@ TEXT = F.pad(TEXT, (0, 4))
 
 
 def coca():
-    multimodal = {"context_length": 8, "width": 32, "heads": 2, "layers": 1}
+    multimodal = {"context_length": 8, "width": 24, "heads": 2, "layers": 1}
     return open_clip.CoCa(
         24,
-        vision_cfg=VISION | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4},
-        text_cfg={"context_length": 8, "vocab_size": 99, "width": 24, "heads": 2, "layers": 1, "embed_cls": True},
+        vision_cfg=VISION | POOLED,
+        text_cfg=multimodal | {"vocab_size": 99, "embed_cls": True, "output_tokens": True},
         multimodal_cfg=multimodal,
     )
 
 
 VISION = {"image_size": (64, 96), "patch_size": 16, "width": 48, "head_width": 16, "layers": 2}
+POOLED = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True}
 
 
 @pytest.mark.parametrize(
@@ -59,9 +61,7 @@ def test_of_two_towers_that_of_the_images(build, left):
     report = sd.swap_attention(build(), STRONG)
     assert report.replaced == IMAGE
     assert {module.patch_embed for module in report.modules} == {"visual.conv1"}
-    assert {name: reason for name, reason in report.left.items() if "attn_pool_" in name} == {}
-    said = sd.swap.report.reasons(report.left)
-    assert said == left
+    assert reasons(report.left) == left
 
 
 @pytest.mark.parametrize("build", [open_clip_model, coca], ids=["CLIP", "CoCa"])
@@ -71,7 +71,7 @@ def test_the_whole_model_runs_and_its_weights_keep_their_names(build):
     sd.swap_attention(model, STRONG)
     outputs, before = model(IMAGES, TEXT), plain(IMAGES, TEXT)
     outputs, before = (list(out.values()) if isinstance(out, dict) else out for out in (outputs, before))
-    assert not torch.allclose(outputs[0], before[0], atol=1e-3)
+    assert relative_error(outputs[0].detach(), before[0].detach()) > 1e-4
     assert torch.equal(outputs[1], before[1])  # text
     assert set(plain.state_dict()) < set(model.state_dict())
     other = build().eval()

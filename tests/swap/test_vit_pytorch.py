@@ -60,11 +60,10 @@ def test_what_is_around_it_is_known_with_it_or_refused():
     assert student(IMAGES).shape == (2, 10)
     with pytest.raises(RuntimeError, match="if behind them num_suffix_tokens=1"):
         student(IMAGES, distill_token=torch.randn(1, 48))
-    mae = MAE(encoder=ViT(**SMALL), decoder_dim=48, decoder_depth=1)
-    report = sd.swap_attention(mae, STRONG)
-    assert list(report.left) == ["decoder.layers.0.0"]
+    mae = MAE(encoder=ViT(**SMALL | {"depth": 1}), decoder_dim=48, decoder_depth=1)
+    assert list(sd.swap_attention(mae, STRONG).replaced) == ["encoder.transformer.layers.0.0"]
     with pytest.raises(RuntimeError, match="no image has come through the patch embedding"):
-        mae(IMAGES)  # it calls the parts of the embedding
+        mae.encoder.transformer(torch.randn(2, 12, 48))  # as it does it, behind parts of the embedding
 
 
 def test_other_attention_in_its_place_is_refused():

@@ -11,7 +11,7 @@ from spatial_decay.layout import Grid, Layout
 from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.stand_in import StandIn
 
-__all__ = ["Host", "Library", "PatchEmbed", "ReadLayout", "Removable", "class_names", "read_map", "row_of"]
+__all__ = ["Host", "Library", "PatchEmbed", "ReadLayout", "Removable", "class_names", "read_map", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Library:
 
     Args:
         patch_embeds: How the layout is read of those patch embeddings that are more than a convolution, subclasses as
-            well, or by the path to one, see row_of. Convolutions are found without being named here.
+            well, or by the path to one, see rows_of. Convolutions are found without being named here.
         dropouts: Of modules that leave patch tokens out or bring them back, exactly of these classes: make one tell the
             Calls that it is given which tokens go on, and return what undoes that.
         num_prefix_tokens: P, asked of a model, subclasses as well, that has no attribute num_prefix_tokens.
@@ -119,20 +119,28 @@ def class_names(module: nn.Module) -> list[str]:
 _Row = TypeVar("_Row")
 
 
-def row_of(table: Mapping[str, _Row], modules: Mapping[str, nn.Module], name: str) -> _Row | None:
-    """What a table has for a module of a model: under the longest path to it, at last under the name of its class.
+def rows_of(table: Mapping[str, _Row], modules: Mapping[str, nn.Module]) -> dict[str, _Row]:
+    """What a table has for the modules of a model: under the longest path to one, at last under the name of its class.
 
     Args:
         table: By the full name of a class; or of a class above the module and the path from there, with numbers as they
             are or as `*`: "package.module.ViT.blocks.*.attn".
         modules: All modules of the model, by name.
-        name: That of the module.
+
+    Returns:
+        The rows of those that it has one for, by their names.
     """
-    parts = name.split(".") if name else []
-    for depth in range(len(parts) + 1):
-        above = modules[".".join(parts[:depth])]
-        path = [(part, "*") if part.isdecimal() else (part,) for part in parts[depth:]]
-        for of_class, *below in itertools.product(class_names(above), *path):
-            if row := table.get(".".join((of_class, *below))):
-                return row
-    return None
+    beginnings = {".".join(key.split(".")[:end]) for key in table for end in range(1, key.count(".") + 2)}
+    classes = {name: [cls for cls in class_names(module) if cls in beginnings] for name, module in modules.items()}
+    found = dict[str, _Row]()
+    for name in modules:
+        parts = name.split(".") if name else []
+        ways = [(part, "*") if part.isdecimal() else (part,) for part in parts]
+        keys = (
+            ".".join(key)
+            for depth in range(len(parts) + 1)
+            for key in itertools.product(classes[".".join(parts[:depth])], *ways[depth:])
+        )
+        if key := next((key for key in keys if key in table), ""):
+            found[name] = table[key]
+    return found

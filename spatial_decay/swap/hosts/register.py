@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from spatial_decay.swap.hosts.base import Host, row_of
+from spatial_decay.swap.hosts.base import Host, rows_of
 from spatial_decay.swap.stand_in import StandIn
 
-__all__ = ["host_of", "register_attention"]
+__all__ = ["hosts_of", "register_attention"]
 
 _HOSTS: dict[str, Host] = {}
 
@@ -159,9 +159,9 @@ def _check_forward(cls: type[nn.Module], mask: str) -> None:
         )
 
 
-def host_of(modules: Mapping[str, nn.Module], name: str) -> Host | None:
-    """What is registered of a module of a model, by the path to it or its class, see row_of."""
-    return row_of(_HOSTS, modules, name)
+def hosts_of(modules: Mapping[str, nn.Module]) -> dict[str, Host]:
+    """What is registered of the modules of a model, by their names, see rows_of."""
+    return rows_of(_HOSTS, modules)
 
 
 def _none_against(_: Any) -> str:

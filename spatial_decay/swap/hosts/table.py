@@ -6,7 +6,7 @@ from torch import nn
 
 from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.hosts import diffusers, open_clip, timm, torchvision, transformers, vit_pytorch
-from spatial_decay.swap.hosts.base import PatchEmbed, Removable, class_names, read_map, row_of
+from spatial_decay.swap.hosts.base import PatchEmbed, Removable, class_names, read_map, rows_of
 
 __all__ = [
     "LIBRARIES",
@@ -40,6 +40,7 @@ def looks_like_attention(module: nn.Module) -> bool:
 def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
     """All there are: modules known by name; without any, convolutions whose stride is their kernel."""
     found, modules = [], dict(model.named_modules())
+    rows = rows_of(_PATCH_EMBEDS, modules)
     convolutions = dict[str, nn.Conv2d]()  # by the name of what PEFT has wrapped around one
     for name, module in modules.items():
         convolution = getattr(module, "base_layer", module)
@@ -47,11 +48,11 @@ def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
             convolutions[name] = convolution
     for name, module in modules.items():
         above, _, leaf = name.rpartition(".")
-        if read := row_of(_PATCH_EMBEDS, modules, name):
-            found.append(PatchEmbed(name, module, read))
+        if name in rows:
+            found.append(PatchEmbed(name, module, rows[name]))
             continue
         is_of_embed = "Embed" in type(modules[above]).__name__ and leaf in ("proj", "projection")
-        if name in convolutions and (is_of_embed or leaf in _USUAL_NAMES) and not row_of(_PATCH_EMBEDS, modules, above):
+        if name in convolutions and (is_of_embed or leaf in _USUAL_NAMES) and above not in rows:
             found.append(PatchEmbed(name, module))
     if found:
         return found
@@ -64,7 +65,7 @@ def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
 
 def patch_embed_of(modules: Mapping[str, nn.Module], name: str) -> PatchEmbed:
     """The named module as a patch embedding."""
-    return PatchEmbed(name, modules[name], row_of(_PATCH_EMBEDS, modules, name) or read_map)
+    return PatchEmbed(name, modules[name], rows_of(_PATCH_EMBEDS, modules).get(name, read_map))
 
 
 def num_prefix_tokens_of(module: nn.Module) -> int | None:
