@@ -304,7 +304,9 @@ def test_torchvisions_vit_is_the_same_with_gradients_and_refuses_other_calls():
     sd.swap_attention(model, "none")
     for mode in (True, False):
         assert torch.equal(model.train(mode)(images), plain.train(mode)(images))
-    attn, x = model.encoder.layers[0].self_attention, torch.randn(2, 17, 48)
+    other = host.make()
+    sd.swap_attention(other, STRONG)
+    attn, x = other.encoder.layers[0].self_attention, torch.randn(2, 17, 48)
     for args, kwargs in (((x, x, x), {}), ((x, x + 1, x), {"need_weights": False})):
         with pytest.raises(ValueError, match="must be called as torchvision's VisionTransformer does it"):
             attn(*args, **kwargs)

@@ -9,20 +9,24 @@ from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.hosts import diffusers, timm, torchvision, transformers
 from spatial_decay.swap.hosts.base import PatchEmbed, Removable, class_names
 
-__all__ = ["LIBRARIES", "hook_dropouts", "looks_like_attention", "patch_embeds_of"]
+__all__ = ["LIBRARIES", "hook_dropouts", "patch_embeds_of", "reason_of_unknown"]
 
 LIBRARIES = (timm.LIBRARY, transformers.LIBRARY, diffusers.LIBRARY, torchvision.LIBRARY)
 """A new library adds its file, which registers its attention as it is imported, and its name here."""
 
 _PATCH_EMBEDS = {name: read for library in LIBRARIES for name, read in library.patch_embeds.items()}
+_INPUTS = {name: read for library in LIBRARIES for name, read in library.inputs.items()}
+_REFUSED = {name: reason for library in LIBRARIES for name, reason in library.refused.items()}
 _DROPOUTS = {name: hook for library in LIBRARIES for name, hook in library.dropouts.items()}
 
 _Row = TypeVar("_Row")
 
 
-def looks_like_attention(module: nn.Module) -> bool:
-    """Whether a report should mention it where it is left alone."""
-    return type(module).__name__.endswith(("Attention", "Attn", "AttentionPoolLatent", "AttentionPool2d"))
+def reason_of_unknown(module: nn.Module) -> str:
+    """Why attention of a class that is not registered is left alone; empty for what is no attention."""
+    if not type(module).__name__.endswith(("Attention", "Attn", "AttentionPoolLatent", "AttentionPool2d")):
+        return ""
+    return _row_of(module, _REFUSED) or f"{type(module).__name__} is not known to attend over all tokens of one grid"
 
 
 def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
@@ -38,6 +42,8 @@ def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
         parent = modules.get(above)
         if read := _row_of(module, _PATCH_EMBEDS):
             found.append(PatchEmbed(name, module, read))
+        if read := _row_of(module, _INPUTS):
+            found.append(PatchEmbed(name, module, read, is_input=True))
         is_named = ("Embed" in type(parent).__name__ and leaf in ("proj", "projection")) or leaf in _USUAL_NAMES
         if name in convolutions and is_named and not _row_of(parent, _PATCH_EMBEDS):
             found.append(PatchEmbed(name, module))

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,8 +29,6 @@ def _forward(
             "nn.MultiheadAttention with decay must be called as torchvision's VisionTransformer does it: with the same "
             "tensor three times, need_weights=False and no masks. Leave this module out, see layers of swap_attention."
         )
-    if attn.spatial_decay.adds_nothing and not torch.is_grad_enabled():  # it may take PyTorch's fast path
-        return nn.MultiheadAttention.forward(attn, query, key, value, need_weights=False)
     qkv = F.linear(query, attn.in_proj_weight, attn.in_proj_bias)
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, L, d) each
     dropout_p = attn.dropout if attn.training else 0.0
