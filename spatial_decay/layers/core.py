@@ -84,7 +84,7 @@ class AttentionCore(nn.Module):
         Returns:
             What is added to the scores; None for kind `none`.
         """
-        return self.decay.describe(merge_heads(q) if self.decay.kind.reads_queries else tokens, layout)
+        return self.decay.describe_tokens(merge_heads(q) if self.decay.kind.reads_queries else tokens, layout)
 
     def attend(
         self,

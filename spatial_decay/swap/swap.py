@@ -15,12 +15,7 @@ from spatial_decay.swap.decayed import AddedDecay, added_decays, parameters_of_f
 from spatial_decay.swap.hooks import check_no_hooks_are_needed, install_hooks, remove_hooks
 from spatial_decay.swap.hosts.base import Host, PatchEmbed
 from spatial_decay.swap.hosts.register import hosts_of
-from spatial_decay.swap.hosts.table import (
-    looks_like_attention,
-    num_prefix_tokens_of,
-    patch_embed_of,
-    patch_embeds_of,
-)
+from spatial_decay.swap.hosts.table import num_prefix_tokens_of, patch_embed_of, patch_embeds_of, reason_of_unknown
 from spatial_decay.swap.options import (
     check_is_model,
     check_known,
@@ -53,12 +48,12 @@ def swap_attention(
 
     For timm (VisionTransformer, Eva, rope-ViT, DINOv3, NaFlexVit), transformers (ViT and its copies, DINOv2, DINOv3,
     the image towers of CLIP and SigLIP, BEiT, Data2VecVision, ViTMAE, DPT, YOLOS), diffusers (DiTTransformer2DModel,
-    PixArt's self-attention), torchvision's VisionTransformer, the image towers of open_clip's CLIP and CoCa,
-    vit-pytorch's ViT and SimpleViT, and other models that are made of their attention modules, such as
-    facebookresearch/DiT; for a class of your own see register_attention. Each module keeps its weights and their names,
-    its class as a base class, and its own forward, in which F.scaled_dot_product_attention gets the decay; new is its
-    submodule `spatial_decay`. The grid of a call is read from what the patch embedding gives for its images, of any
-    size.
+    the self-attention of PixArt and HunyuanDiT, Stable Diffusion 3, Flux), torchvision's VisionTransformer, the image
+    towers of open_clip's CLIP and CoCa, vit-pytorch's ViT and SimpleViT, and other models that are made of their
+    attention modules, such as facebookresearch/DiT; for a class of your own see register_attention. Each module keeps
+    its weights and their names, its class as a base class, and its own forward, in which F.scaled_dot_product_attention
+    gets the decay; new is its submodule `spatial_decay`. The grid of a call is read from what the patch embedding gives
+    for its images, of any size. Text that joins the image in one softmax lies nowhere.
 
     Args:
         model: Changed in place. Swap before torch.compile, before wrapping it for several processes, and before making
@@ -226,8 +221,8 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
         host = hosts.get(name)
         if host is None:
             is_part = any(name.startswith(f"{outer}.") for outer in inside)
-            if looks_like_attention(module) and not is_part:
-                left[name] = f"{type(module).__name__} is not known to attend over all tokens of one grid"
+            if (reason := reason_of_unknown(module)) and not is_part:
+                left[name] = reason
             continue
         inside.append(name)
         nearest = _nearest(name, embeds)

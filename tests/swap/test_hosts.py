@@ -1,6 +1,7 @@
 """swap_attention in other people's models: nothing without decay, the equation's mask with it, training, copies."""
 
 import copy
+import itertools
 
 import onnxruntime
 import pytest
@@ -18,6 +19,7 @@ EVERY_CODE = pytest.mark.parametrize(
     "host", [pytest.param(host, marks=pytest.mark.slow if host.is_copy else ()) for host in HOSTS], ids=str
 )
 SOME = ["timm vit_tiny_patch16_224", "timm eva02_tiny_patch14_224", "transformers DINOv3", "diffusers DiT"]
+JOINT = ["diffusers Stable Diffusion 3", "diffusers Flux"]
 BY_NAME = {host.name: host for host in HOSTS}
 SOME_HOSTS = pytest.mark.parametrize("host", [host for host in HOSTS if host.name in SOME], ids=str)
 
@@ -102,16 +104,16 @@ def test_decay_is_the_equation_at_each_size(host):
     model = host.make()
     original = copy.deepcopy(model)
     report = sd.swap_attention(model, STRONG)
-    name = report.replaced[-1]
-    for size in host.sizes:
+    for name, size in itertools.product(report.replaced, host.sizes):
         with torch.no_grad():
             args, kwargs, got = seen_at(model.get_submodule(name), lambda size=size: host.run(model, host.images(size)))
         x = args[0] if args else kwargs["hidden_states"]
         x = original.get_submodule(name).norm(x) if host.has_norm else x
         gate = model.get_submodule(name).spatial_decay.decay.gate
-        before, behind = host.num_prefix_tokens, host.num_suffix_tokens
+        before, behind = host.prefix_of.get(name, host.num_prefix_tokens), host.num_suffix_tokens
         grid = host.grid(size)
         masks = full_masks(gate, x[:, before : x.shape[1] - behind], grid, host.kept and host.kept(grid))
+        before, behind = (a + b for a, b in zip((before, behind), host.text.get(name, (0, 0)), strict=True))
         masks = F.pad(masks, (before, behind, before, behind))
         with torch.no_grad(), InFloat64(masks):
             expected = first(original.get_submodule(name)(*args, **kwargs))
@@ -213,7 +215,7 @@ def test_copies_and_pickles_are_models_of_their_own(host):
     [
         pytest.param(host, marks=() if str(host).startswith("timm vit") else pytest.mark.slow)
         for host in HOSTS
-        if host.name in [*SOME, "transformers Data2VecVision", "vit-pytorch ViT"]
+        if host.name in [*SOME, "transformers Data2VecVision", "vit-pytorch ViT", *JOINT]
     ],
     ids=str,
 )

@@ -333,9 +333,9 @@ def test_torchvisions_vit_is_the_same_with_gradients_and_refuses_other_calls():
     sd.swap_attention(model, "none")
     for mode in (True, False):
         assert torch.equal(model.train(mode)(images), plain.train(mode)(images))
-    sd.restore_attention(model)
-    sd.swap_attention(model)
-    attn, x = model.encoder.layers[0].self_attention, torch.randn(2, 17, 48)
+    other = host.make()
+    sd.swap_attention(other, STRONG)
+    attn, x = other.encoder.layers[0].self_attention, torch.randn(2, 17, 48)
     for args, kwargs in (((x, x, x), {}), ((x, x + 1, x), {"need_weights": False})):
         with pytest.raises(ValueError, match="must be called for self-attention without masks"):
             attn(*args, **kwargs)

@@ -18,7 +18,7 @@ __all__ = ["Host", "Library", "PatchEmbed", "ReadLayout", "Removable", "class_na
 class Host:
     """A class of attention modules that can take a decay, as register_attention has it, with every answer.
 
-    All but mask, stand_in and forward are asked of a module of the class.
+    All but mask, stand_in, text and forward are asked of a module of the class.
     """
 
     heads: Callable[[Any], int]
@@ -29,6 +29,7 @@ class Host:
     reason_against: Callable[[Any], str]
     num_prefix_tokens: Callable[[Any], int | None]
     num_suffix_tokens: Callable[[Any], int | None]
+    text: str | None
     forward: Callable[..., Any] | None
 
     def answers(self, attn: nn.Module) -> dict[str, Any]:
@@ -65,7 +66,8 @@ _REGISTER = "Register the class with the right function, see sd.swap.register_at
 
 ReadLayout: TypeAlias = Callable[[Any, Sequence[Any], dict[str, Any], Any, int], tuple[Layout, Tensor]]
 """A patch embedding, its arguments, keywords and output, and how many tokens lie nowhere (first in the layout) ->
-where the tokens lie, and a tensor of its output.
+where the tokens lie, and a tensor of its output. Of a model that is given where its tokens lie: None for the output,
+and a tensor of the tokens.
 
 A function of a module, so that a model that has been swapped can be pickled.
 """
@@ -80,11 +82,12 @@ def read_map(
 
 @dataclass(frozen=True)
 class PatchEmbed:
-    """A module of a model that sees the grid of an image, and how it is read."""
+    """A module of a model that sees the grid of an image, and how it is read; is_input: of what the module is given."""
 
     name: str
     module: nn.Module
     read: ReadLayout = read_map
+    is_input: bool = False
 
 
 class Removable(Protocol):
@@ -101,13 +104,17 @@ class Library:
     Args:
         patch_embeds: How the layout is read of those patch embeddings that are more than a convolution, subclasses as
             well, or by the path to one, see rows_of. Convolutions are found without being named here.
+        inputs: Of models that are given where their tokens lie.
         dropouts: Of modules that leave patch tokens out or bring them back, exactly of these classes: make one tell the
             Calls that it is given which tokens go on, and return what undoes that.
+        refused: Why attention of a class that is not registered cannot take a decay.
         num_prefix_tokens: P, asked of a model, subclasses as well, that has no attribute num_prefix_tokens.
     """
 
     patch_embeds: Mapping[str, ReadLayout] = field(default_factory=dict)
+    inputs: Mapping[str, ReadLayout] = field(default_factory=dict)
     dropouts: Mapping[str, Callable[[nn.Module, Calls], Sequence[Removable]]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     num_prefix_tokens: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
 
 

@@ -24,6 +24,7 @@ def register_attention(
     reason_against: Callable[[Any], str] | None = None,
     num_prefix_tokens: Callable[[Any], int | None] | None = None,
     num_suffix_tokens: Callable[[Any], int | None] | None = None,
+    text: str | None = None,
     stand_in: type[StandIn] = StandIn,
     forward: Callable[..., Any] | None = None,
 ) -> None:
@@ -50,12 +51,14 @@ def register_attention(
         num_prefix_tokens: P, class and register tokens, where the module knows. None, or the answer None: what the
             model says, or none.
         num_suffix_tokens: S, tokens behind the patches, the same way.
+        text: For joint attention of text and image: the argument of forward that has the text, (B, T, D), which goes
+            before the image into the softmax. It lies nowhere. None: there is none.
         stand_in: What goes to forward in place of the mask: a subclass of sd.swap.StandIn for classes that ask a mask
             for its shape, or change it, on the way. It must be at the top of a module, to be pickled.
         forward: Runs in place of the module's own forward where no mask comes to the softmax: it gets the module, and
             what the module is called with, and must call `attn.spatial_decay.attend_as_host(tokens, q, k, v)` for the
-            softmax. Where nothing is added, with kind `none`, the module's own runs. At the top of a module too. None:
-            the module's own, always.
+            softmax, with num_text_tokens=T where the first T of the tokens are text. Where nothing is added, with kind
+            `none`, the module's own runs. At the top of a module too. None: the module's own, always.
 
     Raises:
         TypeError: cls is no class of modules, or an answer is no function.
@@ -121,11 +124,16 @@ def register_attention(
                 f"{name} must be a function of a module of the class, such as lambda attn: attn.num_heads: got "
                 f"{answer!r}."
             )
+    if forward is not None and text is not None:
+        raise ValueError(
+            f"text is for a class whose own forward runs: got text={text!r} with a forward in its place. Leave text "
+            "out, and say num_text_tokens there."
+        )
     if not (isinstance(stand_in, type) and issubclass(stand_in, StandIn)):
         raise TypeError(f"stand_in must be a subclass of StandIn: got {stand_in!r}.")
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         if forward is None:
-            _check_forward(cls, mask)
+            _check_forward(cls, mask, text)
         cls = f"{cls.__module__}.{cls.__qualname__}"
     elif not isinstance(cls, str):
         raise TypeError(f"cls must be a class of modules or its full name: got {cls!r}.")
@@ -138,11 +146,12 @@ def register_attention(
         reason_against=_none_against if reason_against is None else reason_against,
         num_prefix_tokens=_unknown if num_prefix_tokens is None else num_prefix_tokens,
         num_suffix_tokens=_unknown if num_suffix_tokens is None else num_suffix_tokens,
+        text=text,
         forward=forward,
     )
 
 
-def _check_forward(cls: type[nn.Module], mask: str) -> None:
+def _check_forward(cls: type[nn.Module], mask: str, text: str | None) -> None:
     """Raise ValueError where forward cannot be given its tokens and the mask by name."""
     _, *parameters = inspect.signature(cls.forward).parameters.values()
     names = [parameter.name for parameter in parameters]
@@ -156,6 +165,11 @@ def _check_forward(cls: type[nn.Module], mask: str) -> None:
             f"mask must be the name of an argument of {cls.__name__}.forward behind the tokens, one of "
             f"{', '.join(names[1:])}: got {mask!r}. Give forward an argument that goes to "
             "F.scaled_dot_product_attention as attn_mask."
+        )
+    if text is not None and text not in names[1:]:
+        raise ValueError(
+            f"text must be the name of an argument of {cls.__name__}.forward behind the tokens, one of "
+            f"{', '.join(names[1:])}: got {text!r}. Leave it out where no text joins the image."
         )
 
 
