@@ -135,6 +135,17 @@ class Layout(ABC):
             Positions of the P + K tokens.
         """
 
+    @abstractmethod
+    def behind(self, num_tokens: int) -> "Layout":
+        """This layout behind more tokens that lie nowhere.
+
+        Args:
+            num_tokens: How many: text that joins the image in one softmax, for instance.
+
+        Returns:
+            The layout of all of them.
+        """
+
     def as_grid(self, what: str, remedy: str = "Pass (H, W) or a Grid.") -> "Grid":
         """This layout, where it is a grid.
 
@@ -260,6 +271,9 @@ class Grid(Layout):
     def subset(self, indices: Tensor, num_prefix_tokens: int) -> "Positions":
         assert num_prefix_tokens == self.num_prefix_tokens
         return Positions.of_subset(indices, self)
+
+    def behind(self, num_tokens: int) -> "Grid":
+        return Grid(self.height, self.width, self.num_prefix_tokens + num_tokens)
 
     def _lines(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The numbers of the rows, (H,), and of the columns, (W,)."""
@@ -450,6 +464,11 @@ class Positions(Layout):
         h, w = (axis.expand(len(rows), -1).gather(1, rows) for axis in (self.h, self.w))
         known = self.has_position
         return Positions(h, w, None if known is None else known.expand(len(rows), -1).gather(1, rows))
+
+    def behind(self, num_tokens: int) -> "Positions":
+        known = torch.ones_like(self.h, dtype=torch.bool) if self.has_position is None else self.has_position
+        h, w, known = (F.pad(x, (num_tokens, 0)) for x in (self.h, self.w, known))
+        return Positions(h, w, known)
 
     def check(self, of: str, *, batch_size: int, num_tokens: int, device: torch.device) -> None:
         super().check(of, batch_size=batch_size, num_tokens=num_tokens, device=device)

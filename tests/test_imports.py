@@ -82,7 +82,7 @@ def run(code: str) -> str:
 
 HEAVY = [
     *("triton", "matplotlib", "timm", "transformers", "diffusers", "huggingface_hub", "safetensors", "onnx"),
-    *("sklearn", "torchvision", "sympy.core"),
+    *("sklearn", "torchvision", "open_clip", "vit_pytorch", "sympy.core"),
 ]
 
 

@@ -31,9 +31,9 @@ def test_a_layout_is_passed_on_whole(monkeypatch):
     block = sd.SDTBlock(16, 2, num_prefix_tokens=2)
     for module in (block.attn, block.pos, block.mlp.conv, block.attn.lpe):
         module.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    describe = sd.SpatialDecayMask.describe
+    describe = sd.SpatialDecayMask.describe_tokens
     monkeypatch.setattr(
-        sd.SpatialDecayMask, "describe", lambda self, x, layout: seen.append(layout) or describe(self, x, layout)
+        sd.SpatialDecayMask, "describe_tokens", lambda self, x, layout: seen.append(layout) or describe(self, x, layout)
     )
     block(X, (3, 4))
     assert len(seen) == 5

@@ -57,11 +57,7 @@ class SpatialDecayMask(nn.Module):
             raise ValueError(f"num_prefix_tokens must be >= 0: got {num_prefix_tokens}.")
         self.kind = as_kind(decay).resolved()
         self.kind.check(num_heads)
-        if num_prefix_tokens and not self.kind.takes_prefix_tokens:
-            raise ValueError(
-                f"kind {self.kind.name!r} needs num_prefix_tokens = 0, because class and register tokens belong to no "
-                f"row or column: got num_prefix_tokens={num_prefix_tokens}. Use another kind, for instance 'full'."
-            )
+        self._check_takes(num_prefix_tokens)
         self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
         for name, module in self.kind.modules(dim, num_heads).items():
             self.add_module(name, module)
@@ -81,23 +77,25 @@ class SpatialDecayMask(nn.Module):
         Raises:
             TypeError, ValueError: x or layout do not fit, see the message.
         """
-        return self.describe_tokens(*as_tokens(x, layout, dim=self.dim, num_prefix_tokens=self.num_prefix_tokens))
+        tokens, layout = as_tokens(x, layout, dim=self.dim, num_prefix_tokens=self.num_prefix_tokens)
+        return self.describe_tokens(tokens, layout)
 
     def describe_tokens(self, tokens: Tensor, layout: Layout) -> Decay | None:
-        """As describe, where someone has checked what comes: its prefix tokens are those of the layout.
+        """describe, of tokens and a layout that fit: it may have text besides, before the layer's prefix tokens.
 
         Args:
-            tokens: (B, L, D), floating point.
+            tokens: (B, L, D).
             layout: Where they lie.
 
         Returns:
             As describe.
 
         Raises:
-            ValueError: Positions, where the kind needs a grid.
+            ValueError: the kind cannot take this layout.
         """
         if self.kind.needs_grid:
-            layout.as_grid(f"kind {self.kind.name!r}", "Use another kind, for instance 'full'.")
+            grid = layout.as_grid(f"kind {self.kind.name!r}", "Use another kind, for instance 'full'.")
+            self._check_takes(grid.num_prefix_tokens)
         return self.kind.describe(self, tokens, layout)
 
     def forward(self, x: Tensor, layout: LayoutLike = None) -> Tensor | tuple[Tensor, Tensor] | None:
@@ -126,6 +124,13 @@ class SpatialDecayMask(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, decay={self.kind}"
+
+    def _check_takes(self, num_prefix_tokens: int) -> None:
+        if num_prefix_tokens and not self.kind.takes_prefix_tokens:
+            raise ValueError(
+                f"kind {self.kind.name!r} needs num_prefix_tokens = 0, because class, register and text tokens belong "
+                f"to no row or column: got num_prefix_tokens={num_prefix_tokens}. Use another kind, such as 'full'."
+            )
 
     def _dense(self, decay: PairwiseDecay, x: Tensor, num_sequences: int) -> Tensor:
         mask = dense(decay, dtype=x.dtype, row_multiple=row_multiple(x.device))

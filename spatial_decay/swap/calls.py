@@ -41,6 +41,10 @@ class _Call:
         has_ended = noted is None and self.again is not None
         return self.backward == running_backward() and noted is again and not has_ended
 
+    def fits(self, num_tokens: int, num_text_tokens: int) -> bool:
+        """Whether so many tokens are those of the layout, or with so much text before them."""
+        return num_tokens - self.layout.num_tokens in (0, num_text_tokens)
+
 
 class _Slot:
     """A plain object: where torch.compile breaks the graph it replays writes to one, and not to a threading.local.
@@ -143,13 +147,16 @@ class Calls:
     def note(
         self,
         read: Callable[..., tuple[Layout, Tensor]],
-        _module: nn.Module,
+        module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        output: Any,
+        output: Any = None,
     ) -> None:
-        """Forward hook of the patch embedding; read says what it gave, see ReadLayout."""
-        layout, tokens = read(args, kwargs, output, self.num_unplaced_tokens)
+        """Forward hook of the patch embedding, or forward pre-hook of a model that is given where its tokens lie.
+
+        read says what it gave, or got, see ReadLayout.
+        """
+        layout, tokens = read(module, args, kwargs, output, self.num_unplaced_tokens)
         slot = self._source()._thread.slot
         num_frames = None if slot.num_videos is None else tokens.shape[0] // slot.num_videos
         if tokens.ndim == 5:  # a convolution over frames, (B, D, T, H, W)
@@ -183,11 +190,12 @@ class Calls:
         """How many patches the call that runs has."""
         return self._current(_again()).layout.num_tokens - self.num_unplaced_tokens
 
-    def layout_of(self, x: Tensor, *, is_over_space: bool = True) -> Layout:
+    def layout_of(self, x: Tensor, *, num_text_tokens: int = 0, is_over_space: bool = True) -> Layout:
         """The layout of tokens (B, L, D) that an attention of this call is given.
 
         Args:
             x: The tokens.
+            num_text_tokens: How many of them are text before the others, which the layout may have or not.
             is_over_space: Whether that is known of this attention; else it might be over time.
 
         Raises:
@@ -198,12 +206,12 @@ class Calls:
             call = self._current(None)
         else:
             around, again = running_checkpoints()
-            call = self._known(again, x.shape[1]) or self._current(again)
+            call = self._known(again, x.shape[1], num_text_tokens) or self._current(again)
             for checkpoint in around:
                 known = self._source()._of_checkpoints.setdefault(checkpoint, [])
                 if not any(call.layout == other.layout for other in known):
                     known.append(call)
-        if call.layout.num_tokens != x.shape[1]:
+        if not call.fits(x.shape[1], num_text_tokens):
             raise RuntimeError(self._wrong_number(call.layout, x.shape[1]))
         if not is_over_space and call.num_frames is not None and call.num_frames == x.shape[1]:
             raise RuntimeError(
@@ -211,7 +219,7 @@ class Calls:
                 f"as many as an image has tokens, and attention got L = {x.shape[1]}. Pass swap_attention the numbers "
                 "of the modules that attend over space as layers."
             )
-        return call.layout
+        return call.layout if call.layout.num_tokens == x.shape[1] else call.layout.behind(num_text_tokens)
 
     def _source(self) -> "Calls":
         return self if self._origin is None else self._origin._source()
@@ -238,14 +246,14 @@ class Calls:
             )
         return call
 
-    def _known(self, again: Any | None, num_tokens: int) -> _Call | None:
+    def _known(self, again: Any | None, num_tokens: int, num_text_tokens: int) -> _Call | None:
         """What was read when the checkpoint that computes again ran first; None where the current call is meant."""
         source = self._source()
         noted = source._thread.slot.call
         if (again is None and running_backward() == -1) or (noted is not None and noted.is_of(again)):
             return None
         known = [] if again is None else source._of_checkpoints.get(again, [])
-        fitting = [call for call in known if call.layout.num_tokens == num_tokens]
+        fitting = [call for call in known if call.fits(num_tokens, num_text_tokens)]
         if len(fitting) != 1:
             layouts = [str(call.layout) for call in fitting]
             raise RuntimeError(

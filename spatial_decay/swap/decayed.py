@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class AddedDecay(AttentionCore):
             )
         calls.add_user(self)
         self.calls, self.options, self.mask_name, self.stand_in = calls, options, host.mask, host.stand_in
-        self.of_class, self.other_forward = type(attn).__name__, host.forward
+        self.of_class, self.other_forward, self.text_name = type(attn).__name__, host.forward, host.text
         self.dim, self.num_channels = dim, num_channels
         self.is_over_space = is_over_space
         self.parameters_of_forward = parameters_of_forward(attn)
@@ -101,8 +102,11 @@ class AddedDecay(AttentionCore):
         *,
         scale: float | None = None,
         enable_gqa: bool = False,  # noqa: ARG002  equal shapes are one group
+        num_text_tokens: int = 0,
     ) -> Tensor:
         """F.scaled_dot_product_attention with the decay of these tokens, (B, N, L, d) in and out.
+
+        The first num_text_tokens of them are text that joins the image: it lies nowhere.
 
         Raises:
             ValueError: causal attention, or attention to other tokens than those of the queries; or the module is not
@@ -115,7 +119,7 @@ class AddedDecay(AttentionCore):
                 + ("is_causal=True" if is_causal else f"queries {tuple(query.shape)} and keys {tuple(key.shape)}")
                 + ". Leave this module out, see layers of swap_attention."
             )
-        layout = self.calls.layout_of(tokens, is_over_space=self.is_over_space)
+        layout = self.calls.layout_of(tokens, num_text_tokens=num_text_tokens, is_over_space=self.is_over_space)
         num_suffix = self.calls.num_suffix_tokens
         if self.decay.kind.name == "none" and self.lpe is None:
             num_suffix = 0  # nothing asks where tokens lie: bit for bit the model's own
@@ -189,10 +193,16 @@ class Decayed(nn.Module):
         """As the module itself."""
         added = self.spatial_decay
         if added.other_forward is not None:
+            if added.adds_nothing:  # bit for bit what it was, a fast path of its own as well
+                return super().forward(*args, **kwargs)
             return added.other_forward(self, *args, **kwargs)
         inputs = named(added.parameters_of_forward, args, kwargs)
         tokens, given = inputs[added.parameters_of_forward[0]], inputs.get(added.mask_name)
-        inputs[added.mask_name] = mask = added.stand_in(self, tokens, given)
+        text = None if added.text_name is None else inputs.get(added.text_name)
+        if text is not None:
+            tokens = torch.cat([text, tokens], 1)
+        num_text_tokens = 0 if text is None else text.shape[1]
+        inputs[added.mask_name] = mask = added.stand_in(self, tokens, given, num_text_tokens)
         out = super().forward(**inputs)
         if mask.num_calls != 1:
             raise mask.error(f"{type(self).__name__} did it {mask.num_calls} times")

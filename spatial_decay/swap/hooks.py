@@ -36,7 +36,8 @@ class _Kept:
 
 def install_hooks(model: nn.Module, embed: PatchEmbed, behind: Sequence[str], calls: Calls) -> None:
     """On a patch embedding, and on the smallest part of the model that has it and the named attention behind it."""
-    note = embed.module.register_forward_hook(partial(calls.note, embed.read), with_kwargs=True)
+    register = embed.module.register_forward_pre_hook if embed.is_input else embed.module.register_forward_hook
+    note = register(partial(calls.note, embed.read), with_kwargs=True)
     _keep(embed.module, _Kept(calls, note, is_embed=True))
     root = embed.name
     while root and not all(name.startswith(f"{root}.") for name in behind):

@@ -17,8 +17,9 @@ class StandIn:
 
     Args:
         attn: The module, with its submodule `spatial_decay`.
-        tokens: What the module is given, (B, L, D).
+        tokens: What the module is given, (B, L, D), behind the text that it puts before them.
         attn_mask: The mask that it is given, of a shape that its F.scaled_dot_product_attention takes; or None.
+        num_text_tokens: How many tokens that text has.
 
     Attributes:
         how_to_fuse: How this library is made to call F.scaled_dot_product_attention.
@@ -26,8 +27,8 @@ class StandIn:
 
     how_to_fuse: ClassVar[str] = "in the forward of its class"
 
-    def __init__(self, attn: Any, tokens: Tensor, attn_mask: Tensor | None) -> None:
-        self.attn, self.tokens, self.attn_mask = attn, tokens, attn_mask
+    def __init__(self, attn: Any, tokens: Tensor, attn_mask: Tensor | None, num_text_tokens: int = 0) -> None:
+        self.attn, self.tokens, self.attn_mask, self.num_text_tokens = attn, tokens, attn_mask, num_text_tokens
         self.num_calls = 0
 
     @classmethod
@@ -37,7 +38,8 @@ class StandIn:
         bound = named(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, kwargs or {})
         mask = bound.pop("attn_mask")
         mask.num_calls += 1
-        return mask.attn.spatial_decay.attend_as_host(mask.tokens, attn_mask=mask.attn_mask, **bound)
+        bound |= {"attn_mask": mask.attn_mask, "num_text_tokens": mask.num_text_tokens}
+        return mask.attn.spatial_decay.attend_as_host(mask.tokens, **bound)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -14,8 +14,8 @@ from spatial_decay.swap.calls import Calls
 from spatial_decay.swap.decayed import AddedDecay, added_decays, parameters_of_forward, put_back, take_out
 from spatial_decay.swap.hooks import check_no_hooks_are_needed, install_hooks, remove_hooks
 from spatial_decay.swap.hosts.base import Host, PatchEmbed
-from spatial_decay.swap.hosts.register import host_of
-from spatial_decay.swap.hosts.table import looks_like_attention, patch_embeds_of
+from spatial_decay.swap.hosts.register import hosts_of
+from spatial_decay.swap.hosts.table import num_prefix_tokens_of, patch_embed_of, patch_embeds_of, reason_of_unknown
 from spatial_decay.swap.options import (
     check_is_model,
     check_known,
@@ -48,11 +48,13 @@ def swap_attention(
 
     For timm (VisionTransformer, Eva, rope-ViT, DINOv3, NaFlexVit), transformers (ViT and its copies, DINOv2, DINOv3,
     the image towers of CLIP, SigLIP and SigLIP 2, BEiT, Data2VecVision, ViTMAE, DPT, YOLOS, EoMT, Pix2Struct),
-    diffusers (DiTTransformer2DModel, PixArt's self-attention), torchvision's VisionTransformer, and other models that
-    are made of their attention modules, such as facebookresearch/DiT; for a class of your own see register_attention.
-    Each module keeps its weights and their names, its class as a base class, and its own forward, in which
-    F.scaled_dot_product_attention gets the decay; new is its submodule `spatial_decay`. The grid of a call is read from
-    what the patch embedding gives for its images, of any size.
+    diffusers (DiTTransformer2DModel, the self-attention of PixArt and HunyuanDiT, Stable Diffusion 3, Flux),
+    torchvision's VisionTransformer, the image towers of open_clip's CLIP and CoCa, vit-pytorch's ViT and SimpleViT, and
+    other models that are made of their attention modules, such as facebookresearch/DiT; for a class of your own see
+    register_attention. Each module keeps its weights and their names, its class as a base class, and its own forward,
+    in which F.scaled_dot_product_attention gets the decay; new is its submodule `spatial_decay`. The grid of a call is
+    read from what the patch embedding gives for its images, of any size. Text that joins the image in one softmax lies
+    nowhere.
 
     Args:
         model: Changed in place. Swap before torch.compile, before wrapping it for several processes, and before making
@@ -215,13 +217,13 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
     able, left, embeds = dict[str, tuple[Host, PatchEmbed]](), dict[str, str](), _patch_embeds(model, patch_embed)
     inside: list[str] = []
     modules = dict(model.named_modules())
+    hosts = hosts_of(modules)
     for name, module in modules.items():
-        above, _, leaf = name.rpartition(".")
-        host = host_of(module, modules[above] if name else None, leaf)
+        host = hosts.get(name)
         if host is None:
             is_part = any(name.startswith(f"{outer}.") for outer in inside)
-            if looks_like_attention(module) and not is_part:
-                left[name] = _reason_where_unknown(module, modules[above] if name else None)
+            if (reason := reason_of_unknown(module, modules.get(name.rpartition(".")[0]))) and not is_part:
+                left[name] = reason
             continue
         inside.append(name)
         nearest = _nearest(name, embeds)
@@ -242,17 +244,6 @@ def _sorted_out(model: nn.Module, patch_embed: str | None) -> tuple[dict[str, tu
     # What merely contains attention modules is none itself.
     left = {name: why for name, why in left.items() if not any(other.startswith(f"{name}.") for other in able)}
     return able, left
-
-
-def _reason_where_unknown(module: nn.Module, parent: nn.Module | None) -> str:
-    """Why a class that nobody has registered is left, as far as its own words tell."""
-    kind = type(module).__name__
-    if getattr(module, "is_causal", None) is True:
-        return f"{kind} is causal"
-    if "cu_seqlens" in parameters_of_forward(module):
-        return f"{kind} attends over images that are packed one behind the other"
-    window = getattr(module, "window_size", None) or getattr(parent, "window_size", None)
-    return f"{kind} is not known to attend over all tokens of one grid" + f" (window_size={window})" * bool(window)
 
 
 _OVER_TIME = "it attends over time"
@@ -292,7 +283,7 @@ def _patch_embeds(model: nn.Module, name: str | None) -> list[PatchEmbed]:
         raise ValueError(
             f"patch_embed must be the name of a module of the model: got {said}.{did_you_mean(name, modules)}"
         )
-    return [PatchEmbed(name, modules[name])]
+    return [patch_embed_of(modules, name)]
 
 
 def _nearest(name: str, embeds: list[PatchEmbed]) -> list[PatchEmbed]:
@@ -321,5 +312,7 @@ def _num_prefix_tokens(model: nn.Module, name: str, host: Host, given: int | Non
     known = host.num_prefix_tokens(model.get_submodule(name)) if given is None else given
     while known is None:
         name = name.rpartition(".")[0]
-        known = getattr(model.get_submodule(name), "num_prefix_tokens", None if name else 0)
+        known = num_prefix_tokens_of(model.get_submodule(name))
+        if not name:
+            return known or 0
     return known

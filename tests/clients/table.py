@@ -1,6 +1,7 @@
 """What plugs into the models of this library: each client in a few lines, with random weights and no downloads."""
 
 import importlib
+import inspect
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -155,6 +156,51 @@ def _mask_rcnn() -> None:
     target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1]), "masks": mask}
     check_gates(model, sum(model([torch.rand(3, 64, 96)], [target]).values()))
     model.eval()([torch.rand(3, 64, 96)])
+
+
+def _generate(transformer: nn.Module, pipeline: str, **prompts: torch.Tensor) -> None:
+    """Images of a whole pipeline, from prompts that are embedded already: the text encoders are not ours."""
+    diffusers = importlib.import_module("diffusers")
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, shift_factor=0.0)
+    parts = {"transformer": transformer, "vae": vae, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    cls = getattr(diffusers, pipeline)
+    pipe = cls(**dict.fromkeys(inspect.signature(cls).parameters) | parts)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run() -> torch.Tensor:
+        noise = torch.Generator().manual_seed(0)
+        sizes = {"height": 16, "width": 24, "num_inference_steps": 2}
+        return pipe(**prompts, **sizes, output_type="pt", generator=noise).images
+
+    plain = run()
+    sd.swap_attention(pipe.transformer, sd.kinds.Full(gate_bias_init=0.0))
+    images = run()
+    check(images, (1, 3, 16, 24))
+    if torch.equal(images, plain):
+        raise AssertionError("a strong decay must change the images: they are the same")
+
+
+_SMALL = {"num_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 12}
+
+
+@client("diffusers StableDiffusion3Pipeline", "diffusers")
+def _stable_diffusion_3() -> None:
+    diffusers = importlib.import_module("diffusers")
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, attention_head_dim=8, caption_projection_dim=16, **_SMALL
+    )
+    text, pooled = torch.randn(1, 5, 16), torch.randn(1, 12)
+    given = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
+    _generate(transformer, "StableDiffusion3Pipeline", **given, **{f"negative_{name}": -x for name, x in given.items()})
+
+
+@client("diffusers FluxPipeline", "diffusers")
+def _flux() -> None:
+    diffusers = importlib.import_module("diffusers")
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_single_layers=1, attention_head_dim=16, axes_dims_rope=(4, 6, 6), **_SMALL
+    )
+    _generate(transformer, "FluxPipeline", prompt_embeds=torch.randn(1, 5, 16), pooled_prompt_embeds=torch.randn(1, 12))
 
 
 @client("PEFT LoRA and gates", "peft")

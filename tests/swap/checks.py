@@ -1,6 +1,7 @@
 """What must hold of every model of HOSTS: the tests ask it, and the table of the hosts prints it."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,6 @@ from tests.swap.hosts import STRONG, HostModel, InFloat64, full_masks, traces
 LARGEST_ERROR = {"full": 2e-6, "compiled": 1e-5}
 """Relative, in float32: of attention with decay against the equations in float64; of a compiled model against itself
 as it is."""
-
-NO_CHECKPOINTING = (
-    "a DiT of timm's layers",
-    "torchvision ViT",
-    "transformers EoMT",
-    "transformers EoMT with DINOv3",
-)
 
 
 def check_no_decay(host: HostModel) -> None:
@@ -45,20 +39,21 @@ def check_no_decay(host: HostModel) -> None:
 
 
 def check_full(host: HostModel) -> float:
-    """The last attention with kind `full` is the equation at each size; the largest relative error."""
+    """Each attention with kind `full` is the equation at each size; the largest relative error."""
     model = host.make()
     original = copy.deepcopy(model)
     report = sd.swap_attention(model, STRONG)
-    name = report.replaced[-1]
     errors = []
-    for size in host.sizes:
+    for name, size in itertools.product(report.replaced, host.sizes):
         with torch.no_grad():
             args, kwargs, got = seen_at(model.get_submodule(name), lambda size=size: host.run(model, host.images(size)))
         x = args[0] if args else kwargs["hidden_states"]
+        x = original.get_submodule(name).norm(x) if host.has_norm else x
         gate = model.get_submodule(name).spatial_decay.decay.gate
-        before, behind = host.num_prefix_tokens, host.num_suffix_tokens
+        before, behind = host.prefix_of.get(name, host.num_prefix_tokens), host.num_suffix_tokens
         grid = host.grid(size)
         masks = full_masks(gate, x[:, before : x.shape[1] - behind], grid, host.kept and host.kept(grid))
+        before, behind = (a + b for a, b in zip((before, behind), host.text.get(name, (0, 0)), strict=True))
         masks = F.pad(masks, (before, behind, before, behind))
         with torch.no_grad(), InFloat64(masks):
             expected = first(original.get_submodule(name)(*args, **kwargs))
@@ -79,7 +74,7 @@ def check_gradients(host: HostModel) -> None:
     assert len(new) == len(report.replaced) * (4 if host.kept else 6)
     # Those of the last module reach no class token, which is all that some models read of it.
     assert all(plain[name].any() for name in new if name.startswith(f"{report.replaced[0]}."))
-    if host.name in NO_CHECKPOINTING:
+    if not host.has_checkpointing:
         return
     set_checkpointing(model)
     again = gradients(host, model, host.sizes[-1])

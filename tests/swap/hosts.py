@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import open_clip
 import timm
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models.vision_transformer import VisionTransformer
+from vit_pytorch import SimpleViT, ViT
 
 from spatial_decay import kinds
 from tests import references
@@ -46,6 +48,10 @@ class HostModel:
     num_suffix_tokens: int = 0
     is_copy: bool = False  # another row has the same code: what does not depend on the class is slow
     kept: Callable[[tuple[int, int]], torch.Tensor] | None = None  # numbers of the patches of a grid that go on, (B, K)
+    has_checkpointing: bool = True
+    text: dict[str, tuple[int, int]] = field(default_factory=dict)  # by module: text tokens before and behind its own
+    prefix_of: dict[str, int] = field(default_factory=dict)  # by module, where num_prefix_tokens is another one
+    has_norm: bool = False  # its attention begins with a norm, which the gates read behind
 
     def __str__(self) -> str:
         return self.name
@@ -97,6 +103,8 @@ class InFloat64(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.multi_head_attention_forward:  # of nn.MultiheadAttention, which would hide its softmax
             return func(*args, **kwargs | {"attn_mask": self.mask.flatten(0, 1).float()})
+        if func is F.softmax:  # written out
+            return torch.softmax(args[0].double() + self.mask, -1).to(torch.float32)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = (x.double() for x in (*args, *(kwargs or {}).values())[:3])
@@ -167,7 +175,11 @@ def _timm(name: str, num_prefix_tokens: int, **options: Any) -> HostModel:
 
 def _transformers(name: str, num_prefix_tokens: int, model: str, config: str, **options: Any) -> HostModel:
     run = options.pop("run", {})
-    more = {key: options.pop(key) for key in ("left", "num_suffix_tokens", "is_copy", "sizes") if key in options}
+    more = {
+        key: options.pop(key)
+        for key in ("left", "num_suffix_tokens", "is_copy", "sizes", "prefix_of", "has_checkpointing")
+        if key in options
+    }
     return HostModel(
         f"transformers {name}",
         lambda: getattr(transformers, model)(getattr(transformers, config)(**HF | options)),
@@ -241,9 +253,47 @@ def _dit(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _pixart(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    text = torch.linspace(-1, 1, len(x) * 5 * 24).view(len(x), 5, 24)
     given = {"resolution": None, "aspect_ratio": None}
-    return model(x, encoder_hidden_states=text, timestep=torch.arange(len(x)), added_cond_kwargs=given).sample
+    return model(x, encoder_hidden_states=_text(x), timestep=torch.arange(len(x)), added_cond_kwargs=given).sample
+
+
+def _text(x: torch.Tensor, num_tokens: int = 5, width: int = 24) -> torch.Tensor:
+    return torch.linspace(-1, 1, len(x) * num_tokens * width).view(len(x), num_tokens, width)
+
+
+def _hunyuan(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(
+        x,
+        timestep=torch.arange(len(x)).float(),
+        encoder_hidden_states=_text(x, 5),
+        text_embedding_mask=torch.ones(len(x), 5),
+        encoder_hidden_states_t5=_text(x, 4),
+        text_embedding_mask_t5=torch.ones(len(x), 4),
+    ).sample
+
+
+def _sd3(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    pooled, steps = _text(x, 1)[:, 0], torch.arange(len(x))
+    return model(x, encoder_hidden_states=_text(x), pooled_projections=pooled, timestep=steps).sample
+
+
+def _flux(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Its pipelines make tokens of 2 x 2 latents and number them, and so must whoever trains it."""
+    h, w = x.shape[-2] // 2, x.shape[-1] // 2
+    tokens = x.unflatten(3, (w, 2)).unflatten(2, (h, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    ids = torch.cartesian_prod(*map(torch.arange, (1, h, w))).to(x.dtype)
+    return model(
+        tokens,
+        encoder_hidden_states=_text(x),
+        pooled_projections=_text(x, 1)[:, 0],
+        timestep=torch.arange(len(x)) / 10,
+        img_ids=ids,
+        txt_ids=torch.zeros(5, 3),
+    ).sample
+
+
+def _every_patch(grid: tuple[int, int]) -> torch.Tensor:
+    return torch.arange(grid[0] * grid[1]).expand(2, -1)
 
 
 _LATENTS: dict[str, Any] = {"channels": 4, "patch_size": 2, "sizes": ((8, 8), (8, 12))}
@@ -255,9 +305,33 @@ _DIFFUSERS: dict[str, Any] = {
     "sample_size": 8,
     "patch_size": 2,
 }
+_JOINT = {"joint_attention_dim": 24, "pooled_projection_dim": 24}
 _RESIZED = {"interpolate_pos_encoding": True}
 _BIASED = {"use_absolute_position_embeddings": True, "use_relative_position_bias": True}
 _BIASED |= {"use_shared_relative_position_bias": True}
+
+
+def open_clip_model(cls: type[nn.Module] = open_clip.CLIP, text: Any = None, **vision: Any) -> nn.Module:
+    """Of two towers."""
+    given = {"image_size": (64, 96), "patch_size": 16, "width": 48, "head_width": 16, "layers": 2}
+    given_text = {"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2, "layers": 2}
+    return cls(24, vision_cfg=given | vision, text_cfg=given_text | (text or {}))
+
+
+def _open_clip(name: str, **vision: Any) -> HostModel:
+    return HostModel(
+        f"open_clip {name}",
+        lambda: open_clip_model(**vision),
+        lambda model, x: model.encode_image(x),
+        1,
+        sizes=(vision.get("image_size", (64, 96)),),  # it takes no other
+        left=("transformer.resblocks.0.attn", "transformer.resblocks.1.attn"),
+        has_checkpointing="qk_norm" not in vision,  # open_clip hands its custom blocks too many arguments
+    )
+
+
+_VIT_PYTORCH = {"image_size": (64, 96), "patch_size": 16, "num_classes": 10, "dim": 48, "depth": 2, "heads": 3}
+_VIT_PYTORCH |= {"dim_head": 16, "mlp_dim": 96}
 
 HOSTS = [
     _timm("vit_tiny_patch16_224", 1, img_size=64, dynamic_img_size=True),
@@ -329,11 +403,13 @@ HOSTS = [
     *(
         _transformers(
             name,
-            4 + 5,  # of the last block, where the queries are
+            5,
             f"{cls}ForUniversalSegmentation",
             f"{cls}Config",
             num_blocks=1,
             num_queries=4,
+            prefix_of={"layers.1.attention": 4 + 5},  # the queries come in before it
+            has_checkpointing=False,
             num_register_tokens=4,
             sizes=((64, 64),),  # it takes no other
         )
@@ -354,6 +430,7 @@ HOSTS = [
         lambda model, x: model(x),
         1,
         sizes=((64, 64),),  # it takes no other
+        has_checkpointing=False,
     ),
     HostModel(
         "diffusers DiT",
@@ -372,5 +449,85 @@ HOSTS = [
         left=("transformer_blocks.0.attn2", "transformer_blocks.1.attn2"),
         **_LATENTS,
     ),
-    HostModel("a DiT of timm's layers", OwnDiT, lambda model, x: model(x), 0, **_LATENTS),
+    HostModel(
+        "diffusers HunyuanDiT",
+        lambda: diffusers.HunyuanDiT2DModel(
+            hidden_size=48,
+            cross_attention_dim=24,
+            cross_attention_dim_t5=24,
+            pooled_projection_dim=16,
+            text_len=5,
+            text_len_t5=4,
+            use_style_cond_and_image_meta_size=False,
+            **_DIFFUSERS,
+        ),
+        _hunyuan,
+        0,
+        left=("blocks.0.attn2", "blocks.1.attn2"),
+        has_checkpointing=False,
+        is_copy=True,
+        **_LATENTS,
+    ),
+    HostModel(
+        "diffusers Stable Diffusion 3",
+        lambda: diffusers.SD3Transformer2DModel(**_DIFFUSERS, **_JOINT, caption_projection_dim=48),
+        _sd3,
+        0,
+        text={"transformer_blocks.0.attn": (0, 5), "transformer_blocks.1.attn": (0, 5)},
+        **_LATENTS,
+    ),
+    HostModel(
+        "diffusers Stable Diffusion 3.5",  # its first blocks have a second attention, over the image alone
+        lambda: diffusers.SD3Transformer2DModel(
+            **_DIFFUSERS | {"num_layers": 1},
+            **_JOINT,
+            caption_projection_dim=48,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        _sd3,
+        0,
+        text={"transformer_blocks.0.attn": (0, 5)},
+        **_LATENTS,
+    ),
+    HostModel(
+        "diffusers Flux",  # its last blocks have text and image in one sequence
+        lambda: diffusers.FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            num_attention_heads=3,
+            attention_head_dim=16,
+            axes_dims_rope=(4, 6, 6),
+            **_JOINT,
+        ),
+        _flux,
+        0,
+        text={"transformer_blocks.0.attn": (5, 0)},
+        prefix_of={"single_transformer_blocks.0.attn": 5},
+        kept=_every_patch,
+        **_LATENTS,
+    ),
+    _open_clip("CLIP"),
+    _open_clip("CLIP with custom blocks", image_size=(64, 64), qk_norm=True, scale_heads=True, scale_attn_inner=True),
+    HostModel(
+        "vit-pytorch ViT",
+        lambda: ViT(**_VIT_PYTORCH),
+        lambda model, x: model(x),
+        1,
+        sizes=((64, 96), (64, 64)),
+        has_norm=True,
+        has_checkpointing=False,
+    ),
+    HostModel(
+        "vit-pytorch SimpleViT",
+        lambda: SimpleViT(**_VIT_PYTORCH),
+        lambda model, x: model(x),
+        0,
+        sizes=((64, 96),),  # it takes no other
+        is_copy=True,
+        has_norm=True,
+        has_checkpointing=False,
+    ),
+    HostModel("a DiT of timm's layers", OwnDiT, lambda model, x: model(x), 0, has_checkpointing=False, **_LATENTS),
 ]

@@ -95,6 +95,35 @@ def test_by_its_name_and_again():
 
 
 @pytest.mark.parametrize(
+    ("paths", "replaced"),
+    [
+        (["Model.attn"], ["0.attn", "1.attn"]),
+        (["Towers.*.attn"], ["0.attn", "1.attn"]),
+        (["Towers.1.attn"], ["1.attn"]),
+        (["Model.attn", "Towers.0.attn: not this one"], ["1.attn"]),
+        (["Towers.0.attn", "Towers.*.attn: not the others", "Attention"], ["0.attn"]),
+        (["Attention", "Model.attn: not here"], []),
+    ],
+    ids=str,
+)
+def test_by_the_path_to_it(paths, replaced):
+    """Numbers as they are or as *; a longer path goes before a shorter one, and any before the class."""
+    for path in paths:
+        name, _, reason = path.partition(": ")
+        sd.swap.register_attention(f"{__name__}.{name}", **RIGHT | {"reason_against": lambda _, reason=reason: reason})
+    model = Towers(Model(), Model())
+    if not replaced:
+        with pytest.raises(ValueError, match="0-1.attn: not here"):
+            sd.swap_attention(model)
+        return
+    assert list(sd.swap_attention(model).replaced) == replaced
+
+
+class Towers(nn.Sequential):
+    """Two models."""
+
+
+@pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
         ({"heads": 3}, TypeError, "heads must be a function of a module .*got 3"),
@@ -304,12 +333,14 @@ def test_torchvisions_vit_is_the_same_with_gradients_and_refuses_other_calls():
     sd.swap_attention(model, "none")
     for mode in (True, False):
         assert torch.equal(model.train(mode)(images), plain.train(mode)(images))
-    attn, x = model.encoder.layers[0].self_attention, torch.randn(2, 17, 48)
+    other = host.make()
+    sd.swap_attention(other, STRONG)
+    attn, x = other.encoder.layers[0].self_attention, torch.randn(2, 17, 48)
     for args, kwargs in (((x, x, x), {}), ((x, x + 1, x), {"need_weights": False})):
-        with pytest.raises(ValueError, match="must be called as torchvision's VisionTransformer does it"):
+        with pytest.raises(ValueError, match="must be called for self-attention without masks"):
             attn(*args, **kwargs)
     other = host.make()
     for block in other.encoder.layers:
         block.self_attention = nn.MultiheadAttention(48, 4)
-    with pytest.raises(ValueError, match="it is not built as torchvision's VisionTransformer builds it"):
+    with pytest.raises(ValueError, match="it has no batch_first, as torchvision builds it"):
         sd.swap_attention(other)

@@ -1,15 +1,15 @@
 """What swap_attention knows of classes of attention: register_attention teaches it one, ours and users' alike."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from spatial_decay.swap.hosts.base import Host, class_names
+from spatial_decay.swap.hosts.base import Host, rows_of
 from spatial_decay.swap.stand_in import StandIn
 
-__all__ = ["host_of", "register_attention"]
+__all__ = ["hosts_of", "register_attention"]
 
 _HOSTS: dict[str, Host] = {}
 
@@ -24,6 +24,7 @@ def register_attention(
     reason_against: Callable[[Any], str] | None = None,
     num_prefix_tokens: Callable[[Any], int | None] | None = None,
     num_suffix_tokens: Callable[[Any], int | None] | None = None,
+    text: str | None = None,
     stand_in: type[StandIn] = StandIn,
     forward: Callable[..., Any] | None = None,
 ) -> None:
@@ -38,8 +39,9 @@ def register_attention(
     Args:
         cls: The class; or its full name, "package.module.Class", so that its package need not be imported. What was
             registered under that name before is replaced. For modules of a class that serves for much else, the full
-            name of the class that has them and their name in it, "package.module.Block.attn", which goes before the
-            name of their own class.
+            name of a class above them and the path from there, with numbers as they are or as `*`, such as
+            "package.module.ViT.blocks.*.attn". It goes before the name of their own class, and a longer path before a
+            shorter one.
         heads: Asked of a module of the class: N.
         width: D of its tokens.
         mask: The name of that argument of forward. Where forward takes **kwargs, any name.
@@ -49,11 +51,14 @@ def register_attention(
         num_prefix_tokens: P, class and register tokens, where the module knows. None, or the answer None: what the
             model says, or none.
         num_suffix_tokens: S, tokens behind the patches, the same way.
+        text: For joint attention of text and image: the argument of forward that has the text, (B, T, D), which goes
+            before the image into the softmax. It lies nowhere. None: there is none.
         stand_in: What goes to forward in place of the mask: a subclass of sd.swap.StandIn for classes that ask a mask
             for its shape, or change it, on the way. It must be at the top of a module, to be pickled.
         forward: Runs in place of the module's own forward where no mask comes to the softmax: it gets the module, and
             what the module is called with, and must call `attn.spatial_decay.attend_as_host(tokens, q, k, v)` for the
-            softmax. At the top of a module too. None: the module's own.
+            softmax, with num_text_tokens=T where the first T of the tokens are text. Where nothing is added, with kind
+            `none`, the module's own runs. At the top of a module too. None: the module's own, always.
 
     Raises:
         TypeError: cls is no class of modules, or an answer is no function.
@@ -119,11 +124,16 @@ def register_attention(
                 f"{name} must be a function of a module of the class, such as lambda attn: attn.num_heads: got "
                 f"{answer!r}."
             )
+    if forward is not None and text is not None:
+        raise ValueError(
+            f"text is for a class whose own forward runs: got text={text!r} with a forward in its place. Leave text "
+            "out, and say num_text_tokens there."
+        )
     if not (isinstance(stand_in, type) and issubclass(stand_in, StandIn)):
         raise TypeError(f"stand_in must be a subclass of StandIn: got {stand_in!r}.")
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         if forward is None:
-            _check_forward(cls, mask)
+            _check_forward(cls, mask, text)
         cls = f"{cls.__module__}.{cls.__qualname__}"
     elif not isinstance(cls, str):
         raise TypeError(f"cls must be a class of modules or its full name: got {cls!r}.")
@@ -136,11 +146,12 @@ def register_attention(
         reason_against=_none_against if reason_against is None else reason_against,
         num_prefix_tokens=_unknown if num_prefix_tokens is None else num_prefix_tokens,
         num_suffix_tokens=_unknown if num_suffix_tokens is None else num_suffix_tokens,
+        text=text,
         forward=forward,
     )
 
 
-def _check_forward(cls: type[nn.Module], mask: str) -> None:
+def _check_forward(cls: type[nn.Module], mask: str, text: str | None) -> None:
     """Raise ValueError where forward cannot be given its tokens and the mask by name."""
     _, *parameters = inspect.signature(cls.forward).parameters.values()
     names = [parameter.name for parameter in parameters]
@@ -155,12 +166,16 @@ def _check_forward(cls: type[nn.Module], mask: str) -> None:
             f"{', '.join(names[1:])}: got {mask!r}. Give forward an argument that goes to "
             "F.scaled_dot_product_attention as attn_mask."
         )
+    if text is not None and text not in names[1:]:
+        raise ValueError(
+            f"text must be the name of an argument of {cls.__name__}.forward behind the tokens, one of "
+            f"{', '.join(names[1:])}: got {text!r}. Leave it out where no text joins the image."
+        )
 
 
-def host_of(module: nn.Module, parent: nn.Module | None, name: str) -> Host | None:
-    """The entry of its name in the class of its parent; or of its own class or one that this derives from."""
-    names = [*(f"{of_parent}.{name}" for of_parent in class_names(parent)), *class_names(module)]
-    return next((_HOSTS[name] for name in names if name in _HOSTS), None)
+def hosts_of(modules: Mapping[str, nn.Module]) -> dict[str, Host]:
+    """What is registered of the modules of a model, by their names, see rows_of."""
+    return rows_of(_HOSTS, modules)
 
 
 def _none_against(_: Any) -> str:

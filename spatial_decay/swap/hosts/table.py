@@ -1,33 +1,62 @@
 """The host libraries, none of which is imported; and what of them is in a model."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from torch import nn
 
 from spatial_decay.swap.calls import Calls
-from spatial_decay.swap.hosts import diffusers, timm, torchvision, transformers
-from spatial_decay.swap.hosts.base import PatchEmbed, Removable, class_names
+from spatial_decay.swap.hosts import diffusers, open_clip, timm, torchvision, transformers, vit_pytorch
+from spatial_decay.swap.hosts.base import PatchEmbed, Removable, class_names, rows_of
 
-__all__ = ["LIBRARIES", "hook_dropouts", "looks_like_attention", "patch_embeds_of"]
+__all__ = [
+    "LIBRARIES",
+    "hook_dropouts",
+    "num_prefix_tokens_of",
+    "patch_embed_of",
+    "patch_embeds_of",
+    "reason_of_unknown",
+]
 
-LIBRARIES = (timm.LIBRARY, transformers.LIBRARY, diffusers.LIBRARY, torchvision.LIBRARY)
+LIBRARIES = (
+    timm.LIBRARY,
+    transformers.LIBRARY,
+    diffusers.LIBRARY,
+    torchvision.LIBRARY,
+    open_clip.LIBRARY,
+    vit_pytorch.LIBRARY,
+)
 """A new library adds its file, which registers its attention as it is imported, and its name here."""
 
 _PATCH_EMBEDS = {name: read for library in LIBRARIES for name, read in library.patch_embeds.items()}
+_INPUTS = {name: read for library in LIBRARIES for name, read in library.inputs.items()}
+_REFUSED = {name: reason for library in LIBRARIES for name, reason in library.refused.items()}
 _DROPOUTS = {name: hook for library in LIBRARIES for name, hook in library.dropouts.items()}
+_NUM_PREFIX_TOKENS = {name: count for library in LIBRARIES for name, count in library.num_prefix_tokens.items()}
 
 _Row = TypeVar("_Row")
 
 
-def looks_like_attention(module: nn.Module) -> bool:
-    """Whether a report should mention it where it is left alone."""
-    return type(module).__name__.endswith(("Attention", "Attn", "AttentionPoolLatent", "AttentionPool2d"))
+def reason_of_unknown(module: nn.Module, parent: nn.Module | None) -> str:
+    """Why attention of a class that is not registered is left alone; empty for what is no attention."""
+    if not type(module).__name__.endswith(("Attention", "Attn", "AttentionPoolLatent", "AttentionPool2d")):
+        return ""
+    kind = type(module).__name__
+    if reason := _row_of(module, _REFUSED):
+        return reason
+    if getattr(module, "is_causal", None) is True:
+        return f"{kind} is causal"
+    if "cu_seqlens" in inspect.signature(module.forward).parameters:
+        return f"{kind} attends over images that are packed one behind the other"
+    window = getattr(module, "window_size", None) or getattr(parent, "window_size", None)
+    return f"{kind} is not known to attend over all tokens of one grid" + f" (window_size={window})" * bool(window)
 
 
 def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
     """All there are: modules known by name; without any, convolutions whose stride is their kernel."""
     found, modules = [], dict(model.named_modules())
+    known = _known_embeds(modules)
     convolutions = dict[str, nn.Conv2d]()  # by the name of what PEFT has wrapped around one
     for name, module in modules.items():
         convolution = getattr(module, "base_layer", module)
@@ -35,11 +64,11 @@ def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
             convolutions[name] = convolution
     for name, module in modules.items():
         above, _, leaf = name.rpartition(".")
-        parent = modules.get(above)
-        if read := _row_of(module, _PATCH_EMBEDS):
-            found.append(PatchEmbed(name, module, read))
-        is_named = ("Embed" in type(parent).__name__ and leaf in ("proj", "projection")) or leaf in _USUAL_NAMES
-        if name in convolutions and is_named and not _row_of(parent, _PATCH_EMBEDS):
+        if name in known:
+            found.append(known[name])
+            continue
+        is_of_embed = "Embed" in type(modules[above]).__name__ and leaf in ("proj", "projection")
+        if name in convolutions and (is_of_embed or leaf in _USUAL_NAMES) and above not in known:
             found.append(PatchEmbed(name, module))
     if found:
         return found
@@ -48,6 +77,26 @@ def patch_embeds_of(model: nn.Module) -> list[PatchEmbed]:
         for name, convolution in convolutions.items()
         if max(convolution.stride) > 1 and convolution.kernel_size == convolution.stride
     ]
+
+
+def patch_embed_of(modules: Mapping[str, nn.Module], name: str) -> PatchEmbed:
+    """The named module as a patch embedding."""
+    return _known_embeds(modules).get(name) or PatchEmbed(name, modules[name])
+
+
+def _known_embeds(modules: Mapping[str, nn.Module]) -> dict[str, PatchEmbed]:
+    return {
+        name: PatchEmbed(name, modules[name], read, is_input=is_input)
+        for table, is_input in ((_PATCH_EMBEDS, False), (_INPUTS, True))
+        for name, read in rows_of(table, modules).items()
+    }
+
+
+def num_prefix_tokens_of(module: nn.Module) -> int | None:
+    """P, as a model or a part of one says it."""
+    known: int | None = getattr(module, "num_prefix_tokens", None)
+    count = _row_of(module, _NUM_PREFIX_TOKENS)
+    return count(module) if known is None and count else known
 
 
 def hook_dropouts(part: nn.Module, calls: Calls) -> Iterator[tuple[nn.Module, Removable]]:
@@ -61,5 +110,5 @@ def hook_dropouts(part: nn.Module, calls: Calls) -> Iterator[tuple[nn.Module, Re
 _USUAL_NAMES = ("patch_embed", "patch_embedding", "patch_embeddings")
 
 
-def _row_of(module: nn.Module | None, table: Mapping[str, _Row]) -> _Row | None:
+def _row_of(module: nn.Module, table: Mapping[str, _Row]) -> _Row | None:
     return next((table[name] for name in class_names(module) if name in table), None)

@@ -46,7 +46,7 @@ for _name in (
 
 
 def _read_naflex(
-    args: Sequence[Any], kwargs: dict[str, Any], output: tuple[Tensor, Any], num_prefix_tokens: int
+    _module: Any, args: Sequence[Any], kwargs: dict[str, Any], output: tuple[Tensor, Any], num_prefix_tokens: int
 ) -> tuple[Grid | Positions, Tensor]:
     """Of NaFlexEmbeds: coordinates came in, or a grid size comes out."""
     given = named(("patches", "patch_coord", "patch_valid"), args, kwargs)

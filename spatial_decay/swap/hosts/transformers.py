@@ -163,7 +163,7 @@ def _note_queries(calls: Calls, num_queries: int, _module: nn.Module, _args: Any
 
 
 def _read_siglip2(
-    args: Sequence[Any], kwargs: dict[str, Any], output: Tensor, num_prefix_tokens: int
+    _module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Tensor, num_prefix_tokens: int
 ) -> tuple[Positions, Tensor]:
     """Of Siglip2VisionEmbeddings: the rows and columns of each image come in, (B, 2), padding behind its patches."""
     shapes = named(("pixel_values", "spatial_shapes"), args, kwargs)["spatial_shapes"].to(output.device)
@@ -173,7 +173,7 @@ def _read_siglip2(
 
 
 def _read_pix2struct(
-    args: Sequence[Any], kwargs: dict[str, Any], output: Tensor, num_prefix_tokens: int
+    _module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Tensor, num_prefix_tokens: int
 ) -> tuple[Positions, Tensor]:
     """Of Pix2StructVisionEmbeddings: each patch begins with its row and column, from 1; those of padding are 0."""
     coordinates = named(("flattened_patches",), args, kwargs)["flattened_patches"][..., :2].long()  # (B, L, 2)
