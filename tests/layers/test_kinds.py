@@ -25,7 +25,7 @@ OPTIONS = {
 
 def said(kind: type[Kind]) -> Kind:
     """The kind with every option said, none as it is by default."""
-    return kind(**{option: OPTIONS.get(option, kind.defaults[option]) for option in kind.options()})
+    return kind(**{option: OPTIONS[option] for option in kind.options()})
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
