@@ -19,7 +19,7 @@ OPTIONS = {
     "causal": True,
     "initial_value": 3.0,
     "heads_range": 2.0,
-    "initial_grid_size": (3, 4),
+    "reference_grid": (3, 4),
 }
 
 
@@ -42,7 +42,8 @@ def test_name_mapping_and_value_are_the_same(kind):
 def test_what_is_left_out_takes_the_value_of_the_place(kind):
     value = said(kind)
     assert value.resolved(**OPTIONS | dict.fromkeys(OPTIONS)) == value  # said is said
-    assert all(given is not None for given in kind().resolved().config.values())
+    left_open = [option for option, given in kind().resolved().config.items() if given is None]
+    assert left_open == ["reference_grid"] * ("reference_grid" in kind.options() and kind is not kinds.Gaussian)
     quiet = kind().resolved(**kind.quiet).config
     assert quiet == kind().resolved().config | dict(kind.quiet)
     assert kind().resolved().resolved(**kind.quiet) == kind().resolved()
@@ -97,7 +98,7 @@ def test_a_bias_is_there_where_its_first_value_is_said():
         (
             "gauss",
             ValueError,
-            "one of full, fixed, 1d, bidirectional, .*, fixed_decomposed, gaussian, none: got",
+            "one of full, fixed, learned, alibi, 1d, bidirectional, .*, fixed_decomposed, gaussian, none: got",
         ),
         (None, TypeError, "decay must be the name of a kind, a value .* or a mapping .*: got NoneType"),
         (["full"], TypeError, "got list"),
@@ -114,13 +115,13 @@ def test_a_bias_is_there_where_its_first_value_is_said():
         ({"kind": "fixed", "initial_value": 0.0}, ValueError, r"heads_range \* n / N > 0 .*: got initial_value=0.0"),
         ({"kind": "fixed", "heads_range": -9.0}, ValueError, "got initial_value=2.0, heads_range=-9.0, N = 2"),
         (
-            {"kind": "gaussian", "initial_grid_size": (0, 4)},
+            {"kind": "gaussian", "reference_grid": (0, 4)},
             ValueError,
             r"two whole numbers >= 1: got \(0, 4\)",
         ),
-        ({"kind": "gaussian", "initial_grid_size": (4,)}, ValueError, r"two whole numbers >= 1: got \(4,\)"),
-        ({"kind": "gaussian", "initial_grid_size": (True, 4)}, ValueError, r"two whole numbers >= 1: got \(True, 4\)"),
-        ({"kind": "gaussian", "initial_grid_size": 14}, ValueError, "two whole numbers >= 1: got 14"),
+        ({"kind": "gaussian", "reference_grid": (4,)}, ValueError, r"two whole numbers >= 1: got \(4,\)"),
+        ({"kind": "gaussian", "reference_grid": (True, 4)}, ValueError, r"two whole numbers >= 1: got \(True, 4\)"),
+        ({"kind": "gaussian", "reference_grid": 14}, ValueError, "two whole numbers >= 1: got 14"),
     ],
 )
 def test_impossible_decays_are_refused(decay, error, says):

@@ -57,10 +57,10 @@ def test_kinds_are_there_with_every_option():
     assert config["init_values"] == [None, 1e-3, None, 1]
     assert (config["qk_norm"], config["rope"], config["gate_rank"]) == (True, "axial", 16)
     config = MODELS["SDTP"][0]().config
-    assert config["decay"] == {"kind": "gaussian", "initial_grid_size": [4, 6]}
+    assert config["decay"] == {"kind": "gaussian", "reference_grid": [4, 6]}
     assert (config["input_size"], config["lpe_kernel_size"], config["gate_rank"]) == ([8, 12], 3, 48)
-    config = ViT(5, **SMALL_VIT, decay=sd.kinds.Gaussian(initial_grid_size=(3, 5)), gate_rank=4).config
-    assert config["decay"] == {"kind": "gaussian", "initial_grid_size": [3, 5]}
+    config = ViT(5, **SMALL_VIT, decay=sd.kinds.Gaussian(reference_grid=(3, 5)), gate_rank=4).config
+    assert config["decay"] == {"kind": "gaussian", "reference_grid": [3, 5]}
     assert (config["rope"], config["gate_rank"], config["img_size"]) == ("none", 4, [32, 48])
 
 

@@ -53,8 +53,8 @@ def test_options_reach_the_layers():
     assert added.lpe.conv.kernel_size == (5, 5)
     assert added.decay.gate.weight.dtype == added.output_gate.down.dtype == torch.float64
     sd.restore_attention(model)
-    sd.swap_attention(model, sd.kinds.Gaussian(initial_grid_size=(4, 4)))
-    assert model.blocks[0].attn.spatial_decay.decay.gaussian.initial_grid_size == (4, 4)
+    sd.swap_attention(model, sd.kinds.Gaussian(reference_grid=(4, 4)))
+    assert model.blocks[0].attn.spatial_decay.decay.gaussian.reference_grid == (4, 4)
 
 
 @pytest.mark.parametrize("decay", [sd.kinds.Decomposed(gate_bias_init=0.0), sd.kinds.FixedDecomposed()])
