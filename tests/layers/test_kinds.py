@@ -10,6 +10,10 @@ import torch
 
 from spatial_decay import SDTBlock, SpatialDecayAttention, SpatialDecayMask, kinds
 from spatial_decay.layers.kinds import KINDS, Kind, KindName, as_kind
+from spatial_decay.layout import Grid
+from spatial_decay.ops import decay_attention
+from tests import references
+from tests.cases import CPU_BACKENDS, TOLERANCE, relative_error, widest_dtype
 
 ALL = list(KINDS.values())
 OPTIONS = {
@@ -85,6 +89,43 @@ def test_a_bias_is_there_where_its_first_value_is_said():
     assert kinds.Full(gate_bias=False).resolved(**kinds.Full.quiet).gate_bias_init == 0.0
     gate = SpatialDecayMask(8, 2, decay=kinds.Full(gate_bias_init=6.0)).gate
     assert torch.equal(gate.bias.detach(), torch.full((2,), 6.0))
+
+
+def test_learned_rates_begin_as_the_fixed_ones():
+    fixed, learned = (SpatialDecayMask(12, 3, decay=decay) for decay in ("fixed", "learned"))
+    x = torch.randn(2, 4, 5, 12)
+    torch.testing.assert_close(learned(x), fixed(x).expand(2, -1, -1, -1), rtol=1e-6, atol=1e-6)
+    options = {"initial_value": 1.0, "heads_range": 3.0}
+    fixed, learned = (SpatialDecayMask(12, 3, decay={"kind": kind, **options}) for kind in ("fixed", "learned"))
+    torch.testing.assert_close(learned(x), fixed(x).expand(2, -1, -1, -1), rtol=1e-6, atol=1e-6)
+
+
+def test_in_a_trained_model_learned_rates_begin_quietly():
+    mask = SpatialDecayMask(12, 3, decay=kinds.Learned().resolved(**kinds.Learned.quiet))
+    torch.testing.assert_close(mask.rates().detach(), torch.full((3,), 2.0**-12), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("num_prefix", [0, 2])
+def test_learned_rates_against_loops_in_every_backend(backend, num_prefix):
+    """Values and gradients; what is not trained, d_M, comes from the loops of a rate of 1."""
+    dtype, grid = widest_dtype(backend), Grid(5, 6, num_prefix)
+    mask = SpatialDecayMask(12, 3, decay="learned", num_prefix_tokens=num_prefix).to(dtype)
+    torch.nn.init.normal_(mask.rates.weight)
+    q, k, v, weight = torch.randn(4, 2, 3, grid.num_tokens, 4, dtype=dtype)
+    q.requires_grad_()
+    decay = mask.describe(torch.randn(2, grid.num_tokens, 12, dtype=dtype), grid)
+    out = decay_attention(q, k, v, decay, backend=backend)
+    found = [out, *torch.autograd.grad((out * weight).sum(), [q, mask.rates.weight])]
+
+    rates = torch.nn.functional.softplus(mask.rates.weight.double())
+    distances = torch.tensor(references.with_prefix(references.fixed(1.0, 5, 6), num_prefix), dtype=torch.float64)
+    exact = q.detach().double().requires_grad_()
+    scores = exact @ k.double().mT / 2 + rates[:, None, None] * distances
+    out = scores.softmax(-1) @ v.double()
+    expected = [out, *torch.autograd.grad((out * weight).sum(), [exact, mask.rates.weight])]
+    for got, right in zip(found, expected, strict=True):
+        assert relative_error(got, right) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
