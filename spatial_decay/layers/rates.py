@@ -41,7 +41,11 @@ class TrainedRates(Initialised):
         self.weight.copy_(torch.logit(-torch.expm1(rates)))
 
     def forward(self) -> Tensor:
-        """The rates, (N,), > 0, float32 or float64."""
+        """The rates as they are now.
+
+        Returns:
+            (N,), > 0, nats per grid step, float32 or float64.
+        """
         return F.softplus(at_least_float32(self.weight))
 
     def extra_repr(self) -> str:

@@ -49,9 +49,9 @@ def test_it_holds_every_argument_and_goes_through_files(name, tmp_path):
 def test_kinds_are_there_with_every_option():
     config = MODELS["SDTH"][0]().config
     assert config["decay"] == [
-        {"kind": "fixed_decomposed", "initial_value": 2.0, "heads_range": 5},
+        {"kind": "fixed_decomposed", "reference_grid": None, "initial_value": 2.0, "heads_range": 5},
         {"kind": "bidirectional", "gate_bias": True, "gate_bias_init": 4.0},
-        {"kind": "full", "alpha": 0.2, "gate_bias": False, "gate_bias_init": 0.0},
+        {"kind": "full", "reference_grid": None, "alpha": 0.2, "gate_bias": False, "gate_bias_init": 0.0},
         {"kind": "1d", "causal": False, "gate_bias": False, "gate_bias_init": 0.0},
     ]
     assert config["init_values"] == [None, 1e-3, None, 1]
