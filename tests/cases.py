@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from spatial_decay.decay import AxialDecay, GaussianDecay, ManhattanDecay, PathDecay, fixed_rates
+from spatial_decay.decay import (
+    AxialDecay,
+    EuclideanDecay,
+    GaussianDecay,
+    ManhattanDecay,
+    PathDecay,
+    alibi_slopes,
+    fixed_rates,
+)
 from spatial_decay.layers.kinds import KINDS
 from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import BACKENDS
@@ -84,6 +92,10 @@ def _rate(n: int, num_heads: int) -> float:
     return references.fixed_rate(n, num_heads, INITIAL_VALUE, HEADS_RANGE)
 
 
+def _slopes(num_heads: int) -> Tensor:
+    return alibi_slopes(num_heads, device=torch.get_default_device(), dtype=torch.float64)
+
+
 CASES = [
     Case(
         "full",
@@ -98,6 +110,13 @@ CASES = [
         lambda gates, n, grid: ManhattanDecay.constant(_rates(n), grid),
         lambda gates, n, num_heads, h, w: references.fixed(_rate(n, num_heads), h, w),
         kind="fixed",
+    ),
+    Case(
+        "alibi",
+        0,
+        lambda gates, n, grid: EuclideanDecay.constant(_slopes(n), grid),
+        lambda gates, n, num_heads, h, w: references.alibi(references.alibi_slopes(num_heads)[n], h, w),
+        kind="alibi",
     ),
     Case(
         "1d",
@@ -144,13 +163,14 @@ CASES = [
     Case(
         "fixed_decomposed",
         0,
-        lambda gates, n, grid: AxialDecay.constant(_rates(n), grid),
+        lambda gates, n, grid: AxialDecay.constant(_rates(n), _rates(n), grid),
         lambda gates, n, num_heads, h, w: references.fixed_decomposed(_rate(n, num_heads), h, w),
         kind="fixed_decomposed",
         is_axial=True,
     ),
 ]
-# gaussian reads queries, not gates: see layers/test_gaussian.py for what its layers make of them.
+# gaussian reads queries, not gates: see layers/test_gaussian.py for what its layers make of them. learned is the fixed
+# of rates that are trained: see layers/test_kinds.py.
 GATED = [case for case in CASES if case.kind != "gaussian"]
 PAIRWISE = [case for case in CASES if not case.is_axial]
 AXIAL = [case for case in CASES if case.is_axial]

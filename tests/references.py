@@ -45,6 +45,24 @@ def fixed(rate, height, width):
     return [[-abs(rate) * manhattan(i, j, width) for j in range(length)] for i in range(length)]
 
 
+def euclidean(i, j, width):
+    """The length of the straight line."""
+    return math.hypot(i // width - j // width, i % width - j % width)
+
+
+def alibi_slopes(num_heads):
+    """ALiBi's rule for any number of heads: for a power of two a geometric series down to 2 ** -8."""
+    power = 2 ** int(math.log2(num_heads))
+    slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
+    return slopes + (alibi_slopes(2 * power)[::2][: num_heads - power] if num_heads > power else [])
+
+
+def alibi(slope, height, width):
+    """ALiBi in two dimensions, as CROMA has it."""
+    length = height * width
+    return [[-slope * euclidean(i, j, width) for j in range(length)] for i in range(length)]
+
+
 def path(gate, causal=False):
     """Eq. 6, extended to both sides; causal: Eq. 6 itself, nothing above the diagonal."""
     length = len(gate)

@@ -25,7 +25,7 @@ ROOMS = [
     "spatial_decay.viz",
 ]
 SHAPE = re.compile(r"\((?:\d?[A-Z]\w*|\.\.\.|h),[^()]*\)|shape|broadcast")
-SOURCE = re.compile(r"\b(?:Eq\.|SDT|RMT|LocAtViT|DiT|timm)")
+SOURCE = re.compile(r"\b(?:Eq\.|SDT|RMT|LocAtViT|DiT|ALiBi|timm)")
 
 
 class Public(NamedTuple):

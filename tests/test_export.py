@@ -16,15 +16,17 @@ from spatial_decay.ops import sdpa
 from tests.cases import TWO_STAGES, relative_error
 
 VIT = {"img_size": 64, "dim": 24, "depth": 1, "num_heads": 2}
+ON_A_REFERENCE_GRID = {"decay": [sd.kinds.Decomposed(reference_grid=(3, 5)), sd.kinds.Full(reference_grid=(4, 3))]}
 # Name: model, channels, size of a step (the total stride or the patch).
 MODELS = {
     "sdt_h": (  # without rotary embeddings, which sdt_p has
-        lambda: sd.SDTH(5, stem_stride=1, rope="none", init_values=[None, None], **TWO_STAGES),
+        lambda: sd.SDTH(5, stem_stride=1, rope="none", init_values=[None, None], **TWO_STAGES | ON_A_REFERENCE_GRID),
         3,
         2,
     ),
     "sdt_p": (lambda: sd.SDTP(8, 2, 4, 10, dim=24, depth=1, num_heads=2, gate_rank=4), 4, 2),
     "vit_full": (lambda: sd.ViT(5, decay="full", num_registers=1, **VIT), 3, 16),
+    "vit_alibi": (lambda: sd.ViT(5, decay=sd.kinds.Alibi(reference_grid=(4, 4)), **VIT), 3, 16),
     "locatvit": (lambda: sd.ViT(5, decay="gaussian", global_pool="prr", **VIT), 3, 16),
 }
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -86,9 +88,9 @@ def exported():
     return get
 
 
-# The largest model, whose tracing takes longest, is slow.
+# The largest model, whose tracing takes longest, is slow, and so is one that differs from another by its decay alone.
 EVERY_MODEL = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "sdt_h" else ()) for name in MODELS]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("sdt_h", "vit_alibi") else ()) for name in MODELS]
 )
 
 
@@ -186,7 +188,8 @@ def test_a_named_backend_that_onnx_cannot_hold_says_so(backend):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
-    "name", ["sdt_p", "locatvit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdt_h", "vit_full"))]
+    "name",
+    ["sdt_p", "locatvit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdt_h", "vit_full", "vit_alibi"))],
 )
 def test_torch_jit_trace_serves_all_sizes(name):
     """As fvcore and OpenVINO read it: real numbers alone; its warnings tell of checks that it leaves out."""

@@ -169,7 +169,7 @@ def test_a_block_takes_positions_and_compiles_whole():
             lambda: sd.SpatialDecayAttention(16, 2, rope="flat")(torch.zeros(2, 10, 16), layout=placed()),
             "rope='flat'",
         ),
-        (lambda: AxialDecay.constant(torch.zeros(2), placed()), "a decomposed decay needs a whole grid"),
+        (lambda: AxialDecay.constant(*torch.zeros(2, 2), placed()), "a decomposed decay needs a whole grid"),
         (
             lambda: decay_attention(
                 *torch.randn(3, 3, 1, 10, 8), sd.decay.ManhattanDecay(torch.zeros(1, 1, 10), placed())

@@ -4,6 +4,7 @@ from typing import TypeAlias
 
 from spatial_decay.decay.axial import AxialDecay
 from spatial_decay.decay.base import FactoredDecay, PairwiseDecay, dense, factor, register_factor, score_mod
+from spatial_decay.decay.euclidean import EuclideanDecay, alibi_slopes
 from spatial_decay.decay.gaussian import GaussianDecay
 from spatial_decay.decay.manhattan import ManhattanDecay, fixed_rates
 from spatial_decay.decay.path import PathDecay
@@ -14,11 +15,13 @@ Decay: TypeAlias = PairwiseDecay | AxialDecay
 __all__ = [
     "AxialDecay",
     "Decay",
+    "EuclideanDecay",
     "FactoredDecay",
     "GaussianDecay",
     "ManhattanDecay",
     "PairwiseDecay",
     "PathDecay",
+    "alibi_slopes",
     "dense",
     "factor",
     "fixed_rates",

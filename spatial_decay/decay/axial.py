@@ -59,11 +59,12 @@ class AxialDecay:
         )
 
     @classmethod
-    def constant(cls, rates: Tensor, layout: Layout) -> Self:
-        """-|lambda_n| * distance along each axis, from one rate a head, (N,), nats per grid step (RMT).
+    def constant(cls, rates_h: Tensor, rates_w: Tensor, layout: Layout) -> Self:
+        """-|lambda_n| * distance along each axis, from one rate a head and axis, (N,), nats per grid step (RMT).
 
         Args:
-            rates: lambda_n, (N,), nats per grid step.
+            rates_h: lambda_n within columns, (N,), nats per grid step.
+            rates_w: lambda_n within rows, the same; RMT has one for both.
             layout: A Grid without prefix tokens.
 
         Returns:
@@ -75,8 +76,8 @@ class AxialDecay:
         grid = _checked(layout)
         height, width = grid.size
         return cls(
-            rows=ManhattanDecay.constant(rates, Grid(1, width)),
-            columns=ManhattanDecay.constant(rates, Grid(height, 1)),
+            rows=ManhattanDecay.constant(rates_w, Grid(1, width)),
+            columns=ManhattanDecay.constant(rates_h, Grid(height, 1)),
             layout=grid,
         )
 

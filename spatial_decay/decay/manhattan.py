@@ -1,4 +1,4 @@
-"""Decay with the Manhattan distance: SDT Eq. 7-9 (`full`, content-aware) and RMT's constant rates (`fixed`)."""
+"""Decay with the Manhattan distance: SDT Eq. 7-9 (`full`, content-aware), constant rates (`fixed`) or trained ones."""
 
 import math
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ from spatial_decay.decay.base import FactoredDecay, check_range, register_factor
 from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
 
-__all__ = ["ManhattanDecay", "fixed_rates", "manhattan_distance"]
+__all__ = ["LOWEST", "ManhattanDecay", "fixed_rates", "manhattan_distance", "shared_strength"]
 
-_LOWEST = -(2.0**100)  # two of them, times a distance below 1e8, are a number still in float32
+LOWEST = -(2.0**100)
+"""Of a strength: two of them, times a distance below 1e8, are a number still in float32."""
 
 
 @register_factor
@@ -49,7 +50,7 @@ class ManhattanDecay(FactoredDecay):
     factor: ClassVar[str] = "manhattan_distance"
 
     def __post_init__(self) -> None:
-        check_range("strength", self.strength, self.layout, _LOWEST, 0.0)
+        check_range("strength", self.strength, self.layout, LOWEST, 0.0)
 
     @classmethod
     def from_gate(cls, gate: Tensor, layout: Layout, *, alpha: float = 0.1) -> Self:
@@ -69,7 +70,7 @@ class ManhattanDecay(FactoredDecay):
         if isinstance(alpha, (int, float)) and not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be finite and > 0: got {alpha}. For no decay at all use kind 'none'.")
         check_range("gate", gate, layout, -math.inf, 0.0)
-        return cls((at_least_float32(gate) * (alpha / 2)).clamp(min=_LOWEST), layout)
+        return cls((at_least_float32(gate) * (alpha / 2)).clamp(min=LOWEST), layout)
 
     @classmethod
     def constant(cls, rates: Tensor, layout: Layout) -> Self:
@@ -82,8 +83,21 @@ class ManhattanDecay(FactoredDecay):
         Returns:
             A decay that all images share.
         """
-        strength = at_least_float32(rates).abs() / -2
-        return cls(strength[None, :, None].expand(1, -1, layout.num_tokens), layout)
+        return cls(shared_strength(rates, layout), layout)
+
+
+def shared_strength(rates: Tensor, layout: Layout) -> Tensor:
+    """-|rate| / 2 of each head, (N,), for all tokens: a strength (1, N, L) whose pairs add up to -|rate|.
+
+    Args:
+        rates: (N,), nats per grid step; their sign does not count.
+        layout: Where the L tokens lie.
+
+    Returns:
+        (1, N, L), float32 at least, in the memory of N numbers.
+    """
+    strength = at_least_float32(rates).abs() / -2
+    return strength[None, :, None].expand(1, -1, layout.num_tokens)
 
 
 def fixed_rates(

@@ -11,6 +11,7 @@ from spatial_decay.layers.mask import SpatialDecayMask
 from spatial_decay.layers.mlp import ConvMlp
 from spatial_decay.layers.output_gate import OutputGate
 from spatial_decay.layers.patch import ConvStem, Downsample, PatchEmbed
+from spatial_decay.layers.rates import TrainedRates
 from spatial_decay.layers.refinement import PatchRepresentationRefinement
 from spatial_decay.layers.residual import DropPath, LayerScale
 from spatial_decay.layers.rotary import RotaryEmbedding
@@ -33,5 +34,6 @@ __all__ = [
     "SDTBlock",
     "SpatialDecayAttention",
     "SpatialDecayMask",
+    "TrainedRates",
     "kinds",
 ]

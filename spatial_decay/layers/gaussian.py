@@ -30,17 +30,17 @@ class GaussianGate(nn.Module):
 
     Args:
         head_dim: d; the heads share the weights.
-        initial_grid_size: (H, W) of the patch tokens that the model is trained on.
+        reference_grid: (H, W) of the patch tokens that the model is trained on.
 
     Raises:
-        ValueError: initial_grid_size is not two numbers >= 1.
+        ValueError: reference_grid is not two numbers >= 1.
     """
 
-    def __init__(self, head_dim: int, initial_grid_size: GridSize = (14, 14)) -> None:
+    def __init__(self, head_dim: int, reference_grid: GridSize = (14, 14)) -> None:
         super().__init__()
-        if len(initial_grid_size) != 2 or min(initial_grid_size) < 1:
-            raise ValueError(f"initial_grid_size must be (H, W), both >= 1: got {initial_grid_size!r}.")
-        self.initial_grid_size = (int(initial_grid_size[0]), int(initial_grid_size[1]))
+        if len(reference_grid) != 2 or min(reference_grid) < 1:
+            raise ValueError(f"reference_grid must be (H, W), both >= 1: got {reference_grid!r}.")
+        self.reference_grid = (int(reference_grid[0]), int(reference_grid[1]))
         self.log_var = _PreciseLinear(head_dim, 2)
         self.log_alpha = _PreciseLinear(head_dim, 1)
 
@@ -54,10 +54,10 @@ class GaussianGate(nn.Module):
         Returns:
             Numbers (B, N, L) of each query and the grid.
         """
-        longest = max(self.initial_grid_size)
+        longest = max(self.reference_grid)
         coefficient = longest**2
         shift = math.log(coefficient - 1) if coefficient > 2 else 0.0
-        ratio: Any = _shorter_side(grid) / min(self.initial_grid_size)
+        ratio: Any = _shorter_side(grid) / min(self.reference_grid)
         with autocast_disabled(q.device):
             amplitude = F.softplus(self.log_alpha(q))[..., 0]  # (B, N, L)
             variance = torch.sigmoid(self.log_var(q) - shift) * (coefficient * ratio) + self._eps()
@@ -66,12 +66,12 @@ class GaussianGate(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"initial_grid_size={self.initial_grid_size}"
+        return f"reference_grid={self.reference_grid}"
 
     def _eps(self) -> float:
         """The authors': doubled from 0.1 until half of the largest squared distance over eps^2 is below 65000 / 2."""
         eps = 0.1
-        while 0.5 * (max(self.initial_grid_size) - 1) ** 2 / eps**2 > 65000 / 2:
+        while 0.5 * (max(self.reference_grid) - 1) ** 2 / eps**2 > 65000 / 2:
             eps *= 2
         return eps
 

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from spatial_decay.decay import Decay, fixed_rates
 from spatial_decay.layers.gate import ContextAwareGate
 from spatial_decay.layout import Layout
 
-__all__ = ["Gated", "Kind", "Rated", "check_finite", "check_flag"]
+__all__ = ["Gated", "Kind", "OnReferenceGrid", "Rated", "check_finite", "check_flag"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +39,23 @@ class Kind(ABC):
     needs_grid: ClassVar[bool] = False
     takes_prefix_tokens: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:  # noqa: B027  each checks its own options, and calls the next one's
+        """Look at the options that were said."""
+
     def resolved(self, **place: Any) -> Self:
         """The same with a value for every option: what was said, else the place's value, else the layer's default.
 
         Args:
-            place: Values of the place for options that were left out, by name.
+            place: Values of the place for options that were left out, by name. A model says its grid_size besides,
+                (H, W), for kinds that cannot do without a reference_grid.
 
         Returns:
-            A value without None.
+            A value without None, but for a reference_grid that is off.
         """
         left_out = [option for option in self.options() if getattr(self, option) is None]
         found = {option: place.get(option) for option in left_out}
-        return replace(self, **{name: self.defaults[name] if value is None else value for name, value in found.items()})
+        values = {name: self.defaults.get(name) if value is None else value for name, value in found.items()}
+        return replace(self, **values)
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
@@ -138,6 +143,7 @@ class Gated(Kind):
     gate_bias_init: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_flag(self, gate_bias=self.gate_bias)
         check_finite(self, gate_bias_init=self.gate_bias_init)
         if self.gate_bias is False and self.gate_bias_init:
@@ -185,6 +191,7 @@ class Rated(Kind):
     heads_range: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_finite(self, initial_value=self.initial_value, heads_range=self.heads_range)
 
     def check(self, num_heads: int) -> None:
@@ -215,3 +222,57 @@ class Rated(Kind):
             device=x.device,
             dtype=torch.promote_types(x.dtype, torch.float32),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnReferenceGrid(Kind):
+    """A kind that can measure distances in steps of the grid that a model is trained on.
+
+    On a grid of another size its numbers, nats per grid step, are multiplied by what a step there is of a step here. So
+    what lies at opposite borders of an image is about as far apart at any size. Positions do not say how large the
+    image is: they are an error, and can be given in steps of the reference grid themselves.
+
+    Args:
+        reference_grid: (H, W) of the patch tokens trained on. None: off, a step is a step on any grid.
+    """
+
+    reference_grid: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.reference_grid
+        if size is None:
+            return
+        is_pair = isinstance(size, (tuple, list)) and len(size) == 2
+        if not is_pair or not all(type(n) is int and n >= 1 for n in size):
+            raise ValueError(f"reference_grid must be (H, W), two whole numbers >= 1: got {size!r}.")
+        object.__setattr__(self, "reference_grid", tuple(size))
+
+    def in_reference_steps(self, numbers: Tensor, layout: Layout, axes: tuple[int, ...] = (0, 1)) -> Tensor:
+        """Numbers per step of the reference grid as numbers per step of this one; as they are where it is off.
+
+        Along one axis they are multiplied by H0 / H, or W0 / W. A number that serves both axes is multiplied by
+        (H0 + W0) / (H + W): where both grow alike this is the same factor, and else it keeps the mean Manhattan
+        distance of two tokens.
+
+        Args:
+            numbers: Nats per grid step, any shape.
+            layout: Where the tokens lie.
+            axes: Along which the numbers count, 0 for the height and 1 for the width.
+
+        Returns:
+            Of the same shape.
+
+        Raises:
+            ValueError: the layout is no grid, and reference_grid is not off.
+        """
+        if self.reference_grid is None:
+            return numbers
+        grid = layout.as_grid(
+            f"reference_grid of kind {self.name!r}",
+            "Leave reference_grid out, and give positions in steps of that grid: h * H0 / H and w * W0 / W.",
+        )
+        length: Any = sum(grid.size[axis] for axis in axes)
+        if isinstance(length, Tensor):  # to torch.jit.trace sizes are tensors; float64 divides as Python does
+            length = length.double()
+        return numbers * (sum(self.reference_grid[axis] for axis in axes) / length)

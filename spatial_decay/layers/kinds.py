@@ -1,18 +1,22 @@
-"""How features become a decay: the kinds as values with JSON fields (SDT Eq. 4-11, Tables 3-4; RMT; LocAtViT)."""
+"""How features become a decay: kinds as values with JSON fields (SDT Eq. 4-11, Tables 3-4; RMT; ALiBi; LocAtViT)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from spatial_decay.decay import AxialDecay, Decay, ManhattanDecay, PathDecay
+from spatial_decay.decay import AxialDecay, Decay, EuclideanDecay, ManhattanDecay, PathDecay, alibi_slopes
 from spatial_decay.layers.gaussian import GaussianGate
-from spatial_decay.layers.kind import Gated, Kind, Rated, check_finite, check_flag
+from spatial_decay.layers.kind import Gated, Kind, OnReferenceGrid, Rated, check_finite, check_flag
+from spatial_decay.layers.rates import TrainedRates
 from spatial_decay.layout import Layout
 
 __all__ = [
     "KINDS",
+    "Alibi",
     "Bidirectional",
     "DecayLike",
     "Decomposed",
@@ -22,28 +26,31 @@ __all__ = [
     "Gaussian",
     "Kind",
     "KindName",
+    "Learned",
     "NoDecay",
     "OneDimensional",
     "as_kind",
 ]
 
 KindName: TypeAlias = Literal[
-    "full", "fixed", "1d", "bidirectional", "decomposed", "fixed_decomposed", "gaussian", "none"
+    "full", "fixed", "learned", "alibi", "1d", "bidirectional", "decomposed", "fixed_decomposed", "gaussian", "none"
 ]
 """The names of all kinds, each short for its value with nothing said."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full(Gated):
+class Full(Gated, OnReferenceGrid):
     """-abs((G_i + G_j) / 2 * d_M(i, j) * alpha), SDT Eq. 7-9.
 
     Args:
         alpha: Scale, > 0; 0.1 where it is left out.
         gate_bias: See ContextAwareGate; in a layer none.
         gate_bias_init: See ContextAwareGate; in a swapped model 6.
+        reference_grid: See OnReferenceGrid; off where it is left out.
 
     Raises:
-        ValueError: alpha is not finite or not > 0; gate_bias_init with gate_bias=False.
+        ValueError: alpha is not finite or not > 0; gate_bias_init with gate_bias=False; reference_grid is no
+            pair of whole numbers >= 1.
     """
 
     name: ClassVar[str] = "full"
@@ -61,22 +68,61 @@ class Full(Gated):
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
         assert self.alpha is not None
         (gate,) = self.gates_of(mask, x)
-        return ManhattanDecay.from_gate(gate, layout, alpha=self.alpha)
+        return ManhattanDecay.from_gate(self.in_reference_steps(gate, layout), layout, alpha=self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fixed(Rated):
+class Fixed(Rated, OnReferenceGrid):
     """-abs(lambda_n) * d_M(i, j), not trained: RMT; SDT Table 3.
 
     Args:
         initial_value: lambda_n = log(1 - 2 ** (-initial_value - heads_range * n / N)); 2 where it is left out.
         heads_range: The same; 4 where it is left out.
+        reference_grid: See OnReferenceGrid; off where it is left out.
     """
 
     name: ClassVar[str] = "fixed"
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        return ManhattanDecay.constant(self.rates_of(mask, x), layout)
+        return ManhattanDecay.constant(self.in_reference_steps(self.rates_of(mask, x), layout), layout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(Rated, OnReferenceGrid):
+    """-softplus(lambda_n) * d_M(i, j), a trained rate a head: what lies between `fixed` and `full`.
+
+    Args:
+        initial_value: The rates begin as those of `fixed`, with 2 where it is left out; in a swapped model with 12.
+        heads_range: The same, with 4 where it is left out; in a swapped model with 0, each rate 0.00024.
+        reference_grid: See OnReferenceGrid; off where it is left out.
+    """
+
+    name: ClassVar[str] = "learned"
+    quiet: ClassVar[Mapping[str, Any]] = {"initial_value": 12.0, "heads_range": 0.0}
+
+    def modules(self, dim: int, num_heads: int) -> dict[str, nn.Module]:  # noqa: ARG002  a rate reads no features
+        assert self.initial_value is not None
+        assert self.heads_range is not None
+        return {"rates": TrainedRates(num_heads, initial_value=self.initial_value, heads_range=self.heads_range)}
+
+    def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:  # noqa: ARG002  the same for all features
+        return ManhattanDecay.constant(self.in_reference_steps(mask.rates(), layout), layout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alibi(OnReferenceGrid):
+    """-m_n * sqrt(dh^2 + dw^2), not trained: ALiBi's geometric slopes with the distance of CROMA.
+
+    Args:
+        reference_grid: See OnReferenceGrid; off where it is left out.
+    """
+
+    name: ClassVar[str] = "alibi"
+
+    def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        slopes = alibi_slopes(mask.num_heads, device=x.device, dtype=dtype)
+        return EuclideanDecay.constant(self.in_reference_steps(slopes, layout), layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +167,13 @@ class Bidirectional(Gated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decomposed(Gated):
+class Decomposed(Gated, OnReferenceGrid):
     """`1d` within rows, then within columns of the result, a gate each, SDT Eq. 11-12; no alpha.
 
     Args:
         gate_bias: See ContextAwareGate; in a layer none.
         gate_bias_init: See ContextAwareGate; in a swapped model 9.
+        reference_grid: See OnReferenceGrid, each axis by itself; off where it is left out.
     """
 
     name: ClassVar[str] = "decomposed"
@@ -136,16 +183,18 @@ class Decomposed(Gated):
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
         gate_h, gate_w = self.gates_of(mask, x)
+        gate_h, gate_w = self.in_reference_steps(gate_h, layout, (0,)), self.in_reference_steps(gate_w, layout, (1,))
         return AxialDecay.from_gates(gate_h, gate_w, layout)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedDecomposed(Rated):
+class FixedDecomposed(Rated, OnReferenceGrid):
     """-abs(lambda_n) * distance within rows, then within columns of the result: RMT's first stages.
 
     Args:
         initial_value: lambda_n = log(1 - 2 ** (-initial_value - heads_range * n / N)); 2 where it is left out.
         heads_range: The same; 4 where it is left out.
+        reference_grid: See OnReferenceGrid, each axis by itself; off where it is left out.
     """
 
     name: ClassVar[str] = "fixed_decomposed"
@@ -153,40 +202,34 @@ class FixedDecomposed(Rated):
     takes_prefix_tokens: ClassVar[bool] = False
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        return AxialDecay.constant(self.rates_of(mask, x), layout)
+        rates = self.rates_of(mask, x)
+        rates_h, rates_w = (self.in_reference_steps(rates, layout, (axis,)) for axis in (0, 1))
+        return AxialDecay.constant(rates_h, rates_w, layout)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gaussian(Kind):
+class Gaussian(OnReferenceGrid):
     """a_i * exp(-(dh^2 / s_h,i + dw^2 / s_w,i) / 2), a and s from the query: LocAtViT.
 
     Args:
-        initial_grid_size: (H, W) that the model is trained on, see GaussianGate; left out, that of a ViT's img_size or
-            of an SDT-P's input_size, elsewhere (14, 14).
+        reference_grid: (H, W) that the model is trained on, which the authors' law of its width needs on every grid,
+            see GaussianGate; left out, that of a ViT's img_size or of an SDT-P's input_size, elsewhere (14, 14).
 
     Raises:
-        ValueError: initial_grid_size is no pair of whole numbers >= 1.
+        ValueError: reference_grid is no pair of whole numbers >= 1.
     """
 
     name: ClassVar[str] = "gaussian"
-    defaults: ClassVar[Mapping[str, Any]] = {"initial_grid_size": (14, 14)}
+    defaults: ClassVar[Mapping[str, Any]] = {"reference_grid": (14, 14)}
     reads_queries: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
 
-    initial_grid_size: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        size = self.initial_grid_size
-        if size is None:
-            return
-        is_pair = isinstance(size, (tuple, list)) and len(size) == 2
-        if not is_pair or not all(type(n) is int and n >= 1 for n in size):
-            raise ValueError(f"initial_grid_size must be (H, W), two whole numbers >= 1: got {size!r}.")
-        object.__setattr__(self, "initial_grid_size", tuple(size))
+    def resolved(self, **place: Any) -> Self:
+        return super().resolved(**{"reference_grid": place.get("grid_size"), **place})
 
     def modules(self, dim: int, num_heads: int) -> dict[str, nn.Module]:
-        assert self.initial_grid_size is not None
-        return {"gaussian": GaussianGate(dim // num_heads, self.initial_grid_size)}
+        assert self.reference_grid is not None
+        return {"gaussian": GaussianGate(dim // num_heads, self.reference_grid)}
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
         q = x.unflatten(-1, (mask.num_heads, -1)).transpose(1, 2)  # (B, N, L, d)
@@ -206,7 +249,18 @@ class NoDecay(Kind):
 
 KINDS: dict[str, type[Kind]] = {
     kind.name: kind
-    for kind in (Full, Fixed, OneDimensional, Bidirectional, Decomposed, FixedDecomposed, Gaussian, NoDecay)
+    for kind in (
+        Full,
+        Fixed,
+        Learned,
+        Alibi,
+        OneDimensional,
+        Bidirectional,
+        Decomposed,
+        FixedDecomposed,
+        Gaussian,
+        NoDecay,
+    )
 }
 """All kinds by name."""
 

@@ -18,6 +18,8 @@ class SpatialDecayMask(nn.Module):
     |---|---|---|
     | `full` | -abs((G_i + G_j) / 2 * d_M(i, j) * alpha) | SDT Eq. 7-9 |
     | `fixed` | -abs(lambda_n) * d_M(i, j) | RMT; SDT Table 3 |
+    | `learned` | -softplus(lambda_n) * d_M(i, j), lambda_n trained | |
+    | `alibi` | -m_n * sqrt(dh^2 + dw^2) | 2-D ALiBi, CROMA |
     | `1d` | -sum of abs(g_k), k = min(i, j) .. max(i, j) - 1 over the raster sequence | SDT Eq. 6 |
     | `bidirectional` | the mean of a forward and a backward `1d` with a gate each | SDT Table 4 |
     | `decomposed` | `1d` within rows, then within columns, a gate each; no alpha | SDT Eq. 11-12 |
@@ -69,10 +71,11 @@ class SpatialDecayMask(nn.Module):
             x: Tokens (B, L, D) or a map (B, H, W, D), floating point.
             layout: (H, W) of the patch tokens, a Grid, or Positions of all L tokens. None: a map has its own; tokens
                 are taken as a square. Not Positions for the decomposed kinds, nor for `gaussian`, whose width depends
-                on the grid.
+                on the grid, nor for a kind with a reference_grid.
 
         Returns:
-            A ManhattanDecay, PathDecay, GaussianDecay or AxialDecay, float32 at least; None for kind `none`.
+            A ManhattanDecay, EuclideanDecay, PathDecay, GaussianDecay or AxialDecay, float32 at least; None for kind
+            `none`.
 
         Raises:
             TypeError, ValueError: x or layout do not fit, see the message.

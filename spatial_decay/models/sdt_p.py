@@ -146,7 +146,7 @@ class SDTP(Model):
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must satisfy 0 <= class_dropout_prob < 1: got {class_dropout_prob}.")
         grid_size = size_in_patches("input_size", input_size, patch_size)
-        kind = as_kind(decay).resolved(initial_grid_size=grid_size)
+        kind = as_kind(decay).resolved(grid_size=grid_size)
         self.config["decay"] = kind.config
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)

@@ -114,7 +114,7 @@ class ViT(Backbone, Initialised):
         check_whole(0, num_classes=num_classes, num_registers=num_registers)
         check_whole(1, patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
         self.grid_size = size_in_patches("img_size", img_size, patch_size)
-        kind = as_kind(decay).resolved(initial_grid_size=self.grid_size)
+        kind = as_kind(decay).resolved(grid_size=self.grid_size)
         self.config["decay"] = kind.config
         self.patch_size = patch_size
         self.num_features = self.head_hidden_size = self.embed_dim = dim

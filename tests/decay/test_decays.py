@@ -304,6 +304,7 @@ def test_three_axes_are_one_more_step():
     dt, dh, dw = torch.tensor([0.0, 0.0, -1.0]), torch.tensor([0.0, -2.0, 5.0]), torch.tensor([3.0, 1.0, 1.0])
     assert factor("order", dt, dh, dw).tolist() == [1.0, -1.0, -1.0]
     assert factor("manhattan_distance", dt, dh, dw).tolist() == [3.0, 3.0, 7.0]
+    assert factor("euclidean_distance", dt, dh, dw).tolist() == pytest.approx([3.0, 5.0**0.5, 27.0**0.5])
 
 
 @pytest.mark.parametrize("strong", [-1e3, -1e8, -3e38, float("-inf")])

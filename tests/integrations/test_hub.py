@@ -25,7 +25,7 @@ VIT = {
     "dim": 24,
     "depth": 1,
     "num_heads": 2,
-    "decay": sd.kinds.Gaussian(initial_grid_size=(3, 4)),
+    "decay": sd.kinds.Gaussian(reference_grid=(3, 4)),
     "global_pool": "prr",
     "num_registers": 1,
 }

@@ -185,7 +185,7 @@ def test_images_that_are_not_square():
     model = make("locatvit_tiny", img_size=(64, 96), num_classes=3).eval()
     assert model.config["img_size"] == [64, 96]
     assert model.pos_embed.shape[1] == 1 + 4 * 6
-    assert model.blocks[0].attn.decay.gaussian.initial_grid_size == (4, 6)
+    assert model.blocks[0].attn.decay.gaussian.reference_grid == (4, 6)
     assert model(torch.randn(1, 3, 64, 96)).shape == model(torch.randn(1, 3, 96, 64)).shape == (1, 3)
     assert make("locatvit_tiny", img_size=64).config["img_size"] == 64
 

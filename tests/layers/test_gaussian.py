@@ -72,7 +72,7 @@ def test_a_new_gate_has_variance_one_and_a_wider_one_on_larger_grids():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("initial", [(14, 14), (64, 64)])
 def test_half_precision_stays_finite_on_large_grids(dtype, initial):
-    decay = kinds.Gaussian(initial_grid_size=initial)
+    decay = kinds.Gaussian(reference_grid=initial)
     attn = SpatialDecayAttention(8, 1, decay=decay, rope="none", lpe_kernel_size=0, gate_rank=0).to(dtype)
     x = (8 * torch.randn(1, 64, 64, 8)).to(dtype).requires_grad_()
     out = attn(x)
@@ -100,7 +100,7 @@ def test_attention_adds_the_gaussian_of_its_normed_queries():
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(ValueError, match=r"initial_grid_size must be \(H, W\), both >= 1: got \(0, 4\)"):
+    with pytest.raises(ValueError, match=r"reference_grid must be \(H, W\), both >= 1: got \(0, 4\)"):
         GaussianGate(4, (0, 4))
 
 

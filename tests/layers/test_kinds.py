@@ -10,6 +10,10 @@ import torch
 
 from spatial_decay import SDTBlock, SpatialDecayAttention, SpatialDecayMask, kinds
 from spatial_decay.layers.kinds import KINDS, Kind, KindName, as_kind
+from spatial_decay.layout import Grid
+from spatial_decay.ops import decay_attention
+from tests import references
+from tests.cases import CPU_BACKENDS, TOLERANCE, relative_error, widest_dtype
 
 ALL = list(KINDS.values())
 OPTIONS = {
@@ -19,13 +23,13 @@ OPTIONS = {
     "causal": True,
     "initial_value": 3.0,
     "heads_range": 2.0,
-    "initial_grid_size": (3, 4),
+    "reference_grid": (3, 4),
 }
 
 
 def said(kind: type[Kind]) -> Kind:
     """The kind with every option said, none as it is by default."""
-    return kind(**{option: OPTIONS.get(option, kind.defaults[option]) for option in kind.options()})
+    return kind(**{option: OPTIONS[option] for option in kind.options()})
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
@@ -42,7 +46,8 @@ def test_name_mapping_and_value_are_the_same(kind):
 def test_what_is_left_out_takes_the_value_of_the_place(kind):
     value = said(kind)
     assert value.resolved(**OPTIONS | dict.fromkeys(OPTIONS)) == value  # said is said
-    assert all(given is not None for given in kind().resolved().config.values())
+    left_open = [option for option, given in kind().resolved().config.items() if given is None]
+    assert left_open == ["reference_grid"] * ("reference_grid" in kind.options() and kind is not kinds.Gaussian)
     quiet = kind().resolved(**kind.quiet).config
     assert quiet == kind().resolved().config | dict(kind.quiet)
     assert kind().resolved().resolved(**kind.quiet) == kind().resolved()
@@ -86,6 +91,43 @@ def test_a_bias_is_there_where_its_first_value_is_said():
     assert torch.equal(gate.bias.detach(), torch.full((2,), 6.0))
 
 
+def test_learned_rates_begin_as_the_fixed_ones():
+    fixed, learned = (SpatialDecayMask(12, 3, decay=decay) for decay in ("fixed", "learned"))
+    x = torch.randn(2, 4, 5, 12)
+    torch.testing.assert_close(learned(x), fixed(x).expand(2, -1, -1, -1), rtol=1e-6, atol=1e-6)
+    options = {"initial_value": 1.0, "heads_range": 3.0}
+    fixed, learned = (SpatialDecayMask(12, 3, decay={"kind": kind, **options}) for kind in ("fixed", "learned"))
+    torch.testing.assert_close(learned(x), fixed(x).expand(2, -1, -1, -1), rtol=1e-6, atol=1e-6)
+
+
+def test_in_a_trained_model_learned_rates_begin_quietly():
+    mask = SpatialDecayMask(12, 3, decay=kinds.Learned().resolved(**kinds.Learned.quiet))
+    torch.testing.assert_close(mask.rates().detach(), torch.full((3,), 2.0**-12), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("num_prefix", [0, 2])
+def test_learned_rates_against_loops_in_every_backend(backend, num_prefix):
+    """Values and gradients; what is not trained, d_M, comes from the loops of a rate of 1."""
+    dtype, grid = widest_dtype(backend), Grid(5, 6, num_prefix)
+    mask = SpatialDecayMask(12, 3, decay="learned", num_prefix_tokens=num_prefix).to(dtype)
+    torch.nn.init.normal_(mask.rates.weight)
+    q, k, v, weight = torch.randn(4, 2, 3, grid.num_tokens, 4, dtype=dtype)
+    q.requires_grad_()
+    decay = mask.describe(torch.randn(2, grid.num_tokens, 12, dtype=dtype), grid)
+    out = decay_attention(q, k, v, decay, backend=backend)
+    found = [out, *torch.autograd.grad((out * weight).sum(), [q, mask.rates.weight])]
+
+    rates = torch.nn.functional.softplus(mask.rates.weight.double())
+    distances = torch.tensor(references.with_prefix(references.fixed(1.0, 5, 6), num_prefix), dtype=torch.float64)
+    exact = q.detach().double().requires_grad_()
+    scores = exact @ k.double().mT / 2 + rates[:, None, None] * distances
+    out = scores.softmax(-1) @ v.double()
+    expected = [out, *torch.autograd.grad((out * weight).sum(), [exact, mask.rates.weight])]
+    for got, right in zip(found, expected, strict=True):
+        assert relative_error(got, right) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize(
     ("decay", "error", "says"),
     [
@@ -97,7 +139,7 @@ def test_a_bias_is_there_where_its_first_value_is_said():
         (
             "gauss",
             ValueError,
-            "one of full, fixed, 1d, bidirectional, .*, fixed_decomposed, gaussian, none: got",
+            "one of full, fixed, learned, alibi, 1d, bidirectional, .*, fixed_decomposed, gaussian, none: got",
         ),
         (None, TypeError, "decay must be the name of a kind, a value .* or a mapping .*: got NoneType"),
         (["full"], TypeError, "got list"),
@@ -114,13 +156,13 @@ def test_a_bias_is_there_where_its_first_value_is_said():
         ({"kind": "fixed", "initial_value": 0.0}, ValueError, r"heads_range \* n / N > 0 .*: got initial_value=0.0"),
         ({"kind": "fixed", "heads_range": -9.0}, ValueError, "got initial_value=2.0, heads_range=-9.0, N = 2"),
         (
-            {"kind": "gaussian", "initial_grid_size": (0, 4)},
+            {"kind": "gaussian", "reference_grid": (0, 4)},
             ValueError,
             r"two whole numbers >= 1: got \(0, 4\)",
         ),
-        ({"kind": "gaussian", "initial_grid_size": (4,)}, ValueError, r"two whole numbers >= 1: got \(4,\)"),
-        ({"kind": "gaussian", "initial_grid_size": (True, 4)}, ValueError, r"two whole numbers >= 1: got \(True, 4\)"),
-        ({"kind": "gaussian", "initial_grid_size": 14}, ValueError, "two whole numbers >= 1: got 14"),
+        ({"kind": "gaussian", "reference_grid": (4,)}, ValueError, r"two whole numbers >= 1: got \(4,\)"),
+        ({"kind": "gaussian", "reference_grid": (True, 4)}, ValueError, r"two whole numbers >= 1: got \(True, 4\)"),
+        ({"kind": "gaussian", "reference_grid": 14}, ValueError, "two whole numbers >= 1: got 14"),
     ],
 )
 def test_impossible_decays_are_refused(decay, error, says):

@@ -49,18 +49,18 @@ def test_it_holds_every_argument_and_goes_through_files(name, tmp_path):
 def test_kinds_are_there_with_every_option():
     config = MODELS["SDTH"][0]().config
     assert config["decay"] == [
-        {"kind": "fixed_decomposed", "initial_value": 2.0, "heads_range": 5},
+        {"kind": "fixed_decomposed", "reference_grid": None, "initial_value": 2.0, "heads_range": 5},
         {"kind": "bidirectional", "gate_bias": True, "gate_bias_init": 4.0},
-        {"kind": "full", "alpha": 0.2, "gate_bias": False, "gate_bias_init": 0.0},
+        {"kind": "full", "reference_grid": None, "alpha": 0.2, "gate_bias": False, "gate_bias_init": 0.0},
         {"kind": "1d", "causal": False, "gate_bias": False, "gate_bias_init": 0.0},
     ]
     assert config["init_values"] == [None, 1e-3, None, 1]
     assert (config["qk_norm"], config["rope"], config["gate_rank"]) == (True, "axial", 16)
     config = MODELS["SDTP"][0]().config
-    assert config["decay"] == {"kind": "gaussian", "initial_grid_size": [4, 6]}
+    assert config["decay"] == {"kind": "gaussian", "reference_grid": [4, 6]}
     assert (config["input_size"], config["lpe_kernel_size"], config["gate_rank"]) == ([8, 12], 3, 48)
-    config = ViT(5, **SMALL_VIT, decay=sd.kinds.Gaussian(initial_grid_size=(3, 5)), gate_rank=4).config
-    assert config["decay"] == {"kind": "gaussian", "initial_grid_size": [3, 5]}
+    config = ViT(5, **SMALL_VIT, decay=sd.kinds.Gaussian(reference_grid=(3, 5)), gate_rank=4).config
+    assert config["decay"] == {"kind": "gaussian", "reference_grid": [3, 5]}
     assert (config["rope"], config["gate_rank"], config["img_size"]) == ("none", 4, [32, 48])
 
 

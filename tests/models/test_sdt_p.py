@@ -163,9 +163,9 @@ def test_checkpointing_and_config():
 
 def test_gaussians_start_from_its_grid():
     model = small(decay="gaussian")
-    assert model.blocks[0].attn.decay.gaussian.initial_grid_size == (4, 4)
+    assert model.blocks[0].attn.decay.gaussian.reference_grid == (4, 4)
     wide = sd.SDTP((4, 8), 2, 4, 5, dim=48, depth=1, num_heads=3, decay="gaussian")
-    assert wide.blocks[0].attn.decay.gaussian.initial_grid_size == (2, 4)
+    assert wide.blocks[0].attn.decay.gaussian.reference_grid == (2, 4)
     assert isinstance(model.blocks[0].attn.decay.describe(torch.randn(1, 16, 48), (4, 4)), GaussianDecay)
 
 

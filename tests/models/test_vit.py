@@ -56,7 +56,7 @@ def test_positions_are_interpolated():
 @torch.no_grad()
 def test_positions_of_images_that_are_not_square():
     model = make("gaussian", img_size=(16, 40)).eval()
-    assert model.grid_size == model.blocks[0].attn.decay.gaussian.initial_grid_size == (2, 5)
+    assert model.grid_size == model.blocks[0].attn.decay.gaussian.reference_grid == (2, 5)
     assert model.pos_embed.shape == (1, 1 + 10, 16)
     assert model._positions(sd.Grid(2, 5, 1)) is model.pos_embed
     ramp = torch.linspace(0, 1, 5).expand(2, 5).reshape(1, 10, 1).expand(-1, -1, 16)

@@ -47,7 +47,7 @@ def good():
             r"must have shape \(2, 4, 12\), or 1 in place of 2: got \(2, 3, 12\)",
         ),
         (
-            lambda a: {"decay": AxialDecay.constant(-torch.rand(3), Grid(3, 4))},
+            lambda a: {"decay": AxialDecay.constant(*-torch.rand(2, 3), Grid(3, 4))},
             ValueError,
             r"decay.rows must have shape \(6, 4, 4\), or 1 in place of 6: got \(1, 3, 4\)",
         ),

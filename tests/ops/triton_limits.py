@@ -33,6 +33,7 @@ SHARED_MEMORY = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 
 """Bytes that a program may take, by compute capability (CUDA programming guide, compute capabilities)."""
 NUM_REGISTERS = 65536
 """Of a multiprocessor; a program may take all."""
+FORMULAS_THAT_TAKE_MOST = ("manhattan", "gaussian", "euclidean")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # float16 takes what bfloat16 does
 
 
@@ -68,7 +69,7 @@ class Taken(NamedTuple):
 def _works(has_warp_groups):
     """(step, dtype, work) of all that may take the most by their schedule."""
     yes_or_no = (0, 1)
-    for dtype, formula, head_dim in itertools.product(DTYPES, ("manhattan", "gaussian"), (16, 32, 64, 80, 96, 128)):
+    for dtype, formula, head_dim in itertools.product(DTYPES, FORMULAS_THAT_TAKE_MOST, (16, 32, 64, 80, 96, 128)):
         first = (formula, FORMULAS[formula].num_numbers, DTYPES[dtype], head_dim)
         # 255 tokens leave the longest rest. After blocks of 128 it is 64: with a longer one the table takes 64.
         for length, num_prefix, mask, flags in itertools.product((192, 255), (0, 5), yes_or_no, yes_or_no):

@@ -147,7 +147,8 @@ def test_options_of_another_version_are_refused_before_a_model_is_built(tmp_path
     sd.save_swapped(swapped(BY_NAME["transformers ViT"]), tmp_path)
     file = tmp_path / "spatial_decay.json"
     saved = json.loads(file.read_text())
-    assert saved["decay"] == {"kind": "full", "gate_bias": True, "gate_bias_init": 0.5, "alpha": 0.1}
+    said = {"gate_bias": True, "gate_bias_init": 0.5, "alpha": 0.1}
+    assert saved["decay"] == {"kind": "full", "reference_grid": None, **said}
     changed = saved | change if isinstance(change, dict) else ["0", "1"]
     file.write_text(change if isinstance(change, str) else json.dumps(changed))
     monkeypatch.setattr(transformers.ViTModel, "from_pretrained", lambda *_, **__: pytest.fail("too early"))

@@ -1,7 +1,7 @@
 // The decays: what is added to the score of a query i and W keys j, and its slope, value and slope side by side.
 //
 //     M[i, j] = amount * shape          manhattan  (a_i + a_j) * d_M         path  (c_i - c_j) * order
-//                                       gaussian   a_i * exp(-(u_i dh^2 + v_i dw^2))
+//                       euclidean  (a_i + a_j) * d_E         gaussian   a_i * exp(-(u_i dh^2 + v_i dw^2))
 //
 // A new formula: its row in ops/formulas.py and, in the same order, its name in problem.h; its lines in amount, shape
 // and Slope here; its loops in the lists of attention.cpp; and how many numbers it reads, where not one, in backward.h.
@@ -46,25 +46,30 @@ INLINE vf shape(const Row& row, const Keys& keys) {
   const vi both = keys.lies & row.lies;
   // Manhattan's `lies` takes the sign away too: |dh| + |dw|.
   if (F == MANHATTAN) return masked(step_h(row, keys), both) + masked(step_w(row, keys), both);
+  if (F == EUCLIDEAN) {
+    const vf h = step_h(row, keys), w = step_w(row, keys);
+    return masked(root(h * h + w * w), both);
+  }
   return masked(maximum(splat(-1.0f), minimum(splat(1.0f), step_w(row, keys))), both);  // -1, 0 or 1
 }
 
 template <Formula F>
 INLINE vf amount(const Row& row, const Keys& keys) {
-  return F == MANHATTAN ? keys.t + row.t : F == GAUSSIAN ? splat(row.t) : row.t - keys.t;
+  return is_a_path(F) ? row.t - keys.t : F == GAUSSIAN ? splat(row.t) : keys.t + row.t;
 }
 
 // Of the scores, base 2: adds the decay. A causal query may not attend to what comes later.
 template <Formula F>
 INLINE vf with_decay(vf score, const Row& row, const Keys& keys, vf shape) {
   if (F == NONE) return score;
-  const vf y = score + amount<F>(row, keys) * (F == PATH || F == CAUSAL_PATH ? shape * LOG2E : shape);
+  const vf y = score + amount<F>(row, keys) * (is_a_path(F) ? shape * LOG2E : shape);
   return F == CAUSAL_PATH ? select((vi)(shape > vf{}), splat(NOTHING), y) : y;
 }
 
 // What dS says of the numbers, of one query and all keys seen so far.
 //
 //     manhattan  da_i += dS d_M, da_j += dS d_M        path  dc_i += dS order, dc_j -= dS order
+//     euclidean  da_i += dS d_E, da_j += dS d_E
 //     gaussian   da_i += dS e, du_i -= dS a e dh^2, dv_i -= dS a e dw^2, with e the shape
 template <Formula F>
 struct Slope {

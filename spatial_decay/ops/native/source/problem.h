@@ -6,8 +6,10 @@
 
 namespace {
 
-enum Formula : int64_t { NONE, MANHATTAN, PATH, CAUSAL_PATH, GAUSSIAN };
+enum Formula : int64_t { NONE, MANHATTAN, PATH, CAUSAL_PATH, GAUSSIAN, EUCLIDEAN };
 enum DType : int64_t { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, BOOL };
+
+constexpr bool is_a_path(int64_t formula) { return formula == PATH || formula == CAUSAL_PATH; }
 
 // S sequences of L tokens: the heads of the lines (rows or columns of a grid, or one) of the images.
 struct Problem {
@@ -105,7 +107,7 @@ struct Tokens {
 };
 
 void read_positions(const Problem& p, Sequence s, int64_t padded, const Tokens& out) {
-  const bool is_path = p.formula == PATH || p.formula == CAUSAL_PATH;
+  const bool is_path = is_a_path(p.formula);
   const int32_t lies = p.formula == MANHATTAN ? 0x7fffffff : -1;
   const float* table = p.positions ? p.positions + s.image * p.position_stride : nullptr;
   int64_t h = 0, w = 0;
@@ -154,7 +156,7 @@ INLINE bool has_pair_mask(const Problem& p) { return p.mask && p.mask_strides[2]
 // What differs from sequence to sequence; the positions stay those of the image.
 void read_tokens(const Problem& p, Sequence s, int64_t padded, const Tokens& out) {
   const float* t = numbers(p, s, 0);
-  const float factor = p.formula == PATH || p.formula == CAUSAL_PATH ? 1 : LOG2E;
+  const float factor = is_a_path(p.formula) ? 1 : LOG2E;
   for (int64_t j = 0; j < padded; j++) out.t[j] = out.lies[j] && p.formula ? t[j * p.number_strides[3]] * factor : 0.0f;
   if (p.mask && !has_pair_mask(p))
     read_mask(p, s, 0, 0, padded, out.bias);

@@ -64,15 +64,22 @@ INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~m
 #if defined(__AVX512F__)
 INLINE vf maximum(vf a, vf b) { return (vf)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b); }
 INLINE vf minimum(vf a, vf b) { return (vf)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b); }
+INLINE vf root(vf x) { return (vf)_mm512_maskz_sqrt_ps(-1, (__m512)x); }
 #elif defined(__AVX__)
 INLINE vf maximum(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE vf minimum(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE vf root(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
 #elif defined(__SSE__)
 INLINE vf maximum(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
 INLINE vf minimum(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
+INLINE vf root(vf x) { return (vf)_mm_sqrt_ps((__m128)x); }
 #else
 INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
+INLINE vf root(vf x) {
+  UNROLL for (int64_t i = 0; i < W; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
 #endif
 
 typedef float v4 __attribute__((vector_size(16)));

@@ -39,9 +39,9 @@ def prepared(first, second, third, scale, const):
 @triton.jit
 def add_decay(scores, query, key, const):
     """The value: scores + M / scale."""
-    if const.FORMULA == "manhattan":  # (a_i + a_j) * d_M
+    if const.FORMULA == "manhattan" or const.FORMULA == "euclidean":  # (a_i + a_j) * distance
         # fma by name: a plain addition would be folded into the matrix product and stall its loads.
-        return tl.fma(query.first + key.first, tl.abs(query.h - key.h) + tl.abs(query.w - key.w), scores)
+        return tl.fma(query.first + key.first, _distance(query.h - key.h, query.w - key.w, const), scores)
     elif const.FORMULA == "path":  # -|c_i - c_j|
         cost = tl.abs(query.first - key.first)
         if const.HAS_FLAGS:
@@ -58,8 +58,8 @@ def add_decay(scores, query, key, const):
 @triton.jit
 def slopes(ds, query, key, const):
     """dS o dM/dt of the query's three numbers and of the key's, to be summed; what a formula lacks repeats another."""
-    if const.FORMULA == "manhattan":
-        slope = product(ds, tl.abs(query.h - key.h) + tl.abs(query.w - key.w))
+    if const.FORMULA == "manhattan" or const.FORMULA == "euclidean":
+        slope = product(ds, _distance(query.h - key.h, query.w - key.w, const))
         return slope, slope, slope, slope
     elif const.FORMULA == "path":
         # dS o dM/dc_j, whose sign is that of w_i - w_j, the tokens' places along the path, for c_j - c_i may be 0.
@@ -99,6 +99,15 @@ def completed(sum1, sum2, sum3, query, scale, const):
         return sum1, -amplitude * sum2, -amplitude * sum3
     else:
         return sum1, sum2, sum3
+
+
+@triton.jit
+def _distance(dh, dw, const):
+    """d_M, or the Euclidean one; its root is the GPU's own, to some 1e-7 of it."""
+    if const.FORMULA == "manhattan":
+        return tl.abs(dh) + tl.abs(dw)
+    else:
+        return tl.sqrt(dh * dh + dw * dw)
 
 
 @triton.jit
