@@ -37,8 +37,26 @@ from ablation_runs import Lab, Run, Study, plan
 from image_folder import LabelledImages
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-QUICK = Recipe(12000, 3, 3000, 2, 500, 500, 1)
-FULL = Recipe(60000, 8, 12000, 6, 2000, 2000, 2)
+QUICK = Recipe(
+    vit_images=10000,
+    vit_epochs=3,
+    sdt_h_images=2000,
+    sdt_h_epochs=2,
+    gate_images=500,
+    test_images=2000,
+    size_images=500,
+    further_epochs=1,
+)
+FULL = Recipe(
+    vit_images=60000,
+    vit_epochs=8,
+    sdt_h_images=12000,
+    sdt_h_epochs=6,
+    gate_images=2000,
+    test_images=10000,
+    size_images=2000,
+    further_epochs=2,
+)
 NUM_SEEDS = {False: 2, True: 3}  # without --full, and with it
 
 
@@ -53,9 +71,9 @@ def describe_config(recipe: Recipe, data: LabelledImages) -> dict[str, Any]:
 
 
 def work(runs: Sequence[Run], data: LabelledImages, recipe: Recipe, log: RunLog) -> None:
-    """Make all that is missing, but what another process is making. Costs are in images, see Lab.cost."""
+    """Make all that is missing, but what another process is making."""
     form = "{desc}: {percentage:.0f}%|{bar}| {elapsed}, {remaining} left"
-    with tqdm(total=1.0, bar_format=form, smoothing=0.1) as bar:
+    with tqdm(total=1, bar_format=form, smoothing=0.1) as bar:
         lab = Lab(data, recipe, log, bar.update)
         for i, run in enumerate(runs):
             with log.claim(run.name) as is_ours:

@@ -81,6 +81,7 @@ class Recipe:
     sdt_h_images: int
     sdt_h_epochs: int
     gate_images: int  # one epoch, at each other size
+    test_images: int
     size_images: int  # tested at other sizes
     further_epochs: int
     size: int = 28  # pixels, trained on
@@ -188,7 +189,7 @@ def fit(
     *,
     seed: int,
     size: int,
-    after_batch: Callable[[int], None],
+    after_batch: Callable[[int], object],
 ) -> float:
     """Train by AdamW with one cycle of the learning rate. Order and flips depend on the seed alone.
 
@@ -236,7 +237,7 @@ def fit(
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, data: LabelledImages, images: Images, *, size: int, after_batch: Callable[[int], None]
+    model: nn.Module, data: LabelledImages, images: Images, *, size: int, after_batch: Callable[[int], object]
 ) -> float:
     """In percent."""
     model.eval()
