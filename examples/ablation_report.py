@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from ablation_log import Key, Result, write_whole
 from ablation_runs import GATED, GATES, LONGER, MECHANISMS, REFERENCE, SCALES, SPREAD, TRANSFERS, TWICE
@@ -66,7 +66,7 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     count = len(differences)
     margin = math.inf
     if count > 1:
-        quantile = float(student.ppf((1 + CONFIDENCE) / 2, count - 1))
+        quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))  # of Student's t
         margin = quantile * statistics.stdev(differences) / math.sqrt(count)
     return Difference(statistics.mean(differences), margin, count)
 

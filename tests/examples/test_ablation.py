@@ -15,6 +15,7 @@ from ablation_log import Key, Result
 from ablation_models import Phase, Recipe, Variant
 from ablation_runs import plan
 from image_folder import Images, LabelledImages
+from spatial_decay.layers.kinds import as_kind
 from tests.examples.test_image_folder import write_fashion
 from tests.faults import killed
 
@@ -102,7 +103,9 @@ def test_tables_are_made_and_go_on_where_they_were(photos, tmp_path, capsys):
 def test_all_studies(photos, tmp_path):
     results = run(photos, tmp_path, "tables", "sizes", "transfer")
     after = {key.after for key in results}
-    assert len(results) == 6 + 3 + 6 + 2 + 18 - 4 + 18 + 8 + 4
+    trained = [key for key in results if key.after == "training"]
+    assert len(trained) == 6 + 3 + 6 + 18 - 4 + 18  # tables, and positions at two sizes; 4 are in both
+    assert len({key for key in results if key.after not in ("training", "reference grid")}) == 8 + 2 + 4
     assert after >= {"training", "gates", "further", "swap, all weights", "swap, gates", "twice as long"}
     assert {key.size for key in results if key.after == "gates"} == {12}
     assert {(key.positions, key.decay) for key in results if key.after == "gates"} == {
@@ -185,6 +188,13 @@ def test_rows_and_columns_without_decay_add_nothing():
     kind = models.DECAYS["rows, columns: none"]
     for mask in sd.SpatialDecayMask(8, 2, decay=kind)(x, (3, 3)):
         assert mask.abs().max() < 1e-6
+
+
+def test_distances_of_the_size_trained_on_where_a_kind_has_them():
+    for decay, like in models.DECAYS.items():
+        found = models.reference_decay(Variant("vit", "none", decay), SIZED)
+        assert (found is not None) == ("reference_grid" in as_kind(like).options())
+        assert found is None or found.config == as_kind(like).config | {"reference_grid": [2, 2]}
 
 
 @pytest.mark.parametrize("positions", ["learned", "sincos", "rope", "none"])
