@@ -73,7 +73,7 @@ def describe_config(recipe: Recipe, data: LabelledImages) -> dict[str, Any]:
 def work(runs: Sequence[Run], data: LabelledImages, recipe: Recipe, log: RunLog) -> None:
     """Make all that is missing, but what another process is making."""
     form = "{desc}{percentage:.0f}%|{bar}| {elapsed}, {remaining} left"
-    with tqdm(total=1, bar_format=form, smoothing=0.1) as bar:
+    with tqdm(total=1, bar_format=form, smoothing=0) as bar:
         lab = Lab(data, recipe, log, bar.update)
         for i, run in enumerate(runs):
             with log.claim(run.name) as is_ours:

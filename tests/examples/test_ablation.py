@@ -62,7 +62,7 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def data():
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (20, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(256, (20, 3, 8, 8), generator=generator, dtype=torch.uint8)
     images = Images(pixels, torch.arange(20) % 3)
     return LabelledImages(images, images.first(10), 3)
 
@@ -178,7 +178,7 @@ def test_decays_share_first_weights_order_and_flips(data, monkeypatch):
     for decay in ("none", "full"):
         seen[decay] = []
         torch.manual_seed(len(seen))
-        models.fit(Spy(64, 3), data, data.train, Phase(2, 1e-3, 7), seed=5, size=8, after_batch=lambda count: None)
+        models.fit(Spy(3 * 64, 3), data, data.train, Phase(2, 1e-3, 7), seed=5, size=8, after_batch=lambda count: None)
     assert len(seen["none"]) == 6
     assert all(torch.equal(a, b) for a, b in zip(seen["none"], seen["full"], strict=True))
 
@@ -205,7 +205,7 @@ def test_positions(positions, data):
     assert added.requires_grad == (positions == "learned")
     assert bool(added.any()) == (positions in ("learned", "sincos"))
     assert model.config["rope"] == ("axial" if positions == "rope" else "none")
-    images = torch.randn(2, 1, 12, 12)
+    images = torch.randn(2, 3, 12, 12)
     elsewhere = models.at_size(variant, model, 12)
     if positions == "sincos":
         grid = sd.models.sdt_p.sincos_positions(8, sd.Grid(3, 3))
