@@ -22,7 +22,7 @@ LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 TEST_BATCH = 50  # 784 tokens each at 112 pixels
-GATES_RATE = 1e-2  # gates alone: a few hundred weights, and they see few images
+GATES_RATE = 1e-2  # gates or norms alone: a few hundred weights, and they see few images
 GATES_BATCH = 20
 FURTHER_RATE = 5e-4  # all weights of a model that is trained already
 
@@ -166,6 +166,11 @@ def reference_decay(variant: Variant, recipe: Recipe) -> DecayLike | None:
 def is_gate(name: str) -> bool:
     """Whether a parameter belongs to the decay."""
     return ".decay." in name
+
+
+def is_norm(name: str) -> bool:
+    """Whether a parameter belongs to a layer norm."""
+    return any(part.startswith("norm") for part in name.split("."))
 
 
 def train_only(model: nn.Module, is_trained: Callable[[str], bool]) -> None:

@@ -32,9 +32,11 @@ SPREAD: dict[Positions, tuple[str, ...]] = {
     "sincos": ("none", "fixed", "full", "decomposed"),
 }
 """Positions -> decays that are tested at other sizes."""
-GATED = ("full", "decomposed")
 LONGER = ("none", "full")  # trained twice as long too, to see whether that changes anything
 GATES = "gates"
+NORMS = "norms"
+TUNED = {"full": GATES, "decomposed": GATES, "none": NORMS}
+"""Decays -> what alone is trained at other sizes. Without gates it is the norms, about as many weights, to compare."""
 REFERENCE = "reference grid"
 TWICE = "twice as long"
 TRANSFERS = ("further", "swap, all weights", "swap, gates", "swap, gates and LoRA")
@@ -95,8 +97,8 @@ def plan(studies: Sequence[Study], recipe: Recipe, *, seeds: int) -> list[Run]:
     for seed in range(seeds):
         if "sizes" in studies:
             for positions in SPREAD:
-                for decay in GATED:
-                    want(seed, Variant("vit", positions, decay), GATES, elsewhere)
+                for decay, after in TUNED.items():
+                    want(seed, Variant("vit", positions, decay), after, elsewhere)
         if "tables" in studies:
             for decay in LONGER:
                 want(seed, Variant("vit", "learned", decay), TWICE, here)
@@ -146,7 +148,7 @@ class Lab:
         trained = 0
         if key == run.key("training", self.recipe.size):
             trained = self._epochs(run) * len(self._images(run))
-        elif key.after == GATES:
+        elif key.after in (GATES, NORMS):
             trained = len(self.data.train.first(self.recipe.gate_images))
         elif key.after == TWICE:
             trained = 2 * self._epochs(run) * len(self._images(run))
@@ -184,8 +186,8 @@ class Lab:
             model = models.at_size(run.variant, told, key.size)
         else:
             model = models.at_size(run.variant, model, key.size)
-        if key.after == GATES:
-            models.train_only(model, models.is_gate)
+        if key.after in (GATES, NORMS):
+            models.train_only(model, models.is_gate if key.after == GATES else models.is_norm)
             phase = Phase(1, models.GATES_RATE, models.GATES_BATCH)
             loss = self._fit(model, self.data.train.first(self.recipe.gate_images), phase, run, key.size)
         self._add(run, key, model, loss, start)

@@ -105,7 +105,7 @@ def test_all_studies(photos, tmp_path):
     after = {key.after for key in results}
     trained = [key for key in results if key.after == "training"]
     assert len(trained) == 6 + 3 + 6 + 18 - 4 + 18  # tables, and positions at two sizes; 4 are in both
-    assert len({key for key in results if key.after not in ("training", "reference grid")}) == 8 + 2 + 4
+    assert len({key for key in results if key.after not in ("training", "reference grid")}) == 8 + 4 + 2 + 4
     assert after >= {"training", "gates", "further", "swap, all weights", "swap, gates", "twice as long"}
     assert {key.size for key in results if key.after == "gates"} == {12}
     assert {(key.positions, key.decay) for key in results if key.after == "gates"} == {
@@ -221,6 +221,10 @@ def test_gates_alone_are_trained(data):
     models.fit(model, data, data.train, Phase(1, 0.1, 5), seed=0, size=12, after_batch=lambda count: None)
     changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
     assert changed == ["blocks.0.attn.decay.gate.weight"]
+    norms = [name for name in before if models.is_norm(name)]
+    assert {name.removeprefix("blocks.0.") for name in norms} == {
+        f"{name}.{part}" for name in ("norm", "norm1", "norm2") for part in ("weight", "bias")
+    }
 
 
 def test_the_order_begins_with_tables_3_and_4_and_seeds_come_one_after_another():
@@ -228,7 +232,7 @@ def test_the_order_begins_with_tables_3_and_4_and_seeds_come_one_after_another()
     assert [r.name for r in runs[:6]] == [
         f"vit-learned-{decay}-0" for decay in ("none", "fixed", "full", "1d", "bidirectional", "decomposed")
     ]
-    long = [r for r in runs if r.keys[0].after in ("gates", "twice as long")]
+    long = [r for r in runs if r.keys[0].after in ("gates", "norms", "twice as long")]
     assert runs[-len(long) :] == long
     seeds = [r.seed for r in runs[: -len(long)]]
     assert seeds == sorted(seeds)
