@@ -1,0 +1,155 @@
+"""Does the decay help? The paper's Tables 3, 4 and 5 on small photographs, other resolutions, and trained models.
+
+    python examples/ablation.py                          # a first look at the tables: 2 seeds, 20 minutes on two cores
+    python examples/ablation.py --data photos            # another place than Debian's, or images of your own
+    python examples/ablation.py --full                   # 3 seeds of trainings that are long enough: hours
+    python examples/ablation.py --full tables sizes transfer    # all that there is
+
+Fashion-MNIST, 60,000 + 10,000 photographs of 28 x 28 pixels, is read from --data; image_folder.py says where to get it,
+and how folders of your own must look. Three studies:
+
+    tables      a plain ViT with each decay of Tables 3, 4 and 5, and a small SDT-H with each of Tables 3 and 4
+    sizes       plain ViTs with four kinds of positions and six decays, tested at other sizes than the one trained on:
+                as they are, with the distances of the size trained on, and after training the gates alone
+                (without gates: the norms)
+    transfer    a plain ViT that is trained already, and trained on: as it is, or with a decay that begins near nothing
+
+Each result is a row in OUTPUT/runs.csv as soon as it is there. The same command goes on where it was, and may run twice
+at a time on one OUTPUT: one for each core, with --threads 1. Tables and pictures are made of what is there.
+
+Needs the extra [demo].
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from tqdm import tqdm
+
+import ablation_models as models
+import ablation_report as report
+import image_folder
+from ablation_log import Key, LogError, Result, RunLog
+from ablation_models import Recipe
+from ablation_runs import Lab, Run, Study, plan
+from image_folder import LabelledImages
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+QUICK = Recipe(
+    vit_images=10000,
+    vit_epochs=3,
+    sdt_h_images=2000,
+    sdt_h_epochs=2,
+    gate_images=500,
+    test_images=2000,
+    size_images=500,
+    further_epochs=1,
+)
+FULL = Recipe(
+    vit_images=60000,
+    vit_epochs=8,
+    sdt_h_images=12000,
+    sdt_h_epochs=6,
+    gate_images=2000,
+    test_images=10000,
+    size_images=2000,
+    further_epochs=2,
+)
+NUM_SEEDS = {False: 2, True: 3}  # without --full, and with it
+
+
+def describe_config(recipe: Recipe, data: LabelledImages) -> dict[str, Any]:
+    """All that results depend on but the row and the seed."""
+    rates = ("BATCH_SIZE", "LEARNING_RATE", "WEIGHT_DECAY", "LABEL_SMOOTHING", "GATES_RATE", "GATES_BATCH")
+    return {
+        **asdict(recipe),
+        **{name: getattr(models, name) for name in (*rates, "FURTHER_RATE", "VIT", "SDT_H")},
+        "data": data.fingerprint,
+    }
+
+
+def work(runs: Sequence[Run], data: LabelledImages, recipe: Recipe, log: RunLog) -> None:
+    """Make all that is missing, but what another process is making."""
+    form = "{desc}{percentage:.0f}%|{bar}| {elapsed}, {remaining} left"
+    with tqdm(total=1, bar_format=form, smoothing=0) as bar:
+        lab = Lab(data, recipe, log, bar.update)
+        for i, run in enumerate(runs):
+            with log.claim(run.name) as is_ours:
+                if is_ours and lab.missing(run):
+                    bar.set_description(run.name, refresh=False)
+                    bar.total = bar.n + sum(map(lab.cost, runs[i:]))
+                    lab.make(run)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    studies = get_args(Study)
+    parser = argparse.ArgumentParser(description="The paper's Tables 3, 4 and 5, other resolutions, trained models.")
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"{', '.join(studies)} (default: tables)")
+    parser.add_argument("--data", type=Path, default=DEBIAN, help=f"folder of images (default: {DEBIAN})")
+    parser.add_argument("--size", type=_at_least(1), default=28, help="of the images in pixels (default: 28)")
+    parser.add_argument("--patch-size", type=_at_least(1), default=4, help="of the plain ViT in pixels (default: 4)")
+    parser.add_argument(
+        "--other-sizes", type=_at_least(1), nargs="+", default=[40, 56, 84, 112], help="default: 40 56 84 112"
+    )
+    parser.add_argument("--full", action="store_true", help="3 seeds of long trainings instead of 2 of short ones")
+    parser.add_argument("--seeds", type=_at_least(1), help="how many, from 0 on")
+    parser.add_argument("--report", action="store_true", help="train nothing: tables and pictures of what is there")
+    parser.add_argument("--threads", type=_at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
+    parser.add_argument("--output", type=Path, help="default: outputs/ablation, with --full outputs/ablation-full")
+    arguments = parser.parse_args(argv)
+    for study in arguments.studies:
+        if study not in studies:
+            parser.error(f"argument STUDY: must be one of {', '.join(studies)}: got {study!r}")
+    sizes = [arguments.size, *arguments.other_sizes]
+    if odd := [str(size) for size in sizes if size % arguments.patch_size]:
+        parser.error(
+            f"--size and --other-sizes must be multiples of --patch-size, {arguments.patch_size}: got {', '.join(odd)}"
+        )
+    if len({*sizes}) < len(sizes):
+        parser.error(f"--size and --other-sizes must all differ: got {', '.join(map(str, sizes))}")
+    arguments.studies = arguments.studies or ["tables"]
+    arguments.output = arguments.output or Path("outputs") / f"ablation{'-full' * arguments.full}"
+    if arguments.output.exists() and not arguments.output.is_dir():
+        parser.error(f"argument --output: must be a folder, or not be there yet: got the file {arguments.output}")
+    return arguments
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number >= {low}: got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> dict[Key, Result]:
+    """Run the command line; all results that the log then has."""
+    arguments = parse_arguments(argv)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    recipe = replace(
+        FULL if arguments.full else QUICK,
+        size=arguments.size,
+        other_sizes=tuple(arguments.other_sizes),
+        patch_size=arguments.patch_size,
+    )
+    try:
+        data = image_folder.load(arguments.data, arguments.size)
+        log = RunLog(arguments.output, describe_config(recipe, data))
+    except (image_folder.DataError, LogError) as error:
+        raise SystemExit(str(error)) from error
+    runs = plan(arguments.studies, recipe, seeds=arguments.seeds or NUM_SEEDS[arguments.full])
+    if not arguments.report:
+        work(runs, data, recipe, log)
+    results = log.results()
+    written = report.write(results, arguments.output, size=recipe.size)
+    print(f"results: {', '.join(map(str, [log.path, *written]))}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Tables and pictures of ablation.py's log: means, standard deviations, and differences to no decay, seed by seed."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.special import stdtrit
+
+from ablation_log import Key, Result, write_whole
+from ablation_runs import GATES, LONGER, MECHANISMS, NORMS, REFERENCE, SCALES, SPREAD, TRANSFERS, TUNED, TWICE
+
+CONFIDENCE = 0.95
+
+TABLES: dict[str, dict[str, str]] = {
+    "Table 3, gating": {"none": "No decay", "fixed": "Spatial Decay", "full": "Ours (full)"},
+    "Table 4, spatial fusion": {
+        "1d": "1D Decay",
+        "bidirectional": "Bidirectional Decay",
+        "decomposed": "Decomposed 2D Decay",
+        "full": "Ours (full)",
+    },
+    "Table 5, alpha": {
+        "full, alpha 0.05": "alpha = 0.05",
+        "full": "alpha = 0.1",
+        "full, alpha 0.15": "alpha = 0.15",
+        "full, alpha 0.2": "alpha = 0.2",
+    },
+}
+"""The paper's tables: decays -> their names there."""
+
+MODELS = {("vit", "learned"): "plain ViT", ("sdt_h", ""): "SDT-H"}
+POSITIONS = {"none": "no positions", "learned": "learned, interpolated", "rope": "RoPE", "sincos": "sines and cosines"}
+ARMS = {
+    "training": "before",
+    "further": "trained on as it is",
+    "swap, all weights": "`full` swapped in, all weights",
+    "swap, gates": "`full` swapped in, the gates alone",
+    "swap, gates and LoRA": "`full` swapped in, gates and LoRA",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two accuracies seed by seed: the mean over seeds, and how far its 95 % interval reaches on both sides."""
+
+    mean: float
+    margin: float  # inf of one seed
+    num_seeds: int
+
+    def __str__(self) -> str:
+        if math.isinf(self.margin):
+            return f"{self.mean:+.2f}"
+        return f"{self.mean:+.2f} [{self.mean - self.margin:+.2f}, {self.mean + self.margin:+.2f}]"
+
+
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+    """ours - theirs, over the seeds of both, with Student's t; None without such a seed."""
+    differences = [ours[seed] - theirs[seed] for seed in sorted({*ours} & {*theirs})]
+    if not differences:
+        return None
+    count = len(differences)
+    margin = math.inf
+    if count > 1:
+        quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))  # of Student's t
+        margin = quantile * statistics.stdev(differences) / math.sqrt(count)
+    return Difference(statistics.mean(differences), margin, count)
+
+
+def accuracies(
+    results: Mapping[Key, Result], model: str, positions: str, decay: str, after: str, size: int
+) -> dict[int, float]:
+    """In percent, by seed."""
+    wanted = (model, positions, decay, after, size)
+    return {
+        key.seed: result.accuracy
+        for key, result in results.items()
+        if (key.model, key.positions, key.decay, key.after, key.size) == wanted
+    }
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation (number of seeds)."""
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} ({len(values)})"
+
+
+def format_tables(results: Mapping[Key, Result], *, size: int) -> str:
+    """The paper's Tables 3, 4 and 5 as Markdown."""
+    heads = " | ".join(f"{model} (%) | - none [95 %]" for model in MODELS.values())
+    blocks = []
+    for title, rows in TABLES.items():
+        lines = [f"| {title} | decay | {heads} |", "|---|---|---|---|---|---|"]
+        for decay, name in rows.items():
+            cells = [name, f"`{decay}`"]
+            for model, positions in MODELS:
+                none, ours = (accuracies(results, model, positions, kind, "training", size) for kind in ("none", decay))
+                difference = paired_difference(ours, none) if decay != "none" else None
+                cells += [mean_and_spread([*ours.values()]), str(difference or "-")]
+            lines.append(f"| {' | '.join(cells)} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def format_longer(results: Mapping[Key, Result], *, size: int) -> str:
+    """Whether the trainings are long enough to compare decays, as Markdown."""
+    lines = ["| plain ViT | accuracy (%) | twice as long (%) | gained [95 %] |", "|---|---|---|---|"]
+    for decay in LONGER:
+        once, twice = (accuracies(results, "vit", "learned", decay, after, size) for after in ("training", TWICE))
+        cells = [mean_and_spread([*once.values()]), mean_and_spread([*twice.values()])]
+        lines.append(f"| `{decay}` | {' | '.join(cells)} | {paired_difference(twice, once) or '-'} |")
+    return "\n".join(lines)
+
+
+def format_sizes(results: Mapping[Key, Result]) -> str:
+    """Accuracy by size as Markdown, a row for each kind of positions, decay and way of going there."""
+    sizes = sorted({key.size for key in results})
+    lines = [
+        f"| positions | decay | tested | {' | '.join(map(str, sizes))} |",
+        "|---" * (3 + len(sizes)) + "|",
+    ]
+    for positions, decays in SPREAD.items():
+        for decay in decays:
+            for after in ("training", REFERENCE, GATES, NORMS):
+                found = [[*accuracies(results, "vit", positions, decay, after, size).values()] for size in sizes]
+                if any(found[1:]):
+                    cells = [POSITIONS[positions], f"`{decay}`", "as it is" if after == "training" else after]
+                    lines.append(f"| {' | '.join([*cells, *map(mean_and_spread, found)])} |")
+    return "\n".join(lines)
+
+
+def format_transfer(results: Mapping[Key, Result], *, size: int) -> str:
+    """What the swap added, as Markdown."""
+    found = {arm: accuracies(results, "vit", "learned", "none", arm, size) for arm in ARMS}
+    lines = ["| a plain ViT | accuracy (%) | - trained on as it is [95 %] |", "|---|---|---|"]
+    for arm, name in ARMS.items():
+        difference = paired_difference(found[arm], found["further"]) if arm != "further" else None
+        lines.append(f"| {name} | {mean_and_spread([*found[arm].values()])} | {difference or '-'} |")
+    return "\n".join(lines)
+
+
+def plot_differences(results: Mapping[Key, Result], *, size: int) -> Figure:
+    """Of each decay to none: a dot for each seed, the mean, and its interval where there are two seeds or more."""
+    rows = [decay for decay in (*MECHANISMS, *SCALES) if decay != "none"]
+    figure = Figure((10, 0.42 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(MODELS), sharey=True)
+    for ax, ((model, positions), title) in zip(axes, MODELS.items(), strict=True):
+        none = accuracies(results, model, positions, "none", "training", size)
+        for y, decay in enumerate(rows):
+            ours = accuracies(results, model, positions, decay, "training", size)
+            if (difference := paired_difference(ours, none)) is None:
+                continue
+            seeds = [ours[seed] - none[seed] for seed in ours if seed in none]
+            ax.plot(seeds, [y] * len(seeds), ".", color="C0", alpha=0.5)
+            margin = difference.margin if math.isfinite(difference.margin) else 0
+            ax.errorbar(difference.mean, y, xerr=margin, fmt="o", color="C0", capsize=4)
+        ax.axvline(0, color="grey", linewidth=1)
+        ax.set(title=title, xlabel="accuracy less that without decay (points)", yticks=range(len(rows)))
+        ax.set_yticklabels(rows)
+        ax.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    return figure
+
+
+def plot_sizes(results: Mapping[Key, Result], *, size: int) -> Figure:
+    """Accuracy against size: a panel for each kind of positions; above as they are, below after a little training."""
+    figure = Figure((3.4 * len(SPREAD) + 1.6, 6.6), layout="constrained")
+    axes = figure.subplots(2, len(SPREAD), sharex=True, sharey=True)
+    colours = {decay: f"C{i}" for i, decay in enumerate(SPREAD["none"])}
+    for column, (positions, decays) in enumerate(SPREAD.items()):
+        above, below = axes[:, column]
+        for decay in decays:
+            colour = colours[decay]
+            _plot_curve(above, results, positions, decay, "training", size, color=colour, label=decay)
+            _plot_curve(above, results, positions, decay, REFERENCE, size, color=colour, linestyle=":")
+            if after := TUNED.get(decay):
+                _plot_curve(below, results, positions, decay, "training", size, color=colour, alpha=0.3)
+                _plot_curve(below, results, positions, decay, after, size, color=colour, label=f"{decay}, {after}")
+        above.set_title(POSITIONS[positions])
+        below.set_xlabel("size of the test images (pixels)")
+    axes[0, 0].set_ylabel("accuracy (%)\nas trained; dotted: distances\nof the size trained on")
+    axes[1, 0].set_ylabel("accuracy (%)\none epoch of these weights alone;\npale: before")
+    sizes = sorted({key.size for key in results})
+    for ax in axes.flat:
+        ax.set(xticks=sizes)
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
+    return figure
+
+
+def _plot_curve(
+    ax: Axes, results: Mapping[Key, Result], positions: str, decay: str, after: str, size: int, **style: Any
+) -> None:
+    """Means over the seeds, and a band of one standard deviation; from the size trained on."""
+    sizes = sorted({key.size for key in results})
+    curve = {other: [*accuracies(results, "vit", positions, decay, after, other).values()] for other in sizes}
+    curve[size] = [*accuracies(results, "vit", positions, decay, "training", size).values()]
+    curve = {other: values for other, values in curve.items() if values}
+    if len(curve) < 2:
+        return
+    means = [statistics.mean(values) for values in curve.values()]
+    spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in curve.values()]
+    ax.plot([*curve], means, marker=".", **style)
+    low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+    ax.fill_between([*curve], low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def describe(results: Mapping[Key, Result]) -> str:
+    """What the numbers stand on, in one paragraph."""
+    dates = sorted({result.date for result in results.values()})
+    versions = ", ".join(sorted({result.torch for result in results.values()}))
+    machines = "; ".join(sorted({result.machine for result in results.values()}))
+    hours = sum(result.seconds for result in results.values()) / 3600
+    return (
+        f"Accuracy on test images after the last epoch, in percent: mean ± standard deviation (number of seeds). "
+        f"Differences are taken seed by seed: first weights, order and flips are the same; with their mean's 95 % "
+        f"interval (Student's t), where there are two seeds or more. {len(results)} results in {hours:.1f} hours, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {versions}, {machines}."
+    )
+
+
+def write(results: Mapping[Key, Result], folder: Path, *, size: int) -> list[Path]:
+    """results.md and the pictures, of what is there; the caller's process alone should do it."""
+    if not results:
+        return []
+    parts = [describe(results), format_tables(results, size=size)]
+    figures = {"tables.png": plot_differences(results, size=size)}
+    if any(key.after == TWICE for key in results):
+        parts.append(format_longer(results, size=size))
+    if any(key.size != size for key in results):
+        parts.append(format_sizes(results))
+        figures["sizes.png"] = plot_sizes(results, size=size)
+    if any(key.after in TRANSFERS for key in results):
+        parts.append(format_transfer(results, size=size))
+    text = "\n\n".join(parts) + "\n"
+    write_whole(folder / "results.md", lambda part: part.write_text(text, encoding="utf-8"))
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=150)
+    print(text)
+    return [folder / name for name in ("results.md", *figures)]

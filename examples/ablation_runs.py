@@ -1,0 +1,236 @@
+"""The runs of ablation.py: which there are, in which order, and how each is trained and measured."""
+
+import datetime
+import importlib.util
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import nn
+
+import ablation_models as models
+import spatial_decay as sd
+from ablation_log import Key, Result, RunLog, write_whole
+from ablation_models import Phase, Positions, Recipe, Variant
+from image_folder import Images, LabelledImages
+from spatial_decay.layers.kinds import DecayLike
+
+Model: TypeAlias = Literal["vit", "sdt_h"]
+Study: TypeAlias = Literal["tables", "sizes", "transfer"]
+
+MECHANISMS = ("none", "fixed", "full", "1d", "bidirectional", "decomposed")  # Tables 3 and 4
+SCALES = ("full, alpha 0.05", "full, alpha 0.15", "full, alpha 0.2")  # Table 5; 0.1 is `full`
+SPREAD: dict[Positions, tuple[str, ...]] = {
+    "none": ("none", "fixed", "full", "decomposed", "rows, columns: none", "rows, columns: fixed"),
+    "learned": ("none", "fixed", "full", "decomposed"),
+    "rope": ("none", "fixed", "full", "decomposed"),
+    "sincos": ("none", "fixed", "full", "decomposed"),
+}
+"""Positions -> decays that are tested at other sizes."""
+LONGER = ("none", "full")  # trained twice as long too, to see whether that changes anything
+GATES = "gates"
+NORMS = "norms"
+TUNED = {"full": GATES, "decomposed": GATES, "none": NORMS}
+"""Decays -> what alone is trained at other sizes. Without gates it is the norms, about as many weights, to compare."""
+REFERENCE = "reference grid"
+TWICE = "twice as long"
+TRANSFERS = ("further", "swap, all weights", "swap, gates", "swap, gates and LoRA")
+LORA_RANK = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model, and what is to be measured of it."""
+
+    variant: Variant
+    seed: int
+    keys: tuple[Key, ...]
+
+    @property
+    def name(self) -> str:
+        """For files and the progress bar."""
+        parts = (self.variant.model, self.variant.positions, self.variant.decay, str(self.seed))
+        return "-".join(part.translate(str.maketrans(" ", "_", ",:")) for part in parts if part)
+
+    def key(self, after: str, size: int) -> Key:
+        """Of something that is measured of it."""
+        return Key(self.variant.model, self.variant.positions, self.variant.decay, self.seed, after, size)
+
+
+def plan(studies: Sequence[Study], recipe: Recipe, *, seeds: int) -> list[Run]:
+    """Runs in the order in which they are made: seed by seed, first the plain ViTs of Tables 3 and 4, the longest last.
+
+    A model may occur more than once: its weights are kept, and it is trained the first time.
+    """
+    runs: list[Run] = []
+    here, elsewhere = (recipe.size,), recipe.other_sizes
+
+    def want(seed: int, variant: Variant, after: str, sizes: Sequence[int]) -> None:
+        run = Run(variant, seed, ())
+        runs.append(replace(run, keys=tuple(run.key(after, size) for size in sizes)))
+
+    for seed in range(seeds):
+        if "tables" in studies:
+            for decay in MECHANISMS:
+                want(seed, Variant("vit", "learned", decay), "training", here)
+        if "sizes" in studies:
+            for positions, decays in SPREAD.items():
+                for decay in decays:
+                    variant = Variant("vit", positions, decay)
+                    want(seed, variant, "training", here + elsewhere)
+                    if models.reference_decay(variant, recipe) is not None:
+                        want(seed, variant, REFERENCE, elsewhere)
+        if "tables" in studies:
+            for decay in SCALES:
+                want(seed, Variant("vit", "learned", decay), "training", here)
+            for decay in MECHANISMS:
+                want(seed, Variant("sdt_h", "", decay), "training", here)
+        if "transfer" in studies:
+            for arm in TRANSFERS:
+                if "LoRA" not in arm or importlib.util.find_spec("peft"):
+                    want(seed, Variant("vit", "learned", "none"), arm, here)
+    for seed in range(seeds):
+        if "sizes" in studies:
+            for positions in SPREAD:
+                for decay, after in TUNED.items():
+                    want(seed, Variant("vit", positions, decay), after, elsewhere)
+        if "tables" in studies:
+            for decay in LONGER:
+                want(seed, Variant("vit", "learned", decay), TWICE, here)
+    return runs
+
+
+class Lab:
+    """Makes the results of runs that are not in the log yet.
+
+    Args:
+        data: To train and test on.
+        recipe: How much.
+        log: Where results are kept.
+        progress: Called with the cost of what has been done, see `cost`.
+    """
+
+    def __init__(self, data: LabelledImages, recipe: Recipe, log: RunLog, progress: Callable[[int], object]) -> None:
+        self.data, self.recipe, self.log, self.progress = data, recipe, log, progress
+
+    def make(self, run: Run) -> None:
+        """Train the run's model unless its weights are there, and measure what is missing."""
+        missing = self.missing(run)
+        start = time.perf_counter()
+        model = models.build(run.variant, self.data, self.recipe, seed=run.seed)
+        path = self.log.folder / "weights" / f"{run.name}.pt"
+        trained = run.key("training", self.recipe.size)
+        if trained in self.log.results() and path.exists():
+            model.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            loss = self._fit(model, self._images(run), Phase(self._epochs(run), models.LEARNING_RATE), run)
+            write_whole(path, lambda part: torch.save(model.state_dict(), part))
+            self._add(run, trained, model, loss, start)
+        for key in missing:
+            if key != trained:
+                self._measure(run, key, model)
+
+    def missing(self, run: Run) -> list[Key]:
+        """What the log has not."""
+        results = self.log.results()
+        return [key for key in run.keys if key not in results]
+
+    def cost(self, run: Run) -> int:
+        """Of what is missing; 4 is that of an image on which a plain ViT of 7 x 7 patches is trained."""
+        return sum(self._cost(run, key) for key in self.missing(run))
+
+    def _cost(self, run: Run, key: Key) -> int:
+        trained = 0
+        if key == run.key("training", self.recipe.size):
+            trained = self._epochs(run) * len(self._images(run))
+        elif key.after in (GATES, NORMS):
+            trained = len(self.data.train.first(self.recipe.gate_images))
+        elif key.after == TWICE:
+            trained = 2 * self._epochs(run) * len(self._images(run))
+        elif key.after in TRANSFERS:
+            trained = self.recipe.further_epochs * len(self._images(run))
+        return self._cost_of_test(run, key.size) * (4 * trained + len(self._tested(key.size)))
+
+    def _cost_of_test(self, run: Run, size: int) -> int:
+        """Of testing one image; training takes four times as long. As measured, roughly."""
+        tokens = (size / self.recipe.patch_size / 7) ** 2
+        return max(1, round((15 if run.variant.model == "sdt_h" else 1) * tokens * (1 + (tokens / 8) ** 2)))
+
+    def _images(self, run: Run) -> Images:
+        r = self.recipe
+        return self.data.train.first(r.vit_images if run.variant.model == "vit" else r.sdt_h_images)
+
+    def _epochs(self, run: Run) -> int:
+        return self.recipe.vit_epochs if run.variant.model == "vit" else self.recipe.sdt_h_epochs
+
+    def _tested(self, size: int) -> Images:
+        return self.data.test.first(self.recipe.test_images if size == self.recipe.size else self.recipe.size_images)
+
+    def _measure(self, run: Run, key: Key, model: nn.Module) -> None:
+        """Other sizes and further training of a model that is trained, which stays as it is."""
+        start, loss = time.perf_counter(), math.nan
+        if key.after in TRANSFERS:
+            model, loss = self._train_further(run, key.after, model)
+        elif key.after == TWICE:
+            model = models.build(run.variant, self.data, self.recipe, seed=run.seed)
+            loss = self._fit(model, self._images(run), Phase(2 * self._epochs(run), models.LEARNING_RATE), run)
+        elif key.after == REFERENCE:
+            decay = models.reference_decay(run.variant, self.recipe)
+            told = models.build(run.variant, self.data, self.recipe, seed=run.seed, decay=decay)
+            told.load_state_dict(model.state_dict())
+            model = models.at_size(run.variant, told, key.size)
+        else:
+            model = models.at_size(run.variant, model, key.size)
+        if key.after in (GATES, NORMS):
+            models.train_only(model, models.is_gate if key.after == GATES else models.is_norm)
+            phase = Phase(1, models.GATES_RATE, models.GATES_BATCH)
+            loss = self._fit(model, self.data.train.first(self.recipe.gate_images), phase, run, key.size)
+        self._add(run, key, model, loss, start)
+
+    def _train_further(self, run: Run, arm: str, trained: nn.Module) -> tuple[nn.Module, float]:
+        """As many further steps for each arm, on the same images in the same order."""
+        # As swap_attention begins in a trained model, with next to no decay.
+        decay: DecayLike = "none" if arm == "further" else sd.kinds.Full(gate_bias_init=6.0)
+        model: nn.Module = models.build(run.variant, self.data, self.recipe, seed=run.seed, decay=decay)
+        model.load_state_dict(trained.state_dict(), strict=False)
+        rate = models.FURTHER_RATE
+        if arm == "swap, gates":
+            models.train_only(model, models.is_gate)
+            rate = models.GATES_RATE
+        elif arm == "swap, gates and LoRA":
+            from peft import LoraConfig, inject_adapter_in_model
+
+            config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=["qkv"])
+            model = inject_adapter_in_model(config, model)
+            models.train_only(model, lambda name: models.is_gate(name) or "lora_" in name)
+            rate = models.LEARNING_RATE
+        return model, self._fit(model, self._images(run), Phase(self.recipe.further_epochs, rate), run)
+
+    def _fit(self, model: nn.Module, images: Images, phase: Phase, run: Run, size: int | None = None) -> float:
+        size = size or self.recipe.size
+        cost = 4 * self._cost_of_test(run, size)
+        return models.fit(
+            model, self.data, images, phase, seed=run.seed, size=size, after_batch=lambda n: self.progress(n * cost)
+        )
+
+    def _add(self, run: Run, key: Key, model: nn.Module, loss: float, start: float) -> None:
+        """Test, and write the row."""
+        cost = self._cost_of_test(run, key.size)
+        images = self._tested(key.size)
+        accuracy = models.accuracy(
+            model, self.data, images, size=key.size, after_batch=lambda n: self.progress(n * cost)
+        )
+        result = Result(
+            accuracy=round(accuracy, 4),
+            loss=round(loss, 5),
+            seconds=round(time.perf_counter() - start, 1),
+            date=datetime.date.today().isoformat(),
+            torch=torch.__version__,
+            machine=f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        )
+        self.log.add(key, result)
