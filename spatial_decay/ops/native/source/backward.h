@@ -147,7 +147,7 @@ void backward(int64_t, int64_t, void* context) {
       unpack(dv, dp, real, d, &one, 0, features(p, p.dv, p.dv_strides, at), j);
       // q holds scale * log2(e) * Q, dK has no log2(e).
       unpack(dk, dp, real, d, &ln2, 0, features(p, p.dk, p.dk_strides, at), j);
-      for (int64_t x = 0; x < real && M == 1; x++) dnumbers[0][j + x] += F == MANHATTAN ? of_keys[x] : -of_keys[x];
+      for (int64_t x = 0; x < real && M == 1; x++) dnumbers[0][j + x] += adds(F) ? of_keys[x] : -of_keys[x];
     }
     for (int64_t m = 0; m < M; m++)
       for (int64_t i = 0; i < L; i++) dnumbers[m][i] += of_rows[m][i];

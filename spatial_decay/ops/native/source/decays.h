@@ -2,6 +2,7 @@
 //
 //     M[i, j] = amount * shape          manhattan  (a_i + a_j) * d_M         path  (c_i - c_j) * order
 //                                       gaussian   a_i * exp(-(u_i dh^2 + v_i dw^2))
+//                                       squared    (a_i + a_j) * (dh^2 + dw^2)
 //
 // A new formula: its row in ops/formulas.py and, in the same order, its name in problem.h; its lines in amount, shape
 // and Slope here; its loops in the lists of attention.cpp; and how many numbers it reads, where not one, in backward.h.
@@ -36,6 +37,9 @@ INLINE Keys keys_at(const Tokens& tokens, int64_t j) {
   return {load(tokens.h + j), load(tokens.w + j), load(tokens.t + j), load(tokens.lies + j)};
 }
 
+// Whether the number of a key is added to that of the query, or taken from it.
+constexpr bool adds(Formula f) { return f == MANHATTAN || f == SQUARED; }
+
 INLINE vf step_h(const Row& row, const Keys& keys) { return keys.h - row.h; }
 INLINE vf step_w(const Row& row, const Keys& keys) { return keys.w - row.w; }
 INLINE vf square_up_to(vf x, float most) { return minimum(x * x, splat(most)); }
@@ -44,14 +48,15 @@ INLINE vf square_up_to(vf x, float most) { return minimum(x * x, splat(most)); }
 template <Formula F>
 INLINE vf shape(const Row& row, const Keys& keys) {
   const vi both = keys.lies & row.lies;
-  // Manhattan's `lies` takes the sign away too: |dh| + |dw|.
-  if (F == MANHATTAN) return masked(step_h(row, keys), both) + masked(step_w(row, keys), both);
-  return masked(maximum(splat(-1.0f), minimum(splat(1.0f), step_w(row, keys))), both);  // -1, 0 or 1
+  const vf h = step_h(row, keys), w = step_w(row, keys);
+  if (F == MANHATTAN) return masked(h, both) + masked(w, both);  // its `lies` takes the sign away too: |dh| + |dw|
+  if (F == SQUARED) return masked(h * h + w * w, both);
+  return masked(maximum(splat(-1.0f), minimum(splat(1.0f), w)), both);  // -1, 0 or 1
 }
 
 template <Formula F>
 INLINE vf amount(const Row& row, const Keys& keys) {
-  return F == MANHATTAN ? keys.t + row.t : F == GAUSSIAN ? splat(row.t) : row.t - keys.t;
+  return adds(F) ? keys.t + row.t : F == GAUSSIAN ? splat(row.t) : row.t - keys.t;
 }
 
 // Of the scores, base 2: adds the decay. A causal query may not attend to what comes later.
@@ -65,6 +70,7 @@ INLINE vf with_decay(vf score, const Row& row, const Keys& keys, vf shape) {
 // What dS says of the numbers, of one query and all keys seen so far.
 //
 //     manhattan  da_i += dS d_M, da_j += dS d_M        path  dc_i += dS order, dc_j -= dS order
+//     squared    as manhattan, with dh^2 + dw^2
 //     gaussian   da_i += dS e, du_i -= dS a e dh^2, dv_i -= dS a e dw^2, with e the shape
 template <Formula F>
 struct Slope {

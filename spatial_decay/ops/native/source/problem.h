@@ -6,7 +6,7 @@
 
 namespace {
 
-enum Formula : int64_t { NONE, MANHATTAN, PATH, CAUSAL_PATH, GAUSSIAN };
+enum Formula : int64_t { NONE, MANHATTAN, PATH, CAUSAL_PATH, GAUSSIAN, SQUARED };
 enum DType : int64_t { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, BOOL };
 
 // S sequences of L tokens: the heads of the lines (rows or columns of a grid, or one) of the images.

@@ -50,6 +50,8 @@ def add_decay(scores, query, key, const):
     elif const.FORMULA == "gaussian":  # a_i * exp(-(u_i dh^2 + v_i dw^2))
         amplitude = tl.broadcast_to(query.first, scores.shape)
         return tl.fma(amplitude, _bell(query, query.h - key.h, query.w - key.w), scores)
+    elif const.FORMULA == "squared":  # (a_i + a_j) * (dh^2 + dw^2)
+        return tl.fma(query.first + key.first, _squared_distance(query, key), scores)
     else:
         tl.static_assert(const.FORMULA == "none")
         return scores
@@ -73,6 +75,9 @@ def slopes(ds, query, key, const):
         dh, dw = query.h - key.h, query.w - key.w
         slope = product(ds, _bell(query, dh, dw))
         return slope, product(slope * dh, dh), product(slope * dw, dw), slope
+    elif const.FORMULA == "squared":
+        slope = product(ds, _squared_distance(query, key))
+        return slope, slope, slope, slope
     else:
         tl.static_assert(const.FORMULA == "none")
         return ds, ds, ds, ds
@@ -99,6 +104,13 @@ def completed(sum1, sum2, sum3, query, scale, const):
         return sum1, -amplitude * sum2, -amplitude * sum3
     else:
         return sum1, sum2, sum3
+
+
+@triton.jit
+def _squared_distance(query, key):
+    """dh^2 + dw^2."""
+    dh, dw = query.h - key.h, query.w - key.w
+    return tl.fma(dh, dh, dw * dw)
 
 
 @triton.jit
