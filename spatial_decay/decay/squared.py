@@ -81,20 +81,23 @@ class SquaredDecay(FactoredDecay):
         """
         layout = self.layout
         num_prefix, known = layout.num_prefix_tokens, layout.known
-        a = at_least_float32(self.strength)[..., num_prefix:]
+        a = at_least_float32(self.strength)
         axes = layout.positions(device=a.device, dtype=a.dtype)
-        if known is None:
-            one = torch.ones_like(axes[0])
-        else:
+        one = torch.ones_like(axes[0])
+        if known is not None:
             a, one = a.masked_fill(~known[:, None], 0.0), known[:, None].to(a)
-        count = one.sum(-1, keepdim=True).clamp(min=1)
+        if num_prefix:
+            a = F.pad(a[..., num_prefix:], (num_prefix, 0))
         # Whole numbers as middle: so whole positions stay so, and half precision holds them.
+        count = one.sum(-1, keepdim=True).clamp(min=1)
         axes = tuple((p - ((p * one).sum(-1, keepdim=True) / count).round()) * one for p in axes)
-        r = squared_distance(*axes)
-        of_queries = [a, r, one, a * r, *(a * p for p in axes), *axes]
-        of_keys = [r, a, a * r, one, *(-2 * p for p in axes), *(-2 * a * p for p in axes)]
-        queries, keys = (
-            F.pad(torch.stack(torch.broadcast_tensors(a, *x)[1:], -1), (0, 0, num_prefix, 0))
-            for x in (of_queries, of_keys)
-        )
+        r, zero = squared_distance(*axes), torch.zeros_like(one)
+        none, minus_twice = [zero] * len(axes), [-2 * p for p in axes]
+
+        def of_side(with_a: list[Tensor], without: list[Tensor]) -> Tensor:
+            slope, constant = (F.pad(torch.stack(x, -1), (0, 0, num_prefix, 0)) for x in (with_a, without))
+            return torch.addcmul(constant, a[..., None], slope)
+
+        queries = of_side([one, zero, zero, r, *axes, *none], [zero, r, one, zero, *none, *axes])
+        keys = of_side([zero, one, r, zero, *none, *minus_twice], [r, zero, zero, one, *minus_twice, *none])
         return queries, keys

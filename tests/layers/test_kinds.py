@@ -97,7 +97,7 @@ def test_a_bias_is_there_where_its_first_value_is_said():
         (
             "gauss",
             ValueError,
-            "one of full, fixed, 1d, bidirectional, .*, fixed_decomposed, gaussian, none: got",
+            "one of full, fixed, 1d, bidirectional, .*, fixed_decomposed, gaussian, squared, none: got",
         ),
         (None, TypeError, "decay must be the name of a kind, a value .* or a mapping .*: got NoneType"),
         (["full"], TypeError, "got list"),

@@ -77,6 +77,9 @@ def draw(seed: int, number: int, backends: list[str]) -> Call:
     if backend == "flex":
         case = pick([None, *(case for case in CASES if case.name in ("full", "1d", "gaussian"))])
     dtypes = list(TOLERANCE)
+    if backend == "lowrank":
+        case = next(case for case in CASES if case.kind == "squared")
+        dtypes = [torch.float64, torch.float32]
     if backend in ("native", "flex"):  # without float64; flex is compiled for each
         dtypes = dtypes[1:] if backend == "native" else [torch.float32]
     dtype = pick(dtypes)
@@ -266,7 +269,7 @@ def check(call: Call) -> str:
     added = torch.zeros((), dtype=torch.float64) if call.attn_mask is None else added_values(call.attn_mask)
     extra = added.expand(batch_size, num_heads, length, length)
     doubles = [gate.double() for gate in call.gates]
-    if call.case is not None and call.case.kind != "full":  # beside 3e38 float64 has no digits left either
+    if call.case is not None and call.case.kind not in ("full", "squared"):  # beside 3e38 float64 has no digits left either
         doubles = [gate.clamp(min=-STRONGEST) for gate in doubles]
     wanted = expected(call, doubles, extra)
     tolerance = TOLERANCE[call.dtype] + rounding_of_paths(call)
@@ -307,7 +310,7 @@ def check(call: Call) -> str:
     return ""
 
 
-BACKENDS = ["auto", "math", "sdpa", "tiled", "native"] * 20 + ["triton"] * 3 + ["flex"]
+BACKENDS = ["auto", "math", "sdpa", "tiled", "native", "lowrank"] * 20 + ["triton"] * 3 + ["flex"]
 
 
 def main() -> int:

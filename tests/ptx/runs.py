@@ -120,12 +120,14 @@ SLOW = [
     # Each kind, each dtype.
     *[Run(kind, (12, 14), 1, dtype=dtype) for kind, dtype in [("full", _H), ("1d", _B), ("gaussian", _H)]],
     *[Run(kind, (7, 8), 1, 32, _F) for kind in ("full", "1d", "gaussian")],
+    *[Run("squared", (12, 14), 1, dtype=_B), Run("squared", (7, 8), 1, 32, _F)],
     *[Run("fixed", (9, 9), batch_size=2), Run("bidirectional", (9, 9), 5, 32), Run("none", (9, 9), head_dim=72)],
     # Masks and positions.
     Run("full", (9, 9), 1, mask="keys", batch_size=2),
     Run("gaussian", (5, 10), 0, 32, _F, mask="added"),
     Run("full", (5, 14), 0, places="nowhere", mask="keys", batch_size=2),
     Run("1d", (5, 14), 0, 32, places="nowhere"),
+    Run("squared", (5, 14), 0, places="nowhere"),
     Run("gaussian", (5, 14), 0, places="placed", batch_size=2),
     Run("full", (7, 10), 0, 72, memory="projection"),
     Run("1d", (7, 10), 0, 40, _H, memory="odd"),
@@ -147,7 +149,7 @@ SLOW = [
 def everything() -> Iterator[Run]:
     """Much more: what `python -m tests.ptx` runs, some hours of it."""
     yield from SLOW
-    long, axial = ("none", "full", "fixed", "1d", "bidirectional", "gaussian"), ("decomposed", "fixed_decomposed")
+    long, axial = ("none", "full", "fixed", "1d", "bidirectional", "gaussian", "squared"), ("decomposed", "fixed_decomposed")
     sizes = [(1, 2), (3, 5), (4, 4), (4, 8), (3, 11), (7, 7), (7, 9), (8, 8), (8, 16), (14, 14), (16, 16), (32, 32)]
     for size, num_prefix, dtype, kind in product(sizes, (0, 1, 5), (_B, _H, _F), long):
         if (kind, num_prefix) in [("none", 0), *product(long[1:], (0, 1, 5))] and (size != (32, 32) or dtype != _F):
