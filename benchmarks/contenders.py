@@ -85,7 +85,9 @@ class Case:
         if self.kind == "gaussian":
             amplitude, variance_h, variance_w = gaussian_numbers(gates)
             return GaussianDecay(amplitude, variance_h, variance_w, self.grid)
-        described: type[ManhattanDecay] | type[SquaredDecay] = SquaredDecay if self.kind == "squared" else ManhattanDecay
+        described: type[ManhattanDecay] | type[SquaredDecay] = (
+            SquaredDecay if self.kind == "squared" else ManhattanDecay
+        )
         return described.from_gate(gates[0], self.grid, alpha=ALPHA[self.kind])
 
 

@@ -77,7 +77,8 @@ class SpatialDecayMask(nn.Module):
                 on the grid.
 
         Returns:
-            A ManhattanDecay, PathDecay, GaussianDecay, SquaredDecay or AxialDecay, float32 at least; None for kind `none`.
+            A ManhattanDecay, PathDecay, GaussianDecay, SquaredDecay or AxialDecay, float32 at least; None for kind
+            `none`.
 
         Raises:
             TypeError, ValueError: x or layout do not fit, see the message.

@@ -6,9 +6,10 @@ The channels are appended to q and k, and F.scaled_dot_product_attention does th
 its gradients too. So does whatever a program is exported to. What costs: 8 channels more in both products, for v is
 padded to the same width, which PyTorch's flash kernels want; and three copies.
 
-Terms of M cancel. In float32 that costs nothing that shows. Half precision cannot hold them. So each channel goes in
-as a high and a low part there, which holds the output, but PyTorch rounds the gradients of the parts: see `dnumbers`
-in docs/performance/backends.md.
+Terms of M cancel, and what float32 rounds of them is some 1e-7 * strength * (largest distance)^2: docs/performance/
+backends.md has the errors beside the mask's. Half precision cannot hold the terms. So each channel goes in as a high
+and a low part there. The output is then as exact as with a mask. The gate's gradient is not, because the kernel rounds
+the gradient of each channel.
 """
 
 from dataclasses import replace
@@ -24,6 +25,7 @@ from spatial_decay.ops.math import avoid_reasons_on_small_inputs
 __all__ = ["attention", "avoid_reasons", "unsupported_reasons"]
 
 _MULTIPLE = 8  # of head_dim, without which kernels copy q, k and v once more, or refuse
+_WIDE = 64  # rows or columns, up to which "auto" takes it: rounding grows with the square of the distance
 
 
 def unsupported_reasons(inputs: Inputs) -> list[str]:
@@ -38,13 +40,18 @@ def unsupported_reasons(inputs: Inputs) -> list[str]:
 
 
 def avoid_reasons(inputs: Inputs) -> list[str]:
-    """In half precision, beside a mask over pairs, and where `sdpa` is avoided."""
+    """In half precision, on wide grids, beside a mask over pairs, and where `sdpa` is avoided."""
     q, mask = inputs.q, inputs.attn_mask
     if q.dtype.itemsize < 4:
         return ["half precision rounds the terms of the decay, which cancel"]
     if mask is not None and mask.shape[2] > 1:
         return ["attn_mask is over pairs: with one in memory, to add the decay to it costs less"]
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # a compiler is not asked for sizes, which may vary
+        return []
+    layout = None if inputs.decay is None else inputs.decay.layout
+    if layout is not None and layout.is_grid and layout.largest_step >= _WIDE:
+        return [f"on a grid of more than {_WIDE} rows or columns the decay's terms lose digits in float32 too"]
+    if q.device.type != "cpu":
         return []
     return inputs.transforms or avoid_reasons_on_small_inputs(inputs)
 

@@ -110,7 +110,9 @@ def test_a_head_of_any_width_and_any_scale():
 def test_dropout_drops():
     q, k = torch.randn(2, 1, 2, 64, 8)
     v = torch.ones(1, 2, 64, 8)
-    dropped = decay_attention(q, k, v, SquaredDecay(-torch.rand(1, 2, 64), Grid(8, 8)), dropout_p=0.5, backend="lowrank")
+    dropped = decay_attention(
+        q, k, v, SquaredDecay(-torch.rand(1, 2, 64), Grid(8, 8)), dropout_p=0.5, backend="lowrank"
+    )
     assert (dropped - 1).abs().max() > 0.1
     assert (dropped.mean() - 1).abs() < 0.2
 
@@ -137,14 +139,17 @@ def test_what_it_cannot():
 
 
 def test_auto_takes_it_in_float32_where_native_cannot(monkeypatch):
-    def chosen(dtype=torch.float32, **options):
-        q = torch.empty(2, 4, 676, 16, dtype=dtype)
-        decay = SquaredDecay(torch.zeros(1, 4, 676), Grid(26, 26))
+    def chosen(dtype=torch.float32, layout=None, **options):
+        layout = layout or Grid(26, 26)
+        q = torch.empty(2, 4, layout.num_tokens, 16, dtype=dtype)
+        decay = SquaredDecay(torch.zeros(1, 4, layout.num_tokens), layout)
         return explain_backend(q, q, q, decay, **options).splitlines()[0]
 
     monkeypatch.setattr(library, "reason", lambda: "no kernel")
     assert chosen() == chosen(torch.float64) == chosen(dropout_p=0.1) == "lowrank"
-    assert chosen(attn_mask=torch.zeros(2, 1, 1, 676)) == "lowrank"
+    assert chosen(attn_mask=torch.zeros(2, 1, 1, 676)) == chosen(layout=Grid(64, 64)) == "lowrank"
+    assert chosen(layout=Positions(*torch.zeros(2, 1, 676))) == "lowrank"
+    assert chosen(layout=Grid(10, 65)) == "tiled"
     assert chosen(attn_mask=torch.zeros(676, 676)) == chosen(torch.bfloat16) == "tiled"
     with monkeypatch.context() as during:
         during.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
@@ -154,7 +159,9 @@ def test_auto_takes_it_in_float32_where_native_cannot(monkeypatch):
 
 
 def make_layer(**options):
-    layer = SpatialDecayAttention(16, 2, decay="squared", rope="none", lpe_kernel_size=0, num_prefix_tokens=1, **options)
+    layer = SpatialDecayAttention(
+        16, 2, decay="squared", rope="none", lpe_kernel_size=0, num_prefix_tokens=1, **options
+    )
     return layer.eval()
 
 

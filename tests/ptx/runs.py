@@ -149,7 +149,8 @@ SLOW = [
 def everything() -> Iterator[Run]:
     """Much more: what `python -m tests.ptx` runs, some hours of it."""
     yield from SLOW
-    long, axial = ("none", "full", "fixed", "1d", "bidirectional", "gaussian", "squared"), ("decomposed", "fixed_decomposed")
+    long = ("none", "full", "fixed", "1d", "bidirectional", "gaussian", "squared")
+    axial = ("decomposed", "fixed_decomposed")
     sizes = [(1, 2), (3, 5), (4, 4), (4, 8), (3, 11), (7, 7), (7, 9), (8, 8), (8, 16), (14, 14), (16, 16), (32, 32)]
     for size, num_prefix, dtype, kind in product(sizes, (0, 1, 5), (_B, _H, _F), long):
         if (kind, num_prefix) in [("none", 0), *product(long[1:], (0, 1, 5))] and (size != (32, 32) or dtype != _F):
