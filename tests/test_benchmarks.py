@@ -226,7 +226,7 @@ def test_a_kind_that_is_not_there(capsys):
 def test_a_backend_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         models.main(["--backends", "auto,fast"])
-    assert "choose from auto, triton, native, tiled" in capsys.readouterr().err
+    assert "choose from auto, triton, native, lowrank, tiled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.kind in ("fixed_decomposed", "fixed", "gaussian")])
