@@ -13,7 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import Call
 from spatial_decay import Grid, decay_attention
-from spatial_decay.decay import AxialDecay, Decay, GaussianDecay, ManhattanDecay, PairwiseDecay, PathDecay, score_mod
+from spatial_decay.decay import (
+    AxialDecay,
+    Decay,
+    GaussianDecay,
+    ManhattanDecay,
+    PairwiseDecay,
+    PathDecay,
+    SquaredDecay,
+    score_mod,
+)
 from spatial_decay.features import columns_of_rows, from_columns, to_columns, to_rows
 from spatial_decay.ops import BACKENDS
 
@@ -35,7 +44,7 @@ __all__ = [
 
 FLOOR, MASK_COMPILED, FLEX_AUTOTUNED = "plain SDPA", "mask compiled", "flex, max-autotune"
 PASSES = ("forward", "forward+backward")
-ALPHA = 0.1
+ALPHA = {"full": 0.1, "squared": 0.01}
 
 Gates: TypeAlias = tuple[Tensor, ...]
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Gates], Tensor]
@@ -76,7 +85,10 @@ class Case:
         if self.kind == "gaussian":
             amplitude, variance_h, variance_w = gaussian_numbers(gates)
             return GaussianDecay(amplitude, variance_h, variance_w, self.grid)
-        return ManhattanDecay.from_gate(gates[0], self.grid, alpha=ALPHA)
+        described: type[ManhattanDecay] | type[SquaredDecay] = (
+            SquaredDecay if self.kind == "squared" else ManhattanDecay
+        )
+        return described.from_gate(gates[0], self.grid, alpha=ALPHA[self.kind])
 
 
 def gaussian_numbers(gates: Gates) -> Gates:
@@ -106,6 +118,10 @@ CASES: dict[str, list[Case]] = {
         Case("decomposed", 8, 4, Grid(56, 56), 16, compiles=False),
         Case("gaussian", 8, 8, Grid(14, 14), 32, compiles=False),
         Case("gaussian", 1, 8, Grid(32, 32), 64, compiles=False),
+        Case("squared", 8, 8, Grid(14, 14), 32, compiles=False),
+        Case("squared", 4, 12, Grid(14, 14, num_prefix_tokens=1), 64, compiles=False),
+        Case("squared", 1, 8, Grid(32, 32), 64, compiles=False),
+        Case("squared", 1, 4, Grid(56, 56), 32, compiles=False),
     ],
     "cuda": [
         *(Case(kind, *shape) for kind in ("full", "1d") for shape in _ON_CUDA),
@@ -114,6 +130,8 @@ CASES: dict[str, list[Case]] = {
         Case("decomposed", 128, 4, Grid(56, 56), 16),
         Case("gaussian", 64, 12, Grid(14, 14, num_prefix_tokens=1), 64),
         Case("gaussian", 8, 16, Grid(32, 32), 64),
+        Case("squared", 64, 12, Grid(14, 14, num_prefix_tokens=1), 64),
+        Case("squared", 8, 16, Grid(32, 32), 64),
     ],
 }
 """By device, the smallest of a kind first: layers of SDT-H, ViT-B, SDT-P and larger images; on cuda in real batches."""
@@ -194,10 +212,15 @@ def gaussian_mask(numbers: Gates, minus_half_squares: Tensor) -> Tensor:
 
 
 def with_mask(case: Case, attend: Callable[..., Tensor], device: torch.device) -> Attend:
-    """An attention that takes a mask: SDT Eq. 7-9, 6, 11-12 or LocAtViT's."""
+    """An attention that takes a mask: SDT Eq. 7-9, 6, 11-12, LocAtViT's or that of the squared distance."""
     grid, num_prefix = case.grid, case.grid.num_prefix_tokens
     steps = [axis[:, None] - axis for axis in grid.positions(device=device, dtype=torch.float32)]  # (H*W, H*W) each
-    distance = F.pad(steps[0].abs() + steps[1].abs(), (num_prefix, 0, num_prefix, 0)) if case.kind == "full" else None
+    distances = {
+        "full": lambda h, w: h.abs() + w.abs(),
+        "squared": lambda h, w: h.square() + w.square(),
+    }
+    of_kind = distances.get(case.kind)
+    distance = F.pad(of_kind(*steps), (num_prefix, 0, num_prefix, 0)) if of_kind else None
     minus_half_squares = -0.5 * torch.stack(steps, -1) ** 2 if case.kind == "gaussian" else None
 
     def masks(gates: Gates) -> Sequence[Tensor]:
@@ -210,7 +233,7 @@ def with_mask(case: Case, attend: Callable[..., Tensor], device: torch.device) -
             return [gaussian_mask(gaussian_numbers(gates), minus_half_squares)]
         if distance is None:
             return [path_mask(gates[0])]
-        strength = gates[0] * (ALPHA / 2)
+        strength = gates[0] * (ALPHA[case.kind] / 2)
         return [(strength[..., :, None] + strength[..., None, :]) * distance]
 
     return peer(case, attend, masks)

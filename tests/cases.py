@@ -14,6 +14,7 @@ from spatial_decay.decay import (
     GaussianDecay,
     ManhattanDecay,
     PathDecay,
+    SquaredDecay,
     alibi_slopes,
     fixed_rates,
 )
@@ -24,8 +25,8 @@ from spatial_decay.ops.native import library
 from tests import references
 
 # Backends that do all that `math` does. The others have no float64, among others: see ops/native/test_native.py,
-# ops/test_flex.py and ops/test_triton.py.
-EXACT_BACKENDS = [name for name in BACKENDS if name not in ("native", "flex", "triton", "triton_autotune")]
+# ops/test_flex.py and ops/test_triton.py; lowrank is for one kind: ops/test_lowrank.py.
+EXACT_BACKENDS = [name for name in BACKENDS if name not in ("native", "lowrank", "flex", "triton", "triton_autotune")]
 
 needs_native = pytest.mark.skipif(library.reason() is not None, reason=f"backend 'native': {library.reason()}")
 
@@ -151,6 +152,13 @@ CASES = [
             [-g for g in gates[0]], *([0.5 - 3 * g for g in gate] for gate in gates[1:]), h, w
         ),
         kind="gaussian",
+    ),
+    Case(
+        "squared",
+        1,
+        lambda gates, n, grid: SquaredDecay.from_gate(gates[0], grid),
+        lambda gates, n, num_heads, h, w: references.squared(gates[0], h, w),
+        kind="squared",
     ),
     Case(
         "decomposed",

@@ -34,6 +34,18 @@ def full(gate, height, width, alpha=0.1):
     ]
 
 
+def squared(gate, height, width, alpha=0.01):
+    """The mean of two gates, times the Euclidean distance squared, times alpha."""
+    length = height * width
+    return [
+        [
+            0.5 * (gate[i] + gate[j]) * alpha * ((i // width - j // width) ** 2 + (i % width - j % width) ** 2)
+            for j in range(length)
+        ]
+        for i in range(length)
+    ]
+
+
 def fixed_rate(head, num_heads, initial_value, heads_range):
     """RMT's lambda_n."""
     return math.log(1 - 2 ** (-initial_value - heads_range * head / num_heads))

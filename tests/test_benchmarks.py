@@ -179,9 +179,9 @@ def test_attention(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "ratio.png").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["full", "1d", "bidirectional", "gaussian", "decomposed"])
+@pytest.mark.parametrize("kind", ["full", "1d", "bidirectional", "gaussian", "squared", "decomposed"])
 def test_what_others_write_gives_the_same(kind):
-    size = Grid(3, 4, num_prefix_tokens=1 if kind == "full" else 0)
+    size = Grid(3, 4, num_prefix_tokens=1 if kind in ("full", "squared") else 0)
     case = contenders.Case(kind, 2, 3, size, 8)
     setting = contenders.Setting(torch.device("cpu"), torch.float32, "tokens")
     for which in contenders.PASSES:
@@ -226,7 +226,7 @@ def test_a_kind_that_is_not_there(capsys):
 def test_a_backend_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         models.main(["--backends", "auto,fast"])
-    assert "choose from auto, triton, native, tiled" in capsys.readouterr().err
+    assert "choose from auto, triton, native, lowrank, tiled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.kind in ("fixed_decomposed", "fixed", "gaussian")])

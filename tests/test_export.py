@@ -27,6 +27,7 @@ MODELS = {
     "sdt_p": (lambda: sd.SDTP(8, 2, 4, 10, dim=24, depth=1, num_heads=2, gate_rank=4), 4, 2),
     "vit_full": (lambda: sd.ViT(5, decay="full", num_registers=1, **VIT), 3, 16),
     "vit_alibi": (lambda: sd.ViT(5, decay=sd.kinds.Alibi(reference_grid=(4, 4)), **VIT), 3, 16),
+    "vit_squared": (lambda: sd.ViT(5, decay="squared", num_registers=1, **VIT), 3, 16),  # by lowrank
     "locatvit": (lambda: sd.ViT(5, decay="gaussian", global_pool="prr", **VIT), 3, 16),
 }
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -88,9 +89,10 @@ def exported():
     return get
 
 
-# The largest model, whose tracing takes longest, is slow, and so is one that differs from another by its decay alone.
+# The largest model, whose tracing takes longest, is slow, and so are those that differ from another by their decay.
+SLOW_MODELS = ("sdt_h", "vit_alibi", "vit_squared")
 EVERY_MODEL = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("sdt_h", "vit_alibi") else ()) for name in MODELS]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_MODELS else ()) for name in MODELS]
 )
 
 

@@ -93,7 +93,7 @@ def check_backend(case, backend):
             assert relative_error(out[b, n], expected) < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["full", "fixed", "1d", "bidirectional", "none"])
+@pytest.mark.parametrize("kind", ["full", "fixed", "1d", "bidirectional", "squared", "none"])
 def test_a_shuffled_grid_gives_the_shuffled_output(kind):
     layer = sd.SpatialDecayAttention(16, 2, decay=kind, num_prefix_tokens=1, lpe_kernel_size=0).double()
     x = torch.randn(2, 21, 16, dtype=torch.float64)

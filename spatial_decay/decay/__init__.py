@@ -8,6 +8,7 @@ from spatial_decay.decay.euclidean import EuclideanDecay, alibi_slopes
 from spatial_decay.decay.gaussian import GaussianDecay
 from spatial_decay.decay.manhattan import ManhattanDecay, fixed_rates
 from spatial_decay.decay.path import PathDecay
+from spatial_decay.decay.squared import SquaredDecay
 
 Decay: TypeAlias = PairwiseDecay | AxialDecay
 """Any description of a decay: one pair formula over all tokens, or the arrangement of two, rows and columns."""
@@ -21,6 +22,7 @@ __all__ = [
     "ManhattanDecay",
     "PairwiseDecay",
     "PathDecay",
+    "SquaredDecay",
     "alibi_slopes",
     "dense",
     "factor",

@@ -1,5 +1,6 @@
 """A decay is a few numbers a token and one pair formula (M of SDT Eq. 10); masks and score functions come from it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
@@ -24,6 +25,7 @@ __all__ = [
     "factor",
     "register_factor",
     "score_mod",
+    "strength_of_gate",
 ]
 
 Numbers: TypeAlias = tuple[Tensor, ...]
@@ -79,6 +81,26 @@ class PairwiseDecay(ABC):
         Returns:
             Nats, in the shape to which all broadcast.
         """
+
+    @classmethod
+    def has_channels(cls) -> bool:
+        """Whether this class itself says its `channels`: a subclass may say more in its `pairwise`.
+
+        Returns:
+            True where backend `lowrank` may run it.
+        """
+        return "channels" in vars(cls)
+
+    def channels(self) -> tuple[Tensor, Tensor]:
+        """Channels of queries and of keys whose products are the decay, for the few decays that have such.
+
+        Returns:
+            Two tensors (B, N, L, r), float32 at least, in nats together; zeros at tokens that lie nowhere.
+
+        Raises:
+            NotImplementedError: this decay has none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no channels. Write a method `channels` for it.")
 
 
 class FactoredDecay(PairwiseDecay):
@@ -188,6 +210,14 @@ def check_range(name: str, x: Tensor, layout: Layout, lowest: float, highest: fl
             f"{name} must lie in {lowest:.2g} .. {highest:g}: got {least:g} .. {most:g}. Take it from a gate, which is "
             "the logarithm of a number between 0 and 1, for instance F.logsigmoid(x)."
         )
+
+
+def strength_of_gate(gate: Tensor, layout: Layout, *, alpha: float, lowest: float) -> Tensor:
+    """alpha * G / 2, float32 at least and not below lowest; raise ValueError where alpha or the gate cannot be."""
+    if isinstance(alpha, (int, float)) and not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be finite and > 0: got {alpha}. For no decay at all use kind 'none'.")
+    check_range("gate", gate, layout, -math.inf, 0.0)
+    return (at_least_float32(gate) * (alpha / 2)).clamp(min=lowest)
 
 
 def dense(decay: PairwiseDecay, *, dtype: torch.dtype | None = None, row_multiple: int = 1) -> Tensor:

@@ -1,6 +1,5 @@
 """Decay with the Manhattan distance: SDT Eq. 7-9 (`full`, content-aware), constant rates (`fixed`) or trained ones."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from spatial_decay.decay.base import FactoredDecay, check_range, register_factor
+from spatial_decay.decay.base import FactoredDecay, check_range, register_factor, strength_of_gate
 from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
 
@@ -67,10 +66,7 @@ class ManhattanDecay(FactoredDecay):
         Raises:
             ValueError: alpha <= 0 or not finite; gate > 0, looked at as in the class.
         """
-        if isinstance(alpha, (int, float)) and not 0 < alpha < math.inf:
-            raise ValueError(f"alpha must be finite and > 0: got {alpha}. For no decay at all use kind 'none'.")
-        check_range("gate", gate, layout, -math.inf, 0.0)
-        return cls((at_least_float32(gate) * (alpha / 2)).clamp(min=LOWEST), layout)
+        return cls(strength_of_gate(gate, layout, alpha=alpha, lowest=LOWEST), layout)
 
     @classmethod
     def constant(cls, rates: Tensor, layout: Layout) -> Self:

@@ -25,6 +25,7 @@ class SpatialDecayMask(nn.Module):
     | `decomposed` | `1d` within rows, then within columns, a gate each; no alpha | SDT Eq. 11-12 |
     | `fixed_decomposed` | -abs(lambda_n) * distance within rows, then within columns | RMT's first stages |
     | `gaussian` | a_i * exp(-(dh^2 / s_h,i + dw^2 / s_w,i) / 2) | LocAtViT |
+    | `squared` | (G_i + G_j) / 2 * (dh^2 + dw^2) * alpha | `full`, with another distance |
     | `none` | nothing | SDT Table 3 |
 
     The features of kind `gaussian` are the queries, heads side by side; of the others, what the queries are made of.
@@ -74,8 +75,8 @@ class SpatialDecayMask(nn.Module):
                 on the grid, nor for a kind with a reference_grid.
 
         Returns:
-            A ManhattanDecay, EuclideanDecay, PathDecay, GaussianDecay or AxialDecay, float32 at least; None for kind
-            `none`.
+            A ManhattanDecay, EuclideanDecay, SquaredDecay, PathDecay, GaussianDecay or AxialDecay, float32 at least;
+            None for kind `none`.
 
         Raises:
             TypeError, ValueError: x or layout do not fit, see the message.

@@ -45,10 +45,10 @@ def decay_attention(
             not training.
         scale: Multiplies Q K^T, a number. None means d ** -0.5.
         backend: "auto", the fastest that can run the inputs (explain_backend says which), or the name of one: "triton"
-            (fused kernels, for CUDA), "native" (a compiled kernel, for CPUs), "tiled" (by blocks in PyTorch, without
-            the mask in memory; for CPUs), "sdpa" (the mask in memory), "math" (written out), and, never chosen by
-            "auto", "flex" (FlexAttention, compiled) or "triton_autotune" (triton with tiles timed at the first call for
-            each shape).
+            (fused kernels, for CUDA), "native" (a compiled kernel, for CPUs), "lowrank" (a SquaredDecay as channels of
+            q and k, without a mask), "tiled" (by blocks in PyTorch, without the mask in memory; for CPUs), "sdpa" (the
+            mask in memory), "math" (written out), and, never chosen by "auto", "flex" (FlexAttention, compiled) or
+            "triton_autotune" (triton with tiles timed at the first call for each shape).
 
     Returns:
         (B, N, L, d), dtype of q; under autocast, its dtype.
@@ -142,6 +142,7 @@ def explain_backend(
         math
           triton cannot: q is on cpu (needs cuda); torch.float64 (needs ...)
           native cannot: torch.float64 (needs float32, bfloat16 or float16)...
+          lowrank cannot: ManhattanDecay (needs a decay with channels, ...)
           tiled could: 0.019 million scores are faster written out (math), ...
           sdpa could: 0.019 million scores are faster written out (math), ...
           flex cannot: torch.float64 (needs float32, float16 or bfloat16)

@@ -4,14 +4,14 @@ from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-from spatial_decay.ops import flex, native, sdpa, tiled, triton
+from spatial_decay.ops import flex, lowrank, native, sdpa, tiled, triton
 from spatial_decay.ops import math as written_out
 from spatial_decay.ops.inputs import Inputs
 from spatial_decay.ops.triton import autotune
 
 __all__ = ["BACKENDS", "Backend", "Room", "check_backend", "choose", "explain"]
 
-Backend: TypeAlias = Literal["auto", "triton", "native", "tiled", "sdpa", "math", "flex", "triton_autotune"]
+Backend: TypeAlias = Literal["auto", "triton", "native", "lowrank", "tiled", "sdpa", "math", "flex", "triton_autotune"]
 """What `backend=` takes."""
 
 
@@ -31,6 +31,7 @@ class Room(Protocol):
 BACKENDS: dict[str, Room] = {
     "triton": triton,
     "native": native,
+    "lowrank": lowrank,
     "tiled": tiled,
     "sdpa": sdpa,
     "math": written_out,

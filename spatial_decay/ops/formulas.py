@@ -1,7 +1,7 @@
 """The table of pair formulas that the compiled kernels know, triton's and native's: what a decay becomes for them.
 
     manhattan: (a_i + a_j) * d_M        path: -|c_i - c_j|        gaussian: a_i * exp(-(u_i dh^2 + v_i dw^2))
-    euclidean: (a_i + a_j) * sqrt(dh^2 + dw^2)
+    euclidean: (a_i + a_j) * sqrt(dh^2 + dw^2)        squared: (a_i + a_j) * (dh^2 + dw^2)
 
 A row here goes with a value and a slope in triton/kernels/pairs.py and in native/source. Nothing else asks for a name.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatial_decay.decay import EuclideanDecay, GaussianDecay, ManhattanDecay, PairwiseDecay, PathDecay
+from spatial_decay.decay import EuclideanDecay, GaussianDecay, ManhattanDecay, PairwiseDecay, PathDecay, SquaredDecay
 from spatial_decay.layout import Layout
 
 __all__ = ["FORMULAS", "Formula", "formula_of", "position_table", "reasons_of_decay"]
@@ -61,6 +61,7 @@ FORMULAS = {
     "causal path": Formula(PathDecay, 1, reads_keys=True, is_path=True, hides_later=True),
     "gaussian": Formula(GaussianDecay, 3, reads_keys=False, lowered=_with_precisions),
     "euclidean": Formula(EuclideanDecay, 1, reads_keys=True),
+    "squared": Formula(SquaredDecay, 1, reads_keys=True),
 }
 
 

@@ -139,7 +139,7 @@ def test_learned_rates_against_loops_in_every_backend(backend, num_prefix):
         (
             "gauss",
             ValueError,
-            "one of full, fixed, learned, alibi, 1d, bidirectional, .*, fixed_decomposed, gaussian, none: got",
+            "one of full, fixed, learned, alibi, squared, 1d, bidirectional, .*, fixed_decomposed, gaussian, none: got",
         ),
         (None, TypeError, "decay must be the name of a kind, a value .* or a mapping .*: got NoneType"),
         (["full"], TypeError, "got list"),

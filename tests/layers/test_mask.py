@@ -73,7 +73,7 @@ def test_gradients_to_x_and_to_the_gates_weights(case):
     assert torch.autograd.gradcheck(run, (x, *weights))
 
 
-@pytest.mark.parametrize("kind", ["full", "fixed"])
+@pytest.mark.parametrize("kind", ["full", "fixed", "squared"])
 @pytest.mark.parametrize(
     "permute",
     [lambda x: x.transpose(1, 2), lambda x: x.flip(1), lambda x: x.flip(2), lambda x: x.flip(1).transpose(1, 2)],

@@ -77,6 +77,7 @@ def test_the_choice_is_explained(no_native):
         "math\n"
         "  triton cannot: q is on cpu (needs cuda); dropout_p=0.1 (needs 0)\n"
         "  native cannot: dropout_p=0.1 (needs 0); no kernel\n"
+        "  lowrank cannot: ManhattanDecay (needs a decay with channels, as SquaredDecay is)\n"
         "  tiled cannot: dropout_p=0.1 (needs 0)\n"
         "  sdpa could: 0.46 million scores are faster written out (math), up to 0.52 million\n"
         "  flex cannot: dropout_p=0.1 (needs 0)\n"

@@ -140,6 +140,7 @@ COMPILED = [
     Shape(90, "manhattan", 64),
     Shape(90, "gaussian", 64),
     Shape(90, "euclidean", 64),
+    Shape(90, "squared", 64),
     Shape(90, "manhattan", 64, 196, 1, has_key_mask=True),
     Shape(90, "path", 64, 196, has_flags=True),
     Shape(80, "manhattan", 128, 196, 1),

@@ -5,9 +5,9 @@
     python -m tests.ops.triton_limits --worst   # of each capability the two that took the most in the table
 
 By each schedule the works are compiled that no other work with it exceeds: the largest head_dim, a mask over keys,
-prefix tokens or flags, a rest that is as long as a block. Path and no decay take less than Manhattan, and the short
-forward pass, which has the schedule of the backward pass, takes less. It runs in a process of its own, without
-TRITON_INTERPRET.
+prefix tokens or flags, a rest that is as long as a block. Squared takes what Manhattan does. Path and no decay take
+less, and so does the short forward pass, which has the schedule of the backward pass. It runs in a process of its own,
+without TRITON_INTERPRET.
 """
 
 import argparse

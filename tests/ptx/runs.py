@@ -121,6 +121,7 @@ SLOW = [
     *[Run(kind, (12, 14), 1, dtype=dtype) for kind, dtype in [("full", _H), ("1d", _B), ("gaussian", _H)]],
     *[Run(kind, (7, 8), 1, 32, _F) for kind in ("full", "1d", "gaussian", "alibi")],
     Run("alibi", (9, 9), 1, dtype=_H),
+    *[Run("squared", (12, 14), 1, dtype=_B), Run("squared", (7, 8), 1, 32, _F)],
     *[Run("fixed", (9, 9), batch_size=2), Run("bidirectional", (9, 9), 5, 32), Run("none", (9, 9), head_dim=72)],
     # Masks and positions.
     Run("full", (9, 9), 1, mask="keys", batch_size=2),
@@ -128,6 +129,7 @@ SLOW = [
     Run("full", (5, 14), 0, places="nowhere", mask="keys", batch_size=2),
     Run("1d", (5, 14), 0, 32, places="nowhere"),
     Run("alibi", (5, 14), 0, 32, places="nowhere"),
+    Run("squared", (5, 14), 0, places="nowhere"),
     Run("gaussian", (5, 14), 0, places="placed", batch_size=2),
     Run("full", (7, 10), 0, 72, memory="projection"),
     Run("1d", (7, 10), 0, 40, _H, memory="odd"),
@@ -149,7 +151,7 @@ SLOW = [
 def everything() -> Iterator[Run]:
     """Much more: what `python -m tests.ptx` runs, some hours of it."""
     yield from SLOW
-    long = ("none", "full", "fixed", "alibi", "1d", "bidirectional", "gaussian")
+    long = ("none", "full", "fixed", "alibi", "squared", "1d", "bidirectional", "gaussian")
     axial = ("decomposed", "fixed_decomposed")
     sizes = [(1, 2), (3, 5), (4, 4), (4, 8), (3, 11), (7, 7), (7, 9), (8, 8), (8, 16), (14, 14), (16, 16), (32, 32)]
     for size, num_prefix, dtype, kind in product(sizes, (0, 1, 5), (_B, _H, _F), long):

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from spatial_decay.decay import AxialDecay, EuclideanDecay, GaussianDecay, ManhattanDecay, PathDecay
+from spatial_decay.decay import AxialDecay, EuclideanDecay, GaussianDecay, ManhattanDecay, PathDecay, SquaredDecay
 from spatial_decay.layout import Grid, Positions
 from spatial_decay.ops import decay_attention
 from spatial_decay.ops.native import library, operators
@@ -25,6 +25,7 @@ KINDS = {
     "none": (lambda layout: None, 0),
     "manhattan": (lambda a, layout: ManhattanDecay(a, layout), 1),
     "euclidean": (lambda a, layout: EuclideanDecay(a, layout), 1),
+    "squared": (lambda a, layout: SquaredDecay(a, layout), 1),
     "path": (lambda c, layout: PathDecay(c, layout), 1),
     "causal": (lambda c, layout: PathDecay(c, layout, causal=True), 1),
     "gaussian": (lambda a, h, w, layout: GaussianDecay(a, h, w, layout), 3),
@@ -36,7 +37,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 def make_numbers(kind, batch_size, num_heads, length):
     """Random ones of the kind's sign."""
     x = torch.rand(KINDS[kind][1], batch_size, num_heads, length)
-    if kind in ("manhattan", "euclidean"):
+    if kind in ("manhattan", "euclidean", "squared"):
         return [-0.3 * x[0]]
     if "gaussian" in kind:
         return [3 * x[0], 0.3 + 4 * x[1], 0.3 + 4 * x[2]]

@@ -39,11 +39,13 @@ int64_t parts_of_keys(const Problem& p, int64_t num_sequences) {
 
 int64_t run_forward(const Problem& p, ParallelFor parallel, int64_t num_sequences) {
   static const Body in_floats[] = {forward<NONE, Floats>, forward<MANHATTAN, Floats>, forward<PATH, Floats>,
-                                   forward<CAUSAL_PATH, Floats>, forward<GAUSSIAN, Floats>, forward<EUCLIDEAN, Floats>};
+                                   forward<CAUSAL_PATH, Floats>, forward<GAUSSIAN, Floats>, forward<EUCLIDEAN, Floats>,
+                                   forward<SQUARED, Floats>};
   const Body* bodies = in_floats;
 #if defined(__AMX_BF16__)
   static const Body by_tiles[] = {forward<NONE, Tiles>, forward<MANHATTAN, Tiles>, forward<PATH, Tiles>,
-                                  forward<CAUSAL_PATH, Tiles>, forward<GAUSSIAN, Tiles>, forward<EUCLIDEAN, Tiles>};
+                                  forward<CAUSAL_PATH, Tiles>, forward<GAUSSIAN, Tiles>, forward<EUCLIDEAN, Tiles>,
+                                  forward<SQUARED, Tiles>};
   if (p.dtype == BFLOAT16) bodies = by_tiles;
 #endif
   Task task = {p, parts_of_queries(p, num_sequences)};
@@ -54,7 +56,7 @@ int64_t run_forward(const Problem& p, ParallelFor parallel, int64_t num_sequence
 
 int64_t run_backward(const Problem& p, ParallelFor parallel, int64_t num_sequences) {
   static const Body bodies[] = {backward<NONE>, backward<MANHATTAN>, backward<PATH>, backward<CAUSAL_PATH>,
-                                backward<GAUSSIAN>,      backward<EUCLIDEAN>};
+                                backward<GAUSSIAN>,      backward<EUCLIDEAN>, backward<SQUARED>};
   Task task = {p, parts_of_keys(p, num_sequences)};
   const int64_t tokens = num_sequences * task.parts * p.length, num_numbers = p.formula == GAUSSIAN ? 3 : 1;
   if (task.parts > 1) {

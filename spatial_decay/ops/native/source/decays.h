@@ -2,6 +2,7 @@
 //
 //     M[i, j] = amount * shape          manhattan  (a_i + a_j) * d_M         path  (c_i - c_j) * order
 //                       euclidean  (a_i + a_j) * d_E         gaussian   a_i * exp(-(u_i dh^2 + v_i dw^2))
+//                         squared  (a_i + a_j) * d_E^2
 //
 // A new formula: its row in ops/formulas.py and, in the same order, its name in problem.h; its lines in amount, shape
 // and Slope here; its loops in the lists of attention.cpp; and how many numbers it reads, where not one, in backward.h.
@@ -44,13 +45,11 @@ INLINE vf square_up_to(vf x, float most) { return minimum(x * x, splat(most)); }
 template <Formula F>
 INLINE vf shape(const Row& row, const Keys& keys) {
   const vi both = keys.lies & row.lies;
-  // Manhattan's `lies` takes the sign away too: |dh| + |dw|.
-  if (F == MANHATTAN) return masked(step_h(row, keys), both) + masked(step_w(row, keys), both);
-  if (F == EUCLIDEAN) {
-    const vf h = step_h(row, keys), w = step_w(row, keys);
-    return masked(root(h * h + w * w), both);
-  }
-  return masked(maximum(splat(-1.0f), minimum(splat(1.0f), step_w(row, keys))), both);  // -1, 0 or 1
+  const vf h = step_h(row, keys), w = step_w(row, keys);
+  if (F == MANHATTAN) return masked(h, both) + masked(w, both);  // its `lies` takes the sign away too: |dh| + |dw|
+  if (F == EUCLIDEAN) return masked(root(h * h + w * w), both);
+  if (F == SQUARED) return masked(h * h + w * w, both);
+  return masked(maximum(splat(-1.0f), minimum(splat(1.0f), w)), both);  // -1, 0 or 1
 }
 
 template <Formula F>
@@ -69,7 +68,7 @@ INLINE vf with_decay(vf score, const Row& row, const Keys& keys, vf shape) {
 // What dS says of the numbers, of one query and all keys seen so far.
 //
 //     manhattan  da_i += dS d_M, da_j += dS d_M        path  dc_i += dS order, dc_j -= dS order
-//     euclidean  da_i += dS d_E, da_j += dS d_E
+//     euclidean, squared as manhattan, with their distances
 //     gaussian   da_i += dS e, du_i -= dS a e dh^2, dv_i -= dS a e dw^2, with e the shape
 template <Formula F>
 struct Slope {

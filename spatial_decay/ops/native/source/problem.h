@@ -6,7 +6,7 @@
 
 namespace {
 
-enum Formula : int64_t { NONE, MANHATTAN, PATH, CAUSAL_PATH, GAUSSIAN, EUCLIDEAN };
+enum Formula : int64_t { NONE, MANHATTAN, PATH, CAUSAL_PATH, GAUSSIAN, EUCLIDEAN, SQUARED };
 enum DType : int64_t { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, BOOL };
 
 constexpr bool is_a_path(int64_t formula) { return formula == PATH || formula == CAUSAL_PATH; }

@@ -39,10 +39,7 @@ def prepared(first, second, third, scale, const):
 @triton.jit
 def add_decay(scores, query, key, const):
     """The value: scores + M / scale."""
-    if const.FORMULA == "manhattan" or const.FORMULA == "euclidean":  # (a_i + a_j) * distance
-        # fma by name: a plain addition would be folded into the matrix product and stall its loads.
-        return tl.fma(query.first + key.first, _distance(query.h - key.h, query.w - key.w, const), scores)
-    elif const.FORMULA == "path":  # -|c_i - c_j|
+    if const.FORMULA == "path":  # -|c_i - c_j|
         cost = tl.abs(query.first - key.first)
         if const.HAS_FLAGS:
             cost = tl.where(query.w == key.w, 0.0, cost)
@@ -50,18 +47,17 @@ def add_decay(scores, query, key, const):
     elif const.FORMULA == "gaussian":  # a_i * exp(-(u_i dh^2 + v_i dw^2))
         amplitude = tl.broadcast_to(query.first, scores.shape)
         return tl.fma(amplitude, _bell(query, query.h - key.h, query.w - key.w), scores)
-    else:
-        tl.static_assert(const.FORMULA == "none")
+    elif const.FORMULA == "none":
         return scores
+    else:  # (a_i + a_j) * distance
+        # fma by name: a plain addition would be folded into the matrix product and stall its loads.
+        return tl.fma(query.first + key.first, _distance(query.h - key.h, query.w - key.w, const), scores)
 
 
 @triton.jit
 def slopes(ds, query, key, const):
     """dS o dM/dt of the query's three numbers and of the key's, to be summed; what a formula lacks repeats another."""
-    if const.FORMULA == "manhattan" or const.FORMULA == "euclidean":
-        slope = product(ds, _distance(query.h - key.h, query.w - key.w, const))
-        return slope, slope, slope, slope
-    elif const.FORMULA == "path":
+    if const.FORMULA == "path":
         # dS o dM/dc_j, whose sign is that of w_i - w_j, the tokens' places along the path, for c_j - c_i may be 0.
         # By way of the sign bit: comparing takes twice the instructions.
         sign = (query.w - key.w).to(tl.int32, bitcast=True) & -2147483648
@@ -73,9 +69,11 @@ def slopes(ds, query, key, const):
         dh, dw = query.h - key.h, query.w - key.w
         slope = product(ds, _bell(query, dh, dw))
         return slope, product(slope * dh, dh), product(slope * dw, dw), slope
-    else:
-        tl.static_assert(const.FORMULA == "none")
+    elif const.FORMULA == "none":
         return ds, ds, ds, ds
+    else:
+        slope = product(ds, _distance(query.h - key.h, query.w - key.w, const))
+        return slope, slope, slope, slope
 
 
 @triton.jit
@@ -103,11 +101,14 @@ def completed(sum1, sum2, sum3, query, scale, const):
 
 @triton.jit
 def _distance(dh, dw, const):
-    """d_M, or the Euclidean one; its root is the GPU's own, to some 1e-7 of it."""
+    """d_M, the Euclidean one, whose root is the GPU's own, to some 1e-7 of it, or its square."""
     if const.FORMULA == "manhattan":
         return tl.abs(dh) + tl.abs(dw)
-    else:
+    elif const.FORMULA == "euclidean":
         return tl.sqrt(dh * dh + dw * dw)
+    else:
+        tl.static_assert(const.FORMULA == "squared")
+        return tl.fma(dh, dh, dw * dw)
 
 
 @triton.jit
