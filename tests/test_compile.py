@@ -46,10 +46,13 @@ def test_layer(kind):
         assert relative_error(torch.compile(attn, fullgraph=True)(x), attn(x)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", OF_EACH_FORMULA)
-def test_gradients_of_the_layer(kind):
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [*((kind, "auto") for kind in OF_EACH_FORMULA), pytest.param("squared", "lowrank", marks=pytest.mark.slow)],
+)
+def test_gradients_of_the_layer(kind, backend):
     """The backward graph that the compiler derives, without generating code for it."""
-    attn = sd.SpatialDecayAttention(16, 2, decay=kind)
+    attn = sd.SpatialDecayAttention(16, 2, decay=kind, backend=backend)
     x = torch.randn(2, 3, 4, 16)
     compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
     for got, expected in zip(backward(compiled, x), backward(attn, x), strict=True):

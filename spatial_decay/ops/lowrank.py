@@ -70,7 +70,7 @@ def attention(inputs: Inputs) -> Tensor:
 
 def _beside(x: Tensor, channels: Tensor, padding: int) -> Tensor:
     """Channels of the decay behind those of x, (S, N, L, d), then zeros."""
-    return torch.cat([x, F.pad(channels, (0, padding)).expand(len(x), -1, -1, -1)], -1)
+    return torch.cat([x, F.pad(channels, (0, padding)).expand(x.shape[0], -1, -1, -1)], -1)
 
 
 def _channels(of_queries: Tensor, of_keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,8 @@ def of_loops(mask, x, size):
         rate = references.fixed_rate(n, HEADS, 2.0, 4.0)
         if name == "full":
             found.append(references.full([g * step for g in gates[0][n]], height, width))
+        elif name == "squared":
+            found.append(references.squared([g * step**2 for g in gates[0][n]], height, width))
         elif name in ("fixed", "learned"):
             found.append(references.fixed(rate * step, height, width))
         elif name == "alibi":
@@ -115,7 +117,7 @@ def test_it_goes_through_json(kind):
     assert KINDS[kind]().resolved().config["reference_grid"] is None
 
 
-@pytest.mark.parametrize("kind", ["full", "fixed", "learned", "alibi"])
+@pytest.mark.parametrize("kind", ["full", "fixed", "learned", "alibi", "squared"])
 def test_positions_must_be_given_in_its_steps(kind):
     positions = Positions.of_subset(torch.tensor([[0, 5, 11]]), Grid(3, 4))
     says = (

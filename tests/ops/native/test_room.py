@@ -219,7 +219,7 @@ def test_it_says_all_that_it_cannot(monkeypatch):
     q = torch.randn(1, 1, 4, 257, dtype=torch.float64)
     decay = Doubled(torch.zeros(1, 1, 4), Grid(2, 2))
     assert reasons(q, decay, attn_mask=torch.zeros(4, 4, requires_grad=True), dropout_p=0.1) == {
-        "Doubled (needs None or a ManhattanDecay, PathDecay, GaussianDecay, EuclideanDecay)",
+        "Doubled (needs None or a ManhattanDecay, PathDecay, GaussianDecay, EuclideanDecay, SquaredDecay)",
         "torch.float64 (needs float32, bfloat16 or float16)",
         "head_dim=257 (needs 1 to 256)",
         "dropout_p=0.1 (needs 0)",
