@@ -19,7 +19,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Result:
 def describe_config(arguments: argparse.Namespace, data: LabelledImages) -> dict[str, Any]:
     """All that results depend on but the kind and the seed."""
     here = ("SIZE", "PATCH_SIZE", "BATCH_SIZE", "LEARNING_RATE", "EMA_DECAY", "SAMPLER_STEPS", "NUM_JUDGED", "SMALL")
-    judge = {"features": diffusion_judge.NUM_FEATURES, "epochs": diffusion_judge.PHASE.epochs}
+    judge = {"features": diffusion_judge.NUM_FEATURES, **asdict(diffusion_judge.PHASE)}
     return {
         **{name: globals()[name] for name in here},
         "steps": arguments.steps,
