@@ -11,6 +11,7 @@ and how folders of your own must look. Three studies:
     tables      a plain ViT with each decay of Tables 3, 4 and 5, and a small SDT-H with each of Tables 3 and 4
     sizes       plain ViTs with four kinds of positions and six decays, tested at other sizes than the one trained on:
                 as they are, with the distances of the size trained on, and after training the gates alone
+                (without gates: the norms)
     transfer    a plain ViT that is trained already, and trained on: as it is, or with a decay that begins near nothing
 
 Each result is a row in OUTPUT/runs.csv as soon as it is there. The same command goes on where it was, and may run twice
@@ -37,8 +38,26 @@ from ablation_runs import Lab, Run, Study, plan
 from image_folder import LabelledImages
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-QUICK = Recipe(12000, 3, 3000, 2, 500, 500, 1)
-FULL = Recipe(60000, 8, 12000, 6, 2000, 2000, 2)
+QUICK = Recipe(
+    vit_images=10000,
+    vit_epochs=3,
+    sdt_h_images=2000,
+    sdt_h_epochs=2,
+    gate_images=500,
+    test_images=2000,
+    size_images=500,
+    further_epochs=1,
+)
+FULL = Recipe(
+    vit_images=60000,
+    vit_epochs=8,
+    sdt_h_images=12000,
+    sdt_h_epochs=6,
+    gate_images=2000,
+    test_images=10000,
+    size_images=2000,
+    further_epochs=2,
+)
 NUM_SEEDS = {False: 2, True: 3}  # without --full, and with it
 
 
@@ -53,9 +72,9 @@ def describe_config(recipe: Recipe, data: LabelledImages) -> dict[str, Any]:
 
 
 def work(runs: Sequence[Run], data: LabelledImages, recipe: Recipe, log: RunLog) -> None:
-    """Make all that is missing, but what another process is making. Costs are in images, see Lab.cost."""
-    form = "{desc}: {percentage:.0f}%|{bar}| {elapsed}, {remaining} left"
-    with tqdm(total=1.0, bar_format=form, smoothing=0.1) as bar:
+    """Make all that is missing, but what another process is making."""
+    form = "{desc}{percentage:.0f}%|{bar}| {elapsed}, {remaining} left"
+    with tqdm(total=1, bar_format=form, smoothing=0) as bar:
         lab = Lab(data, recipe, log, bar.update)
         for i, run in enumerate(runs):
             with log.claim(run.name) as is_ours:

@@ -22,7 +22,7 @@ LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 TEST_BATCH = 50  # 784 tokens each at 112 pixels
-GATES_RATE = 1e-2  # gates alone: a few hundred weights, and they see few images
+GATES_RATE = 1e-2  # gates or norms alone: a few hundred weights, and they see few images
 GATES_BATCH = 20
 FURTHER_RATE = 5e-4  # all weights of a model that is trained already
 
@@ -81,6 +81,7 @@ class Recipe:
     sdt_h_images: int
     sdt_h_epochs: int
     gate_images: int  # one epoch, at each other size
+    test_images: int
     size_images: int  # tested at other sizes
     further_epochs: int
     size: int = 28  # pixels, trained on
@@ -167,6 +168,11 @@ def is_gate(name: str) -> bool:
     return ".decay." in name
 
 
+def is_norm(name: str) -> bool:
+    """Whether a parameter belongs to a layer norm."""
+    return any(part.startswith("norm") for part in name.split("."))
+
+
 def train_only(model: nn.Module, is_trained: Callable[[str], bool]) -> None:
     """Freeze the parameters whose names do not say yes."""
     for name, parameter in model.named_parameters():
@@ -188,7 +194,7 @@ def fit(
     *,
     seed: int,
     size: int,
-    after_batch: Callable[[int], None],
+    after_batch: Callable[[int], object],
 ) -> float:
     """Train by AdamW with one cycle of the learning rate. Order and flips depend on the seed alone.
 
@@ -236,7 +242,7 @@ def fit(
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, data: LabelledImages, images: Images, *, size: int, after_batch: Callable[[int], None]
+    model: nn.Module, data: LabelledImages, images: Images, *, size: int, after_batch: Callable[[int], object]
 ) -> float:
     """In percent."""
     model.eval()

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ablation_log import Key, Result, write_whole
-from ablation_runs import GATED, GATES, LONGER, MECHANISMS, REFERENCE, SCALES, SPREAD, TRANSFERS, TWICE
+from ablation_runs import GATES, LONGER, MECHANISMS, NORMS, REFERENCE, SCALES, SPREAD, TRANSFERS, TUNED, TWICE
 from seeds import mean_and_spread, paired_difference
 
 TABLES: dict[str, dict[str, str]] = {
@@ -89,7 +89,7 @@ def format_sizes(results: Mapping[Key, Result]) -> str:
     ]
     for positions, decays in SPREAD.items():
         for decay in decays:
-            for after in ("training", REFERENCE, GATES):
+            for after in ("training", REFERENCE, GATES, NORMS):
                 found = [[*accuracies(results, "vit", positions, decay, after, size).values()] for size in sizes]
                 if any(found[1:]):
                     cells = [POSITIONS[positions], f"`{decay}`", "as it is" if after == "training" else after]
@@ -131,22 +131,23 @@ def plot_differences(results: Mapping[Key, Result], *, size: int) -> Figure:
 
 
 def plot_sizes(results: Mapping[Key, Result], *, size: int) -> Figure:
-    """Accuracy against size: a panel for each kind of positions; above as they are, below with the gates trained."""
+    """Accuracy against size: a panel for each kind of positions; above as they are, below after a little training."""
     figure = Figure((3.4 * len(SPREAD) + 1.6, 6.6), layout="constrained")
     axes = figure.subplots(2, len(SPREAD), sharex=True, sharey=True)
     colours = {decay: f"C{i}" for i, decay in enumerate(SPREAD["none"])}
     for column, (positions, decays) in enumerate(SPREAD.items()):
+        above, below = axes[:, column]
         for decay in decays:
             colour = colours[decay]
-            _plot_curve(axes[0, column], results, positions, decay, "training", size, color=colour, label=decay)
-            _plot_curve(axes[0, column], results, positions, decay, REFERENCE, size, color=colour, linestyle=":")
-            if decay in GATED:
-                _plot_curve(axes[1, column], results, positions, decay, "training", size, color=colour, alpha=0.3)
-                _plot_curve(axes[1, column], results, positions, decay, GATES, size, color=colour, label=decay)
-        axes[0, column].set_title(POSITIONS[positions])
-        axes[1, column].set_xlabel("size of the test images (pixels)")
+            _plot_curve(above, results, positions, decay, "training", size, color=colour, label=decay)
+            _plot_curve(above, results, positions, decay, REFERENCE, size, color=colour, linestyle=":")
+            if after := TUNED.get(decay):
+                _plot_curve(below, results, positions, decay, "training", size, color=colour, alpha=0.3)
+                _plot_curve(below, results, positions, decay, after, size, color=colour, label=f"{decay}, {after}")
+        above.set_title(POSITIONS[positions])
+        below.set_xlabel("size of the test images (pixels)")
     axes[0, 0].set_ylabel("accuracy (%)\nas trained; dotted: distances\nof the size trained on")
-    axes[1, 0].set_ylabel("accuracy (%)\nafter training the gates;\npale: before")
+    axes[1, 0].set_ylabel("accuracy (%)\none epoch of these weights alone;\npale: before")
     sizes = sorted({key.size for key in results})
     for ax in axes.flat:
         ax.set(xticks=sizes)

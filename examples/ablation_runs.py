@@ -32,9 +32,11 @@ SPREAD: dict[Positions, tuple[str, ...]] = {
     "sincos": ("none", "fixed", "full", "decomposed"),
 }
 """Positions -> decays that are tested at other sizes."""
-GATED = ("full", "decomposed")
 LONGER = ("none", "full")  # trained twice as long too, to see whether that changes anything
 GATES = "gates"
+NORMS = "norms"
+TUNED = {"full": GATES, "decomposed": GATES, "none": NORMS}
+"""Decays -> what alone is trained at other sizes. Without gates it is the norms, about as many weights, to compare."""
 REFERENCE = "reference grid"
 TWICE = "twice as long"
 TRANSFERS = ("further", "swap, all weights", "swap, gates", "swap, gates and LoRA")
@@ -95,8 +97,8 @@ def plan(studies: Sequence[Study], recipe: Recipe, *, seeds: int) -> list[Run]:
     for seed in range(seeds):
         if "sizes" in studies:
             for positions in SPREAD:
-                for decay in GATED:
-                    want(seed, Variant("vit", positions, decay), GATES, elsewhere)
+                for decay, after in TUNED.items():
+                    want(seed, Variant("vit", positions, decay), after, elsewhere)
         if "tables" in studies:
             for decay in LONGER:
                 want(seed, Variant("vit", "learned", decay), TWICE, here)
@@ -113,7 +115,7 @@ class Lab:
         progress: Called with the cost of what has been done, see `cost`.
     """
 
-    def __init__(self, data: LabelledImages, recipe: Recipe, log: RunLog, progress: Callable[[float], None]) -> None:
+    def __init__(self, data: LabelledImages, recipe: Recipe, log: RunLog, progress: Callable[[int], object]) -> None:
         self.data, self.recipe, self.log, self.progress = data, recipe, log, progress
 
     def make(self, run: Run) -> None:
@@ -138,26 +140,26 @@ class Lab:
         results = self.log.results()
         return [key for key in run.keys if key not in results]
 
-    def cost(self, run: Run) -> float:
-        """Of what is missing, in images on which a plain ViT is trained."""
+    def cost(self, run: Run) -> int:
+        """Of what is missing; 4 is that of an image on which a plain ViT of 7 x 7 patches is trained."""
         return sum(self._cost(run, key) for key in self.missing(run))
 
-    def _cost(self, run: Run, key: Key) -> float:
+    def _cost(self, run: Run, key: Key) -> int:
         trained = 0
         if key == run.key("training", self.recipe.size):
             trained = self._epochs(run) * len(self._images(run))
-        elif key.after == GATES:
+        elif key.after in (GATES, NORMS):
             trained = len(self.data.train.first(self.recipe.gate_images))
         elif key.after == TWICE:
             trained = 2 * self._epochs(run) * len(self._images(run))
         elif key.after in TRANSFERS:
             trained = self.recipe.further_epochs * len(self._images(run))
-        return self._cost_of_image(run, key.size) * (trained + len(self._tested(key.size)) / 4)
+        return self._cost_of_test(run, key.size) * (4 * trained + len(self._tested(key.size)))
 
-    def _cost_of_image(self, run: Run, size: int) -> float:
-        """1 for 7 x 7 patches in a plain ViT; as measured, roughly."""
+    def _cost_of_test(self, run: Run, size: int) -> int:
+        """Of testing one image; training takes four times as long. As measured, roughly."""
         tokens = (size / self.recipe.patch_size / 7) ** 2
-        return (15 if run.variant.model == "sdt_h" else 1) * tokens * (1 + (tokens / 8) ** 2)
+        return max(1, round((15 if run.variant.model == "sdt_h" else 1) * tokens * (1 + (tokens / 8) ** 2)))
 
     def _images(self, run: Run) -> Images:
         r = self.recipe
@@ -167,7 +169,7 @@ class Lab:
         return self.recipe.vit_epochs if run.variant.model == "vit" else self.recipe.sdt_h_epochs
 
     def _tested(self, size: int) -> Images:
-        return self.data.test if size == self.recipe.size else self.data.test.first(self.recipe.size_images)
+        return self.data.test.first(self.recipe.test_images if size == self.recipe.size else self.recipe.size_images)
 
     def _measure(self, run: Run, key: Key, model: nn.Module) -> None:
         """Other sizes and further training of a model that is trained, which stays as it is."""
@@ -184,8 +186,8 @@ class Lab:
             model = models.at_size(run.variant, told, key.size)
         else:
             model = models.at_size(run.variant, model, key.size)
-        if key.after == GATES:
-            models.train_only(model, models.is_gate)
+        if key.after in (GATES, NORMS):
+            models.train_only(model, models.is_gate if key.after == GATES else models.is_norm)
             phase = Phase(1, models.GATES_RATE, models.GATES_BATCH)
             loss = self._fit(model, self.data.train.first(self.recipe.gate_images), phase, run, key.size)
         self._add(run, key, model, loss, start)
@@ -211,14 +213,14 @@ class Lab:
 
     def _fit(self, model: nn.Module, images: Images, phase: Phase, run: Run, size: int | None = None) -> float:
         size = size or self.recipe.size
-        cost = self._cost_of_image(run, size)
+        cost = 4 * self._cost_of_test(run, size)
         return models.fit(
             model, self.data, images, phase, seed=run.seed, size=size, after_batch=lambda n: self.progress(n * cost)
         )
 
     def _add(self, run: Run, key: Key, model: nn.Module, loss: float, start: float) -> None:
         """Test, and write the row."""
-        cost = self._cost_of_image(run, key.size) / 4
+        cost = self._cost_of_test(run, key.size)
         images = self._tested(key.size)
         accuracy = models.accuracy(
             model, self.data, images, size=key.size, after_batch=lambda n: self.progress(n * cost)

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 
@@ -32,7 +32,7 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     count = len(differences)
     margin = math.inf
     if count > 1:
-        quantile = float(student.ppf((1 + CONFIDENCE) / 2, count - 1))
+        quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))  # of Student's t
         margin = quantile * statistics.stdev(differences) / math.sqrt(count)
     return Difference(statistics.mean(differences), margin, count)
 
