@@ -189,12 +189,15 @@ def _weights(log: Log[Key, Result], key: Key) -> Path:
     return log.folder / "weights" / f"{key.decay}-{key.seed}.pt"
 
 
-def format_table(results: Mapping[Key, Result], real: Score) -> str:
+def format_table(results: Mapping[Key, Result], references: Mapping[str, Score]) -> str:
     """Mean ± standard deviation over the seeds, and differences seed by seed, as Markdown."""
     lines = [
         "| decay | read as its class (%) | - none [95 %] | Fréchet distance | - none [95 %] | training (CPU s) |",
         "|---|---|---|---|---|---|",
-        f"| real, held out | {real.accuracy:.2f} | - | {real.distance:.2f} | - | - |",
+        *(
+            f"| {name} | {score.accuracy:.2f} | - | {score.distance:.2f} | - | - |"
+            for name, score in references.items()
+        ),
     ]
     for decay in ROWS:
         if not any(key.decay == decay for key in results):
@@ -222,8 +225,8 @@ def describe(results: Mapping[Key, Result], config: Mapping[str, Any], *, num_ju
         f"{num_judged} images for each run (DDIM, {SAMPLER_STEPS} steps, guidance {config['guidance']:g}) after "
         f"{config['steps']} training steps of {BATCH_SIZE} images. They are read by a classifier that was trained here "
         f"on the same training images. The Fréchet distance is between its features of the images drawn and of the "
-        f"training images: the less, the better. It is no FID, which has Inception's features. As many real images "
-        f"held out stand above. Mean ± standard deviation (number of seeds). Differences are taken seed by seed, with "
+        f"training images: the less, the better. It is no FID, which has Inception's features. As many other "
+        f"images stand above. Mean ± standard deviation (number of seeds). Differences are taken seed by seed, with "
         f"their mean's 95 % interval (Student's t), where there are two seeds or more. "
         f"{' to '.join(dict.fromkeys((found['date'][0], found['date'][-1])))}, torch {', '.join(found['torch'])}, "
         f"diffusers {', '.join(found['diffusers'])}, {'; '.join(found['machine'])}."
@@ -245,11 +248,11 @@ def plot_samples(images: Mapping[str, Images], *, num_classes: int) -> Figure:
     return figure
 
 
-def write(log: Log[Key, Result], data: LabelledImages, real: Score) -> list[Path]:
+def write(log: Log[Key, Result], data: LabelledImages, references: Mapping[str, Score]) -> list[Path]:
     """results.md of what is there, and samples.png: of each kind those of its first seed."""
     results = log.results()
     num_judged = data.num_classes * max(2, NUM_JUDGED // data.num_classes)
-    table = format_table(results, real)
+    table = format_table(results, references)
     text = f"{table}\n\n{describe(results, log.config, num_judged=num_judged)}\n"
     write_whole(log.folder / "results.md", lambda part: part.write_text(text, encoding="utf-8"))
     guidance = log.config["guidance"]
@@ -308,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> dict[Key, Result]:
             if is_ours and key not in log.results():
                 with tqdm(total=arguments.steps, desc=f"{key.decay}, seed {key.seed}", unit="step") as bar:
                     make(key, data, judge, log, bar.update)
-    written = write(log, data, judge.score(data.test.first(NUM_JUDGED)))
+    written = write(log, data, judge.references(NUM_JUDGED))
     print(f"results: {', '.join(map(str, [log.path, *written]))}")
     return log.results()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -87,6 +88,23 @@ class Judge:
         with torch.no_grad():
             is_right = self.classifier[-1](features).argmax(-1) == images.labels
         return Score(100 * is_right.double().mean().item(), frechet_distance(fit_gaussian(features), self.real))
+
+    def references(self, count: int) -> dict[str, Score]:
+        """What to hold scores against: so many real images held out, and worse and worse ones."""
+        real = self.data.test.first(count)
+        padded = F.pad(real.pixels.float(), (1, 1, 1, 1), mode="replicate")
+        classes = torch.arange(self.data.num_classes)
+        means = torch.stack(
+            [self.data.train.pixels[self.data.train.labels == label].float().mean(0) for label in classes]
+        )
+        noise = torch.randint(256, real.pixels.shape, generator=torch.Generator().manual_seed(0))
+        others = {
+            "real, held out": real.pixels,
+            "the same, mean of 3 x 3 pixels": F.avg_pool2d(padded, 3, stride=1),
+            "for each its class's mean image": means[real.labels],
+            "noise": noise,
+        }
+        return {name: self.score(Images(pixels.byte(), real.labels)) for name, pixels in others.items()}
 
     @torch.no_grad()
     def _features(self, images: Images) -> Tensor:

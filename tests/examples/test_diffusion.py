@@ -225,14 +225,14 @@ def judge(data, tmp_path):
 
 
 def test_judge_tells_classes_and_real_images_from_others(judge, data, tmp_path, monkeypatch):
-    real = judge.score(data.test)
+    references = judge.references(20)
+    real = references["real, held out"]
+    assert real == judge.score(data.test)
     assert real.accuracy > 90
     assert judge.score(Images(data.test.pixels, 1 - data.test.labels)).accuracy == pytest.approx(100 - real.accuracy)
-    alike = Images(data.test.pixels[:1].expand(20, -1, -1, -1), data.test.labels[:1].expand(20))
-    noise = Images(torch.randint(256, (20, 1, 28, 28)).byte(), data.test.labels)
     assert judge.score(data.train).distance == pytest.approx(0, abs=1e-4)  # roots of 1e-16
-    assert real.distance < 0.5 * judge.score(alike).distance
-    assert real.distance < 0.5 * judge.score(noise).distance
+    assert len(references) == 4
+    assert all(score.distance > 2 * real.distance for score in [*references.values()][1:])
     monkeypatch.setattr(diffusion_judge.models, "fit", None)  # it is read from its file, not trained again
     assert diffusion_judge.Judge(data, tmp_path).score(data.test) == real
 
@@ -245,7 +245,7 @@ def test_table():
         for seed in range(2)
     }
     results[Key("fixed", 0)] = Result(70.0, 3.0, **ROW)
-    assert diffusion.format_table(results, Score(91.0, 0.25)).splitlines()[2:] == [
+    assert diffusion.format_table(results, {"real, held out": Score(91.0, 0.25)}).splitlines()[2:] == [
         "| real, held out | 91.00 | - | 0.25 | - | - |",
         "| `none` | 80.50 ± 0.71 (2) | - | 2.00 ± 0.00 (2) | - | 10 |",
         "| `fixed` | 70.00 (1) | -10.00 | 3.00 (1) | +1.00 | 10 |",
