@@ -117,6 +117,9 @@ def test_a_killed_comparison_goes_on_by_whole_runs(photos, tmp_path, monkeypatch
     assert [(key, r.accuracy, r.distance, r.loss) for key, r in resumed.items()] == [
         (key, r.accuracy, r.distance, r.loss) for key, r in unbroken.items()
     ]
+    for weights in (tmp_path / "broken" / "weights").glob("full-*.pt"):  # as where runs.csv alone was kept
+        weights.unlink()
+    assert run(photos, tmp_path / "broken", *arguments, "--report") == resumed
 
 
 def test_first_weights_and_draws_are_the_same_for_every_kind(data, monkeypatch):
