@@ -226,8 +226,8 @@ def describe(results: Mapping[Key, Result], config: Mapping[str, Any], *, num_ju
         f"{config['steps']} training steps of {BATCH_SIZE} images. They are read by a classifier that was trained here "
         f"on the same training images. The Fréchet distance is between its features of the images drawn and of the "
         f"training images: the less, the better. It is no FID, which has Inception's features. Above stand other "
-        f"images, at most as many. Mean ± standard deviation (number of seeds). Differences are taken seed by seed, with "
-        f"their mean's 95 % interval (Student's t), where there are two seeds or more. "
+        f"images, at most as many. Mean ± standard deviation (number of seeds). Differences are taken seed by seed, "
+        f"with their mean's 95 % interval (Student's t), where there are two seeds or more. "
         f"{' to '.join(dict.fromkeys((found['date'][0], found['date'][-1])))}, torch {', '.join(found['torch'])}, "
         f"diffusers {', '.join(found['diffusers'])}, {'; '.join(found['machine'])}."
     )
