@@ -89,15 +89,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The paper's Tables 3, 4 and 5, other resolutions, trained models.")
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"{', '.join(studies)} (default: tables)")
     parser.add_argument("--data", type=Path, default=DEBIAN, help=f"folder of images (default: {DEBIAN})")
-    parser.add_argument("--size", type=_at_least(1), default=28, help="of the images in pixels (default: 28)")
-    parser.add_argument("--patch-size", type=_at_least(1), default=4, help="of the plain ViT in pixels (default: 4)")
+    parser.add_argument("--size", type=at_least(1), default=28, help="of the images in pixels (default: 28)")
+    parser.add_argument("--patch-size", type=at_least(1), default=4, help="of the plain ViT in pixels (default: 4)")
     parser.add_argument(
-        "--other-sizes", type=_at_least(1), nargs="+", default=[40, 56, 84, 112], help="default: 40 56 84 112"
+        "--other-sizes", type=at_least(1), nargs="+", default=[40, 56, 84, 112], help="default: 40 56 84 112"
     )
     parser.add_argument("--full", action="store_true", help="3 seeds of long trainings instead of 2 of short ones")
-    parser.add_argument("--seeds", type=_at_least(1), help="how many, from 0 on")
+    parser.add_argument("--seeds", type=at_least(1), help="how many, from 0 on")
     parser.add_argument("--report", action="store_true", help="train nothing: tables and pictures of what is there")
-    parser.add_argument("--threads", type=_at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
+    parser.add_argument("--threads", type=at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
     parser.add_argument("--output", type=Path, help="default: outputs/ablation, with --full outputs/ablation-full")
     arguments = parser.parse_args(argv)
     for study in arguments.studies:
@@ -117,7 +117,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _at_least(low: int) -> Callable[[str], int]:
+def at_least(low: int) -> Callable[[str], int]:
+    """What argparse calls to read a whole number that is no smaller."""
+
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < low:
             raise argparse.ArgumentTypeError(f"must be a whole number >= {low}: got {text!r}")

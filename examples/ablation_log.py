@@ -1,26 +1,13 @@
-"""The log of ablation.py: a CSV with one row for each result as it ends, which several processes may write at a time.
+"""What is in the log of ablation.py."""
 
-runs.csv       the results, each with the hash of its configuration
-config.json    the configuration, for the error that says what differs
-locks/         a file for each run; the system drops the lock on it when its process ends, however that ends
-weights/       of runs that are done, so that they can be measured in further ways
-"""
-
-import csv
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from run_log import Log, LogError, write_whole
 
-
-class LogError(ValueError):
-    """A log that this run cannot go on with."""
+__all__ = ["Key", "LogError", "Result", "RunLog", "write_whole"]
 
 
 @dataclass(frozen=True)
@@ -47,118 +34,8 @@ class Result:
     machine: str
 
 
-COLUMNS = ["config", *(field.name for field in (*fields(Key), *fields(Result)))]
-
-
-class RunLog:
-    """Results by key, in a folder.
-
-    Args:
-        folder: Made if it is not there.
-        config: All that the results depend on but the key, JSON values.
-
-    Raises:
-        LogError: the folder has results of another configuration, or a file that is not such a log.
-    """
+class RunLog(Log[Key, Result]):
+    """See Log."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self.folder, self.path = folder, folder / "runs.csv"
-        self.config = json.loads(json.dumps(config))
-        self.hash = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:12]
-        for part in ("locks", "weights"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            self._check_config()
-            self._read()
-            config_path = folder / "config.json"
-            write_whole(config_path, lambda part: part.write_text(json.dumps(self.config, indent=1), encoding="utf-8"))
-
-    def results(self) -> dict[Key, Result]:
-        """All that is there now, of this process and of others."""
-        with self._alone():
-            return self._read()
-
-    def add(self, key: Key, result: Result) -> None:
-        """One more row; what is there already stays as it is."""
-        with self._alone():
-            if key in self._read():
-                return
-            is_new = not self.path.exists() or not self.path.stat().st_size
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                if is_new:
-                    writer.writerow(COLUMNS)
-                writer.writerow([self.hash, *asdict(key).values(), *asdict(result).values()])
-                file.flush()
-                os.fsync(file.fileno())
-
-    @contextmanager
-    def claim(self, name: str) -> Iterator[bool]:
-        """True while this process alone has the run of that name; False where another one has it."""
-        try:
-            with FileLock(self.folder / "locks" / name, timeout=0):
-                yield True
-        except Timeout:
-            yield False
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with FileLock(self.folder / "locks" / "log", timeout=60):
-            yield
-
-    def _check_config(self) -> None:
-        path = self.folder / "config.json"
-        if not path.exists():
-            return
-        try:
-            theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise LogError(f"{path} must be as it was written: {error}. {self._remedy}") from error
-        names = [name for name in {**self.config, **theirs} if self.config.get(name) != theirs.get(name)]
-        if names:
-            differ = "; ".join(f"{name}: {theirs.get(name)} there, {self.config.get(name)} here" for name in names)
-            raise LogError(
-                f"{self.folder} must have results of this configuration: got others, {differ}. {self._remedy}"
-            )
-
-    def _read(self) -> dict[Key, Result]:
-        """A line that a killed process has left unfinished is cut off first."""
-        if not self.path.exists():
-            return {}
-        content = self.path.read_bytes()
-        if not content.endswith(b"\n"):
-            content = content[: content.rfind(b"\n") + 1]
-            write_whole(self.path, lambda part: part.write_bytes(content))
-        lines = list(csv.reader(content.decode("utf-8").splitlines()))
-        if not lines:
-            return {}
-        if lines[0] != COLUMNS or any(len(line) != len(COLUMNS) for line in lines):
-            raise LogError(f"{self.path} must have the columns {', '.join(COLUMNS)}: got {lines[0]}. {self._remedy}")
-        results = {}
-        for line in lines[1:]:
-            row = dict(zip(COLUMNS, line, strict=True))
-            if row["config"] != self.hash:
-                raise LogError(
-                    f"{self.path} must have results of this configuration, {self.hash}: got {row['config']}. "
-                    f"{self._remedy}"
-                )
-            try:
-                results[_parse(Key, row)] = _parse(Result, row)
-            except ValueError as error:
-                raise LogError(f"{self.path} must have numbers where they belong: {error}. {self._remedy}") from error
-        return results
-
-    @property
-    def _remedy(self) -> str:
-        return "Give the same arguments and data, or choose another --output."
-
-
-def _parse(made: type, row: Mapping[str, str]) -> Any:
-    return made(**{field.name: field.type(row[field.name]) for field in fields(made)})  # type: ignore[operator]
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The new file, or what was there before. Whoever writes it holds a lock, so that what is left over is replaced."""
-    part = path.with_name(path.name + ".incomplete")
-    write(part)
-    os.replace(part, path)
+        super().__init__(folder, config, Key, Result)

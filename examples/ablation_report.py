@@ -2,19 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.special import stdtrit
 
 from ablation_log import Key, Result, write_whole
 from ablation_runs import GATES, LONGER, MECHANISMS, NORMS, REFERENCE, SCALES, SPREAD, TRANSFERS, TUNED, TWICE
-
-CONFIDENCE = 0.95
+from seeds import mean_and_spread, paired_difference
 
 TABLES: dict[str, dict[str, str]] = {
     "Table 3, gating": {"none": "No decay", "fixed": "Spatial Decay", "full": "Ours (full)"},
@@ -44,33 +41,6 @@ ARMS = {
 }
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of two accuracies seed by seed: the mean over seeds, and how far its 95 % interval reaches on both sides."""
-
-    mean: float
-    margin: float  # inf of one seed
-    num_seeds: int
-
-    def __str__(self) -> str:
-        if math.isinf(self.margin):
-            return f"{self.mean:+.2f}"
-        return f"{self.mean:+.2f} [{self.mean - self.margin:+.2f}, {self.mean + self.margin:+.2f}]"
-
-
-def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """ours - theirs, over the seeds of both, with Student's t; None without such a seed."""
-    differences = [ours[seed] - theirs[seed] for seed in sorted({*ours} & {*theirs})]
-    if not differences:
-        return None
-    count = len(differences)
-    margin = math.inf
-    if count > 1:
-        quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))  # of Student's t
-        margin = quantile * statistics.stdev(differences) / math.sqrt(count)
-    return Difference(statistics.mean(differences), margin, count)
-
-
 def accuracies(
     results: Mapping[Key, Result], model: str, positions: str, decay: str, after: str, size: int
 ) -> dict[int, float]:
@@ -81,14 +51,6 @@ def accuracies(
         for key, result in results.items()
         if (key.model, key.positions, key.decay, key.after, key.size) == wanted
     }
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation (number of seeds)."""
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread} ({len(values)})"
 
 
 def format_tables(results: Mapping[Key, Result], *, size: int) -> str:

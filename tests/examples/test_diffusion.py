@@ -1,294 +1,168 @@
-"""The diffusion example with a tiny model: files, sampling, and that a killed run ends as one that was not."""
+"""The diffusion example with a tiny model: training that is paired over kinds, sampling, judging, going on by runs."""
 
-import copy
-import itertools
-import os
-import random
-import signal
-import subprocess
-import sys
-from pathlib import Path
+import math
 
 import pytest
 import torch
-from filelock import FileLock
 
-from examples import diffusion
-from tests.faults import damaged, killed
+import diffusion
+import diffusion_judge
+import image_folder
+from diffusion import Key, Result
+from diffusion_judge import Gaussian, Score, fit_gaussian, frechet_distance
+from image_folder import Images
 
-NUM_DAMAGED, NUM_KILLS = 200, 20  # 1,000 and 100: nothing lost, nothing half loaded
 TINY = {"dim": 8, "depth": 1, "num_heads": 1, "mlp_ratio": 1, "gate_rank": 2, "learn_sigma": False}
-
-# Dies while the second checkpoint is written, but not yet in its place.
-KILLED = f"""
-import os, signal, torch
-from pathlib import Path
-from examples import diffusion
-
-diffusion.SMALL, diffusion.CHECKPOINT_EVERY, diffusion.BATCH_SIZE = {TINY}, 3, 8
-replace, num_written = os.replace, 0
-
-def kill_at_the_second(source, target):
-    global num_written
-    num_written += 1
-    if num_written == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-os.replace = kill_at_the_second
-torch.set_num_threads(1)
-diffusion.train("full", steps=20, seed=1, output=Path("."))
-"""
+ROW = {"loss": 0.5, "cpu_seconds": 10.0, "date": "2026-01-02", "torch": "2", "diffusers": "1", "machine": "m"}
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setattr(diffusion, "SMALL", TINY)
-    monkeypatch.setattr(diffusion, "BATCH_SIZE", 8)
-    monkeypatch.setattr(diffusion, "CHECKPOINT_EVERY", 3)
-    monkeypatch.setattr(diffusion, "SAMPLER_STEPS", 4)
-    monkeypatch.setattr(diffusion, "SAMPLES_PER_CLASS", 2)
+    for name, value in {"SMALL": TINY, "BATCH_SIZE": 8, "SAMPLER_STEPS": 4, "NUM_JUDGED": 12}.items():
+        monkeypatch.setattr(diffusion, name, value)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes that can be told from each other: bright above, or bright below."""
+    folder = tmp_path_factory.mktemp("photos")
+    torch.manual_seed(0)
+    for name, count in (("train", 80), ("t10k", 20)):
+        labels = torch.arange(count) % 2
+        pixels = torch.randint(0, 100, (count, 28, 28))
+        pixels[labels == 0, :14] += 150
+        pixels[labels == 1, 14:] += 150
+        shape = b"".join(n.to_bytes(4, "big") for n in pixels.shape)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(
+            bytes([0, 0, 8, 3]) + shape + bytes(pixels.flatten().tolist())
+        )
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + shape[:4] + bytes(labels.tolist()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(photos):
+    return image_folder.load(photos, diffusion.SIZE)
 
 
 @pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = diffusion.Training("full", steps=20, seed=0).model
+def model(data):
+    model = diffusion.build("full", data, seed=0)
     for parameter in model.parameters():  # adaLN-Zero starts with an output of nothing
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
-def run(output, *arguments):
-    return diffusion.main(["--steps", "20", "--threads", "1", "--output", str(output), *arguments])
+def run(photos, output, *arguments):
+    return diffusion.main(
+        ["--data", str(photos), "--steps", "20", "--threads", "1", "--output", str(output), *arguments]
+    )
 
 
-def test_data():
-    train, test = diffusion.load_data()
-    assert (len(train.images), len(test.images)) == (1400, 397)
-    assert train.images.shape[1:] == (1, 8, 8)
-    assert train.images.min() == -1
-    assert train.images.max() == 1
-    assert not {tuple(image) for image in train.images.flatten(1).tolist()} & {
-        tuple(image) for image in test.images.flatten(1).tolist()
-    }
-
-
-def test_classifier_reads_real_digits_and_no_others():
-    train, test = diffusion.load_data()
-    classifier = diffusion.fit_classifier(train)
-    assert diffusion.read(classifier, test) > 95
-    assert diffusion.read(classifier, diffusion.Digits(test.images, (test.labels + 1) % 10)) < 5
-
-
-def test_main_writes_pictures_and_state(tmp_path, capsys):
+def test_a_run_is_made_once_and_shown_again(photos, tmp_path, capsys):
     output = tmp_path / "new" / "outputs"
-    (result,) = run(output)["full"]
-    pictures = ["full-0-loss.png", "full-0-samples.png"]
-    assert sorted(path.name for path in output.glob("[!.]*")) == [*pictures, "full-0.pt"]
-    assert all((output / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    assert 0 <= result.guided <= 100
-    assert f"reads {result.guided:.1f} % of the samples" in capsys.readouterr().out
-    # Once more: it is done already, and says so. What a killed run left is removed.
-    (output / ".part-0").mkdir()
-    assert run(output)["full"] == [result]
-    assert not (output / ".part-0").exists()
-    assert "20 of 20 steps are done" in capsys.readouterr().out
+    results = run(photos, output)
+    assert [*results] == [Key("full", 0)]
+    assert 0 <= results[Key("full", 0)].accuracy <= 100
+    assert results[Key("full", 0)].distance > 0
+    shown = capsys.readouterr().out
+    table = (output / "results.md").read_text(encoding="utf-8")
+    assert table in shown
+    assert "12 images for each run (DDIM, 4 steps, guidance 1.5) after 20 training steps" in table
+    assert torch.__version__ in table
+    assert (output / "samples.png").read_bytes().startswith(b"\x89PNG")
+    before = (output / "runs.csv").read_bytes()
+    assert run(photos, output) == results
+    assert (output / "runs.csv").read_bytes() == before
+    assert capsys.readouterr().out == shown
+
+
+def test_results_of_another_configuration_are_refused(photos, data, tmp_path):
+    config = diffusion.describe_config(diffusion.parse_arguments(["--steps", "21", "--guidance", "2"]), data)
+    diffusion.Log(tmp_path, config, Key, Result)
+    with pytest.raises(SystemExit, match=r"got others, steps: 21 there, 20 here; guidance: 2.0 there, 1.5 here\. Give"):
+        run(photos, tmp_path)
+
+
+def test_nothing_to_report(photos, tmp_path):
+    with pytest.raises(SystemExit, match=r"runs\.csv has no results yet\. Leave --report out"):
+        run(photos, tmp_path, "--report")
+
+
+def test_no_images(tmp_path):
+    with pytest.raises(SystemExit, match="must hold Fashion-MNIST .* got no such folder"):
+        run(tmp_path / "nowhere", tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_run_ends_as_one_that_was_not(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, env=environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    (left,) = tmp_path.glob(".part-*")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "full-1.pt"]
-    assert len(torch.load(tmp_path / "full-1.pt", weights_only=True)["losses"]) == 3
+def test_a_killed_comparison_goes_on_by_whole_runs(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "COMPARED", ("none", "full"))
+    arguments = ("--compare", "--seeds", "2")
+    unbroken = run(photos, tmp_path / "unbroken", *arguments)
+    assert [*unbroken] == [Key("none", 0), Key("full", 0), Key("none", 1), Key("full", 1)]
 
-    (tmp_path / "unbroken").mkdir()
-    unbroken = diffusion.train("full", steps=20, seed=1, output=tmp_path / "unbroken")
-    resumed = diffusion.train("full", steps=20, seed=1, output=tmp_path)
-    assert len(unbroken.losses) == 20
-    assert resumed.losses == unbroken.losses
-    for name in ("model", "ema"):
-        states = [getattr(training, name).state_dict() for training in (resumed, unbroken)]
-        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-    seeded = diffusion.Training("full", steps=20, seed=2)
-    assert seeded.step(diffusion.load_data()[0]) != unbroken.losses[0]
+    make, made = diffusion.make, []
 
+    def three(key, *others):
+        assert len(made) < 2, "the third run is not to be made"
+        made.append(key)
+        make(key, *others)
 
-def test_checkpoint_of_other_settings(tmp_path):
-    run(tmp_path)
-    before = (tmp_path / "full-0.pt").read_bytes()
-    with pytest.raises(SystemExit, match="steps=20 where this run has 21") as stopped:
-        run(tmp_path, "--steps", "21")
-    assert "Give the same arguments. Delete" in str(stopped.value)
-    assert (tmp_path / "full-0.pt").read_bytes() == before
+    monkeypatch.setattr(diffusion, "make", three)
+    with pytest.raises(AssertionError, match="third"):
+        run(photos, tmp_path / "broken", *arguments)
+    made.clear()
+    resumed = run(photos, tmp_path / "broken", *arguments)
+    assert made == [Key("none", 1), Key("full", 1)]
+    assert [(key, r.accuracy, r.distance, r.loss) for key, r in resumed.items()] == [
+        (key, r.accuracy, r.distance, r.loss) for key, r in unbroken.items()
+    ]
+    for weights in (tmp_path / "broken" / "weights").glob("full-*.pt"):  # as where runs.csv alone was kept
+        weights.unlink()
+    assert run(photos, tmp_path / "broken", *arguments, "--report") == resumed
 
 
-@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
-def test_truncated_checkpoint(kept, tmp_path):
-    path = tmp_path / "full-0.pt"
-    diffusion.Training("full", steps=20, seed=0).save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
-    with pytest.raises(
-        SystemExit, match=r"must be a whole checkpoint of this (.|\n)*Delete .*full-0\.pt to start again"
-    ):
-        run(tmp_path)
+def test_first_weights_and_draws_are_the_same_for_every_kind(data, monkeypatch):
+    models = {kind: diffusion.build(kind, data, seed=3) for kind in ("none", "full")}
+    shared = models["none"].state_dict()
+    assert shared.keys() < models["full"].state_dict().keys()
+    assert all(torch.equal(value, models["full"].state_dict()[name]) for name, value in shared.items())
+    # Without a step of the weights the output stays 0: the loss is that of the images and noise that are drawn.
+    monkeypatch.setattr(diffusion, "LEARNING_RATE", 0.0)
+    losses = [
+        diffusion.train(model, data.train, steps=3, seed=3, after_step=lambda: None)[1] for model in models.values()
+    ]
+    assert losses[0] == losses[1]
+    assert len({*losses[0]}) == 3
 
 
-def test_file_of_something_else(tmp_path):
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "full-0.pt")
-    with pytest.raises(SystemExit, match=r"must be a whole checkpoint of this example: got KeyError\('settings'\)"):
-        run(tmp_path)
+def test_training_gives_the_average_of_the_weights(data, monkeypatch):
+    def trained(share):
+        monkeypatch.setattr(diffusion, "EMA_DECAY", share)
+        monkeypatch.setattr(diffusion, "LEARNING_RATE", 1e-2)
+        model = diffusion.build("full", data, seed=0)
+        averaged, losses = diffusion.train(model, data.train, steps=20, seed=0, after_step=lambda: None)
+        assert len(losses) == 20
+        assert sum(losses[-5:]) < sum(losses[:5])
+        return (torch.cat([p.flatten() for p in part.parameters()]) for part in (model, averaged))
 
-
-def state(training):
-    """All numbers of a run, by path."""
-    numbers = {}
-
-    def walk(path, value):
-        if isinstance(value, (dict, list, tuple)):
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                walk((*path, key), part)
-        else:
-            numbers[path] = value.tolist() if isinstance(value, torch.Tensor) else value
-
-    parts = {name: getattr(training, name).state_dict() for name in ("model", "ema", "optimizer", "schedule")}
-    walk((), parts | {"losses": training.losses, "seconds": training.seconds, "random": torch.get_rng_state()})
-    return numbers
-
-
-def started():
-    return diffusion.Training("full", steps=20, seed=0)
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A checkpoint after one step, and its state."""
-    training = started()
-    training.step(diffusion.load_data()[0])
-    training.save(tmp_path / "full-0.pt")
-    return tmp_path / "full-0.pt", state(training)
-
-
-def test_one_other_byte_of_a_weight(saved):
-    path, _ = saved
-    first = next(iter(torch.load(path, weights_only=True)["model"].values()))
-    path.write_bytes(path.read_bytes().replace(first.numpy().tobytes(), (first + 1).numpy().tobytes()))
-    mended = "mended upstream, see pytorch/pytorch#126952: remove testzip from examples/diffusion.py"
-    assert not torch.equal(next(iter(torch.load(path, weights_only=True)["model"].values())), first), mended
-    with pytest.raises(SystemExit, match=r"must be a whole checkpoint .*another checksum for .*/data/\d+'.*Delete "):
-        run(path.parent)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda saved: saved["losses"].append(0.5), "2 losses of 1 steps"),
-        (lambda saved: saved["ema"].popitem(), "Missing key"),
-        (lambda saved: saved["optimizer"]["param_groups"].clear(), "parameter group"),
-        (lambda saved: saved.update(random=torch.zeros(3)), "got TypeError"),
-    ],
-    ids=["losses", "average", "optimizer", "random"],
-)
-def test_parts_that_do_not_fit_leave_all_as_it_was(spoil, message, saved):
-    path, _ = saved
-    contents = copy.deepcopy(torch.load(path, weights_only=True))
-    spoil(contents)
-    torch.save(contents, path)
-    training = started()
-    before = state(training)
-    with pytest.raises(diffusion.CheckpointError, match=f"full-0.pt must be a whole checkpoint (.|\n)*{message}"):
-        training.load(path)
-    assert state(training) == before
-
-
-def test_a_second_run_in_one_folder(saved):
-    path, _ = saved
-    with FileLock(path.parent / ".lock"), pytest.raises(SystemExit, match="another one is at work in .*Wait until"):
-        run(path.parent)
-    assert sorted(path.name for path in path.parent.glob("[!.]*")) == ["full-0.pt"]
-
-
-def test_who_writes_the_same_file_meanwhile_writes_another_part(tmp_path):
-    path = tmp_path / "table.md"
-
-    def write(part):
-        part.write_text("first ")
-        diffusion.write_whole(path, lambda other: other.write_text("meanwhile"))
-        assert path.read_text() == "meanwhile"
-        with part.open("a") as file:
-            file.write("second")
-
-    diffusion.write_whole(path, write)
-    assert path.read_text() == "first second"
-
-
-@pytest.mark.slow
-def test_damaged_checkpoints_are_refused(saved):
-    path, good = saved
-    content, rng, training = path.read_bytes(), random.Random(0), started()
-    before, refused = state(training), 0
-    for _ in range(NUM_DAMAGED):
-        path.write_bytes(damaged(content, rng))
-        try:
-            training.load(path)
-        except diffusion.CheckpointError:
-            assert state(training) == before
-            refused += 1
-        else:  # what is between the parts of a zip file is read by nobody
-            assert state(training) == good
-            training = started()
-    assert refused > 0.8 * NUM_DAMAGED
-
-
-@pytest.mark.slow
-def test_killed_while_it_saves(saved):
-    path, first = saved
-    training = started()
-    training.load(path)
-    training.step(diffusion.load_data()[0])
-    content, second, draws, rng = path.read_bytes(), state(training), torch.get_rng_state(), random.Random(0)
-
-    def is_killed(**moment):
-        torch.set_rng_state(draws)
-        was_killed = killed(lambda: training.save(path), **moment)
-        again = started()
-        again.load(path)
-        assert state(again) in (first, second)
-        path.write_bytes(content)
-        return was_killed
-
-    moments = next(at for at in itertools.count() if not is_killed(at=at))
-    assert moments > 3
-    assert sum(is_killed(after=rng.uniform(0, 0.02)) for _ in range(NUM_KILLS)) > NUM_KILLS // 4
-
-
-def test_failed_write_leaves_the_file_before(tmp_path):
-    (tmp_path / "table.md").write_text("before")
-
-    def fail(part):
-        part.write_text("half")
-        raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        diffusion.write_whole(tmp_path / "table.md", fail)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+    last, averaged = trained(0.0)
+    torch.testing.assert_close(averaged, last)
+    last, averaged = trained(0.9)
+    assert (averaged - last).abs().max() > 1e-3
 
 
 def test_sampling_repeats_for_a_seed_and_differs_for_another(model):
-    labels = torch.arange(10)
+    labels = torch.arange(2).repeat(2)
     images = [diffusion.sample(model, labels, guidance=1.5, seed=seed) for seed in (3, 3, 4)]
-    assert images[0].shape == (10, 1, 8, 8)
+    assert images[0].shape == (4, 1, 28, 28)
     assert images[0].abs().max() <= 1
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
 
 
 def test_guidance_goes_from_no_class_to_the_class_and_beyond(model):
-    labels, others = torch.full((4,), 2), torch.full((4,), 7)
+    labels, others = torch.full((4,), 0), torch.full((4,), 1)
 
     def drawn(labels, guidance):
         return diffusion.sample(model, labels, guidance=guidance, seed=0)
@@ -298,16 +172,15 @@ def test_guidance_goes_from_no_class_to_the_class_and_beyond(model):
     assert (drawn(labels, 3.0) - drawn(labels, 1.0)).abs().max() > 0.01
 
 
-def test_sampler_draws_what_a_perfect_model_knows(model, monkeypatch):
-    image = 1.5 * diffusion.load_data()[0].images[:1]  # as guidance may ask for: darker than ink, whiter than paper
+def test_sampler_draws_what_a_perfect_model_knows(model, data, monkeypatch):
+    image = 1.5 * (data.train.pixels[:1] / 127.5 - 1)  # as guidance may ask for: darker than ink, whiter than paper
     noises = []
 
     def perfect(x, t, y, cfg_scale):
         kept = diffusion.NOISE.alphas_cumprod[t].view(-1, 1, 1, 1)
         noises.append((x - kept.sqrt() * image) / (1 - kept).sqrt())
-        return (kept.sqrt() * x - image) / (
-            1 - kept
-        ).sqrt()  # v, as x = kept ** 0.5 * image + (1 - kept) ** 0.5 * noise
+        # v, as x = kept ** 0.5 * image + (1 - kept) ** 0.5 * noise
+        return (kept.sqrt() * x - image) / (1 - kept).sqrt()
 
     monkeypatch.setattr(model, "forward_with_cfg", perfect)
     drawn = diffusion.sample(model, torch.zeros(3, dtype=torch.long), guidance=1.0, seed=0)
@@ -316,22 +189,70 @@ def test_sampler_draws_what_a_perfect_model_knows(model, monkeypatch):
     torch.testing.assert_close(noises[-1], noises[0], rtol=0, atol=1e-3)  # nothing was clipped on the way
 
 
-def test_compare(tmp_path, capsys):
-    results = run(tmp_path, "--compare", "--seed", "1")
-    assert {name: len(seeds) for name, seeds in results.items()} == {"none": 3, "fixed": 3, "full": 3}
-    written = (tmp_path / "compare.md").read_text(encoding="utf-8")
-    assert written in capsys.readouterr().out
-    assert "over 3 seeds (1, 2, 3)" in written
-    assert torch.__version__ in written
-    assert not [*tmp_path.glob("*.png")]
+def test_frechet_distance_of_known_gaussians():
+    # Covariances with the same axes: |m_1 - m_2|^2 and the sum of (s_1 - s_2)^2 over their standard deviations.
+    axes = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+
+    def gaussian(mean, variances):
+        return Gaussian(torch.tensor(mean).double(), axes @ torch.diag(torch.tensor(variances).double()) @ axes.T)
+
+    ours, theirs = gaussian([1.0, 2.0, 3.0], [1.0, 4.0, 0.0]), gaussian([1.0, 0.0, 3.0], [9.0, 1.0, 0.25])
+    known = 2.0**2 + (1 - 3) ** 2 + (2 - 1) ** 2 + (0 - 0.5) ** 2
+    assert frechet_distance(ours, theirs) == pytest.approx(known, abs=1e-7)
+    assert frechet_distance(theirs, ours) == pytest.approx(known, abs=1e-7)
+    assert frechet_distance(ours, ours) == pytest.approx(0, abs=1e-7)
+
+
+def test_frechet_distance_where_covariances_do_not_commute():
+    # In two dimensions tr (C_1 C_2)^(1/2) = (tr(C_1 C_2) + 2 (det C_1 det C_2)^(1/2))^(1/2).
+    ours, theirs = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double(), torch.tensor([[5.0, -2.0], [-2.0, 1.0]]).double()
+    assert not torch.allclose(ours @ theirs, theirs @ ours)
+    trace = math.sqrt((2 * 5 - 2 * 1 * 2 + 3 * 1) + 2 * math.sqrt(5.0 * 1.0))
+    zero = torch.zeros(2).double()
+    found = frechet_distance(Gaussian(zero, ours), Gaussian(zero, theirs))
+    assert found == pytest.approx(5 + 6 - 2 * trace, abs=1e-12)
+
+
+def test_gaussian_of_features():
+    found = fit_gaussian(torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]]))
+    assert found.mean.tolist() == [2.0, 2.0]
+    assert found.covariance.tolist() == [[4.0, 3.0], [3.0, 3.0]]
+    assert found.mean.dtype == found.covariance.dtype == torch.float64
+
+
+@pytest.fixture
+def judge(data, tmp_path):
+    for part in ("locks", "weights"):
+        (tmp_path / part).mkdir()
+    return diffusion_judge.Judge(data, tmp_path)
+
+
+def test_judge_tells_classes_and_real_images_from_others(judge, data, tmp_path, monkeypatch):
+    references = judge.references(20)
+    real = references["real, held out"]
+    assert real == judge.score(data.test)
+    assert real.accuracy > 90
+    assert judge.score(Images(data.test.pixels, 1 - data.test.labels)).accuracy == pytest.approx(100 - real.accuracy)
+    assert judge.score(data.train).distance == pytest.approx(0, abs=1e-4)  # roots of 1e-16
+    assert len(references) == 4
+    assert all(score.distance > 2 * real.distance for score in [*references.values()][1:])
+    monkeypatch.setattr(diffusion_judge.models, "fit", None)  # it is read from its file, not trained again
+    assert diffusion_judge.Judge(data, tmp_path).score(data.test) == real
 
 
 def test_table():
-    results = {"none": [diffusion.Result(97.0 + i, 90.0, 10.0 * i) for i in range(3)]}
-    assert diffusion.format_table(results, guidance=1.5).splitlines() == [
-        "| decay | guidance 1.5 (%) | no guidance (%) | training (s) |",
-        "|---|---|---|---|",
-        "| `none` | 98.0 ± 1.0 | 90.0 ± 0.0 | 10.0 ± 10.0 |",
+    found = {"none": (80, 2.0), "full": (81, 1.5)}
+    results = {
+        Key(kind, seed): Result(accuracy + seed * (1 + (kind == "full")), distance, **ROW)
+        for kind, (accuracy, distance) in found.items()
+        for seed in range(2)
+    }
+    results[Key("fixed", 0)] = Result(70.0, 3.0, **ROW)
+    assert diffusion.format_table(results, {"real, held out": Score(91.0, 0.25)}).splitlines()[2:] == [
+        "| real, held out | 91.00 | - | 0.25 | - | - |",
+        "| `none` | 80.50 ± 0.71 (2) | - | 2.00 ± 0.00 (2) | - | 10 |",
+        "| `fixed` | 70.00 (1) | -10.00 | 3.00 (1) | +1.00 | 10 |",
+        "| `full` | 82.00 ± 1.41 (2) | +1.50 [-4.85, +7.85] | 1.50 ± 0.00 (2) | -0.50 [-0.50, -0.50] | 10 |",
     ]
 
 
@@ -341,8 +262,7 @@ def test_table():
         (["--decay", "fuller"], "invalid choice: 'fuller'"),
         (["--decay", "fixed", "--compare"], "not allowed with argument"),
         (["--steps", "19"], "must be a whole number >= 20: got '19'"),
-        (["--seed", "-1"], "must be a whole number >= 0: got '-1'"),
-        (["--threads", "0"], "must be a whole number >= 1: got '0'"),
+        (["--seeds", "0"], "must be a whole number >= 1: got '0'"),
         (["--guidance", "strong"], "invalid float value: 'strong'"),
         (["--guidance", "nan"], "must be a number >= 0: got nan"),
         (["--output", __file__], "must be a folder"),

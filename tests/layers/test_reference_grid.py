@@ -93,8 +93,8 @@ def test_opposite_borders_stay_as_far(kind):
         torch.manual_seed(0)
         mask = make(kind, (1, 101))(x)
         masks.append((mask if isinstance(mask, Tensor) else mask[1]).flatten(0, -3)[:HEADS, 0, -1].detach())
-    for larger in masks[1:]:
-        torch.testing.assert_close(larger, masks[0], rtol=0.02, atol=0)  # n * 100 of 1 + n * 100 steps
+    for larger in masks[1:]:  # n * 100 of 1 + n * 100 steps, or their square
+        torch.testing.assert_close(larger, masks[0], rtol=0.04 if kind == "squared" else 0.02, atol=0)
 
 
 def test_the_gates_gradient_is_that_of_the_steps():
