@@ -218,7 +218,9 @@ def _linear(module: nn.Module, name: str, styles: Plan) -> Plan:
 def _with_parameters(module: nn.Module, styles: Plan) -> Plan:
     """Of those submodules that are there and have parameters."""
     parts = dict(module.named_children())
-    return {part: style for part, style in styles.items() if part in parts and any(True for _ in parts[part].parameters())}
+    return {
+        part: style for part, style in styles.items() if part in parts and any(True for _ in parts[part].parameters())
+    }
 
 
 def _block_of(model: nn.Module, name: str) -> str:
@@ -244,7 +246,9 @@ def _check_to_split(model: nn.Module) -> None:
     """Raise where a model cannot be split any more, or not at all."""
     for name, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule":
-            raise ValueError(f"torch.compile must come after the plan: got a compiled module at {name or 'the root'!r}.")
+            raise ValueError(
+                f"torch.compile must come after the plan: got a compiled module at {name or 'the root'!r}."
+            )
     if split := [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]:
         raise ValueError(
             f"the model must not be split yet: got DTensors such as {split[0]!r}. Build it anew; tensor_plan comes "

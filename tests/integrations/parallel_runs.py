@@ -7,14 +7,15 @@ import copy
 import os
 import sys
 import tempfile
+import traceback
 import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,8 +26,10 @@ from spatial_decay.integrations.parallel import sharding_plan, tensor_plan
 from spatial_decay.layers import SpatialDecayAttention
 from spatial_decay.models.sdt_p import SDTPBlock
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
-"""Of outputs and of gradients, relative to the largest value; bf16: autocast, whose sums over heads are rounded."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Of outputs and of gradients, by dtype of autocast: float32 to the largest value, bfloat16 by norms."""
+OF_POLICY = {None: 1e-5, torch.bfloat16: 0.15}
+"""By dtype of the plan: bfloat16 then adds gradients over images too, other images on each process."""
 
 
 # Models, each with a batch: (build, arguments of a call). Small numbers, but with every part that is split.
@@ -54,14 +57,32 @@ def sdt_h():
 
 
 def rmt():
-    model = sd.models.rmt_tiny(5, embed_dims=(16, 32), depths=(1, 1), num_heads=4, mlp_ratios=3, init_values=0.5,
-                               decay=[sd.kinds.FixedDecomposed(), sd.kinds.Fixed()], drop_path_rate=0.0)
+    model = sd.models.rmt_tiny(
+        5,
+        embed_dims=(16, 32),
+        depths=(1, 1),
+        num_heads=4,
+        mlp_ratios=3,
+        init_values=0.5,
+        decay=[sd.kinds.FixedDecomposed(), sd.kinds.Fixed()],
+        drop_path_rate=0.0,
+    )
     return model, (torch.randn(2, 3, 32, 48),)
 
 
 def vit():
-    model = sd.ViT(5, img_size=32, patch_size=8, dim=32, depth=2, num_heads=4, decay="full", num_registers=2,
-                   qk_norm=True, init_values=0.5)
+    model = sd.ViT(
+        5,
+        img_size=32,
+        patch_size=8,
+        dim=32,
+        depth=2,
+        num_heads=4,
+        decay="full",
+        num_registers=2,
+        qk_norm=True,
+        init_values=0.5,
+    )
     return model, (torch.randn(2, 3, 32, 48),)
 
 
@@ -79,8 +100,9 @@ def sdt_p():
 def timm_vit():
     import timm
 
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=32, depth=2, num_heads=4, num_classes=5,
-                              qk_norm=True)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, embed_dim=32, depth=2, num_heads=4, num_classes=5, qk_norm=True
+    )
     sd.swap_attention(model, sd.kinds.Full(gate_bias_init=0.0), lpe_kernel_size=3, gate_rank=3)
     return model, (torch.randn(2, 3, 64, 64),)
 
@@ -101,8 +123,14 @@ def beit():
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     model = transformers.BeitForImageClassification(
-        transformers.BeitConfig(**sizes, image_size=64, num_labels=5, use_relative_position_bias=True,
-                                hidden_dropout_prob=0.0, drop_path_rate=0.0)
+        transformers.BeitConfig(
+            **sizes,
+            image_size=64,
+            num_labels=5,
+            use_relative_position_bias=True,
+            hidden_dropout_prob=0.0,
+            drop_path_rate=0.0,
+        )
     )
     sd.swap_attention(model, "fixed")
     return model, (torch.randn(2, 3, 64, 64),)
@@ -171,7 +199,7 @@ def gradients(model, arguments=()):
 def assert_close(found, wanted, tolerance, what):
     """Relative to a tensor's largest value (bf16: norm); some are 0 but for rounding, hence the largest of all too."""
     assert found.keys() == wanted.keys(), {*found} ^ {*wanted}
-    size = torch.linalg.vector_norm if tolerance > 1e-3 else lambda x: x.abs().max()
+    size = torch.linalg.vector_norm if tolerance > 1e-5 else lambda x: x.abs().max()
     largest = max(size(value).item() for value in wanted.values())
     for name, value in wanted.items():
         scale = max(size(value).item(), largest / 20)
@@ -209,7 +237,7 @@ def compare(name, change, *, dtype=torch.float32, dp_mesh=None, param_dtype=None
     (out * weights).sum().backward()
     found = output_of(other, mine, dtype)
     (found * weights.chunk(size)[rank] * size).sum().backward()  # fully_shard takes the mean
-    tolerance = TOLERANCE[param_dtype or dtype]
+    tolerance = TOLERANCE[dtype] if dp_mesh is None else OF_POLICY[param_dtype]
     assert_close({"out": found}, {"out": out.detach().chunk(size)[rank]}, tolerance, f"{name} output")
     given = (mine, arguments) if size == 1 else ((), ())
     assert_close(gradients(other, given[0]), gradients(model, given[1]), tolerance, f"{name} gradient")
@@ -230,100 +258,202 @@ def split_and_shard(model, mesh, param_dtype=None):
     return shard(split(model, mesh["tp"]), mesh["dp"], param_dtype)
 
 
-def mesh_of(dp, tp):
-    return init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
-
-
-def tensor_parallel():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for dtype in TOLERANCE:
-        for name in MODELS:
-            attempt(compare, name, lambda model: split(model, mesh), dtype=dtype)
-
-
-def sharded():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for name in BATCHED:
-        for dtype in (None, torch.bfloat16):
-            attempt(compare, name, lambda model: shard(model, mesh, dtype), dp_mesh=mesh, param_dtype=dtype)
-
-
-def two_dimensions():
-    mesh = mesh_of(2, dist.get_world_size() // 2)
-    for name in BATCHED:
-        for dtype in (None, torch.bfloat16):
-            attempt(compare, name, lambda model: split_and_shard(model, mesh, dtype), dp_mesh=mesh["dp"], param_dtype=dtype)
+def mesh_of(dp):
+    return init_device_mesh("cpu", (dp, dist.get_world_size() // dp), mesh_dim_names=("dp", "tp"))
 
 
 def compile_blocks(model):
     for block in [module for module in model.modules() if isinstance(module, (sd.SDTBlock, SDTPBlock))]:
+        # Sizes that vary are more than DTensors of torch 2.15 can be traced with.
         block.forward = torch.compile(block.forward, backend="aot_eager", dynamic=False)
     return model
 
 
 def checkpoint_blocks(model):
-    getattr(model, "set_grad_checkpointing", getattr(model, "gradient_checkpointing_enable", None))()
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
+        model, "gradient_checkpointing_enable", None
+    )
+    (enable or model.set_grad_checkpointing)()
     return model
 
 
+# Checks. Each is called on every process with the words behind its name.
+
+
+def tensor_parallel(*names):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name in names or MODELS:
+        for dtype in TOLERANCE:
+            compare(name, lambda model: split(model, mesh), dtype=dtype)
+
+
+def sharded(*names):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name in names or BATCHED:
+        for dtype in (None, torch.bfloat16):
+            compare(name, lambda model, dtype=dtype: shard(model, mesh, dtype), dp_mesh=mesh, param_dtype=dtype)
+
+
+def two_dimensions(*names):
+    mesh = mesh_of(2)
+    for name in names or BATCHED:
+        for dtype in (None, torch.bfloat16):
+            compare(
+                name,
+                lambda model, dtype=dtype: split_and_shard(model, mesh, dtype),
+                dp_mesh=mesh["dp"],
+                param_dtype=dtype,
+            )
+
+
 def on_top():
-    """Gradient checkpointing and torch.compile on each plan."""
-    world = dist.get_world_size()
-    line, mesh = init_device_mesh("cpu", (world,)), mesh_of(2, world // 2)
+    """Gradient checkpointing, torch.compile and both on each plan."""
+    line, mesh = init_device_mesh("cpu", (dist.get_world_size(),)), mesh_of(2)
     plans = {
-        "tensor": (lambda model: split(model, line), None),
-        "shards": (lambda model: shard(model, line), line),
+        "split": (lambda model: split(model, line), None),
+        "sharded": (lambda model: shard(model, line), line),
         "both": (lambda model: split_and_shard(model, mesh), mesh["dp"]),
     }
-    for plan, (change, dp) in plans.items():
-        for name in ("sdt_p", "sdt_h", "vit", "locatvit", "timm", "transformers"):
-            for last, first in {"checkpointed": checkpoint_blocks, "compiled": compile_blocks, "both": lambda m: compile_blocks(checkpoint_blocks(m))}.items():
-                if last != "checkpointed" and name in ("timm", "transformers"): continue
-                if dist.get_rank()==0: print(plan, last, end=" ")
-                attempt(compare, name, lambda model: change(first(model)), dp_mesh=dp)
+    for change, dp_mesh in plans.values():
+        for name in ("sdt_p", "sdt_h", "locatvit", "timm", "transformers"):
+            for first in (checkpoint_blocks, compile_blocks, lambda model: compile_blocks(checkpoint_blocks(model))):
+                torch._dynamo.reset()
+                compare(name, lambda model, first=first: change(first(model)), dp_mesh=dp_mesh)
+
+
+def float32_gates():
+    """What bf16 of the plan reaches: linear layers, and not gates and batch norms."""
+    mesh, seen = init_device_mesh("cpu", (dist.get_world_size(),)), {}
+
+    def note(module, _args, _out):
+        seen.setdefault(type(module).__name__.removeprefix("FSDP"), set()).update(
+            weight.dtype for weight in module.parameters(recurse=False)
+        )
+
+    for name in ("sdt_h", "locatvit"):
+        model, arguments = made(name)
+        shard(model, mesh, torch.bfloat16)
+        for module in model.modules():
+            module.register_forward_hook(note, prepend=True)
+        model(*arguments)
+    assert {seen["ContextAwareGate"].pop(), seen["_PreciseLinear"].pop(), seen["BatchNorm2d"].pop()} == {torch.float32}
+    assert seen["Linear"] == {torch.bfloat16}
+
+
+def steps():
+    """AdamW with clipped gradients: whole weights after three steps as on one process."""
+    line, mesh = init_device_mesh("cpu", (dist.get_world_size(),)), mesh_of(2)
+    for change in (lambda model: split(model, line), lambda model: split_and_shard(model, mesh)):
+        model, arguments = made("sdt_p")
+        other = change(copy.deepcopy(model))  # the whole batch on all: the mean over processes is it
+        norms = []
+        for each in (model, other):
+            optimizer = torch.optim.AdamW(each.parameters(), lr=1e-3, eps=1e-3, foreach=True)
+            for _ in range(3):
+                each(*arguments).square().mean().backward()
+                norms.append(whole(nn.utils.clip_grad_norm_(each.parameters(), 0.1)).item())
+                optimizer.step()
+                optimizer.zero_grad()
+        assert max(abs(a - b) for a, b in zip(norms[:3], norms[3:], strict=True)) < 1e-5 * max(norms), norms
+        states = [{name: whole(x).detach() for name, x in each.state_dict().items()} for each in (other, model)]
+        assert_close(*states, 1e-5, "weights")
+
+
+def checkpoints(folder):
+    """Saved under one mesh and loaded under others, and on one process without any plan."""
+    world = dist.get_world_size()
+    meshes = {"split": mesh_of(1), "both": mesh_of(2), "sharded": mesh_of(world)}
+
+    def trained(mesh, seed):
+        torch.manual_seed(seed)
+        model = MODELS["sdt_h"]()[0]
+        model = model if mesh is None else split_and_shard(model, mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        torch.manual_seed(0)
+        model(torch.randn(2, 3, 48, 64)).square().mean().backward()
+        optimizer.step()
+        return model, optimizer
+
+    def state_of(model, optimizer):
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+    def flat(state):
+        moments = {f"{name} {key}": x for name, of in state["optimizer"]["state"].items() for key, x in of.items()}
+        return {name: whole(x).detach().float() for name, x in (state["model"] | moments).items()}
+
+    for saved, mesh in meshes.items():
+        state = state_of(*trained(mesh, 0))
+        dcp.save(state, checkpoint_id=f"{folder}/{saved}")
+        wanted = flat(state)
+        for other in (mesh for loaded, mesh in meshes.items() if loaded != saved):
+            found = state_of(*trained(other, 1))
+            assert not torch.equal(
+                flat(found)["stages.0.blocks.0.attn.qkv.weight"], wanted["stages.0.blocks.0.attn.qkv.weight"]
+            )
+            dcp.load(found, checkpoint_id=f"{folder}/{saved}")
+            found = flat(found)
+            assert all(torch.equal(found[name], x) for name, x in wanted.items()), saved
+        found = state_of(*trained(None, 1))
+        dcp.load(found, checkpoint_id=f"{folder}/{saved}", no_dist=True)
+        found = flat(found)
+        assert all(torch.equal(found[name], x) for name, x in wanted.items()), saved
+
+
+def training(folder, *arguments):
+    """examples/train_sdt_p.py among these processes."""
+    import train_sdt_p
+
+    os.environ["WORLD_SIZE"] = str(dist.get_world_size())
+    destroy, train_sdt_p.start_processes = dist.destroy_process_group, lambda: torch.device("cpu")
+    dist.destroy_process_group = lambda: None
+    train_sdt_p.main([f"--latents={folder}/latents", *arguments])
+    dist.destroy_process_group = destroy
+
+
+def copies():
+    """A copy of a model with a plan computes the same."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model, arguments = made("sdt_p")
+    copied = copy.deepcopy(split(model, mesh))
+    assert torch.equal(copied(*arguments), model(*arguments))
 
 
 BATCHED = [name for name in MODELS if not name.startswith("masked")]
 
-def attempt(f, *a, **k):
-    r = dist.get_rank() == 0
-    try:
-        f(*a, **k)
-        if r: print("ok", a[0], k.get("dtype"), k.get("param_dtype"), {k: f"{v:.1e}" for k, v in WORST.items()})
-    except Exception as e:
-        if r:
-            import traceback; traceback.print_exc(limit=-2) if not isinstance(e, AssertionError) else None
-            print("FAIL", a[0], k.get("dtype"), k.get("param_dtype"), str(e)[:300])
-    WORST.clear()
 
-
-def main():
+def run(folder, rank, world, checks):
+    """On one process; what went wrong is printed."""
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    world, checks = int(sys.argv[1]), sys.argv[2:]
-    folder = tempfile.mkdtemp()
-    children = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                torch.set_num_threads(1)
-                dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-                                        timeout=timedelta(seconds=60))
-                for check in checks:
-                    globals()[check]()
-                dist.destroy_process_group()
-                code = 0
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush(); sys.stderr.flush()
-                os._exit(code)
-        children.append(pid)
-    codes = [os.waitpid(pid, 0)[1] for pid in children]
-    sys.exit(any(codes))
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    for check in checks:
+        name, *arguments = check.split("|")
+        globals()[name](*arguments)
+    if rank == 0:
+        print({what: f"{error:.1e}" for what, error in WORST.items()})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(world, *checks):
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(int(world)):
+            children.append(os.fork())
+            if children[-1] == 0:
+                code = 1
+                try:
+                    run(folder, rank, int(world), checks)
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+        sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
