@@ -156,8 +156,8 @@ def _host_attention(attn: nn.Module, added: AddedDecay, name: str, size: int) ->
         linear["o_proj" if hasattr(attn, "o_proj") else "out_proj"] = RowwiseParallel()
     else:
         raise TypeError(
-            f"attention must be of a class that is known to split: got {added.of_class} at {name or 'the root'!r}. Known "
-            f"are {', '.join([_TIMM[0], *_TRANSFORMERS])}; not their variants with gates, norms or rotary embedding "
+            f"attention must be of a class that is known to split: got {added.of_class} at "
+            f"{name or 'the root'!r}. Known are {', '.join([_TIMM[0], *_TRANSFORMERS])}; not their variants with gates, norms or rotary embedding "
             "between the projections. Use sharding_plan, which takes all."
         )
     norms = {part: Local(summed=("weight", "bias"), heads=1) for part in ("q_norm", "k_norm")}

@@ -79,7 +79,8 @@ class FusedByHeads(Local):
     one exchange of its shards, 1 / p of the weight a process.
 
     Args:
-        head_dim: d, for a host library's code: the output is a DTensor (B, L, 3, N, d) then. None: (B, L, 3 * d * N / p).
+        head_dim: d, for a host library's code: the output is a DTensor (B, L, 3, N, d) then. None: a tensor
+            (B, L, 3 * d * N / p).
     """
 
     mixin = _FusedLinear
@@ -91,7 +92,7 @@ class FusedByHeads(Local):
     def _placement(self, name: str) -> Placement:
         return Shard(1) if name == "weight" else Replicate()
 
-    def _names(self, module: nn.Module) -> tuple[str, ...]:
+    def _names(self, module: nn.Module) -> tuple[str, ...]:  # noqa: ARG002  none of any
         return ()  # forward takes them itself: a look at the weight's dtype must not exchange it
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

@@ -318,7 +318,7 @@ def on_top():
         for name in ("sdt_p", "sdt_h", "locatvit", "timm", "transformers"):
             for first in (checkpoint_blocks, compile_blocks, lambda model: compile_blocks(checkpoint_blocks(model))):
                 torch._dynamo.reset()
-                compare(name, lambda model, first=first: change(first(model)), dp_mesh=dp_mesh)
+                compare(name, lambda model, change=change, first=first: change(first(model)), dp_mesh=dp_mesh)
 
 
 def float32_gates():
@@ -430,7 +430,7 @@ def run(folder, rank, world, checks):
     for check in checks:
         name, *arguments = check.split("|")
         globals()[name](*arguments)
-    if rank == 0:
+    if rank == 0:  # the errors met
         print({what: f"{error:.1e}" for what, error in WORST.items()})
     dist.barrier()
     dist.destroy_process_group()
@@ -452,7 +452,8 @@ def main(world, *checks):
                     sys.stdout.flush()
                     sys.stderr.flush()
                     os._exit(code)
-        sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+        codes = [os.waitpid(child, 0)[1] for child in children]  # of all of them
+        sys.exit(any(codes))
 
 
 if __name__ == "__main__":
