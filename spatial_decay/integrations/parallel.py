@@ -157,8 +157,8 @@ def _host_attention(attn: nn.Module, added: AddedDecay, name: str, size: int) ->
     else:
         raise TypeError(
             f"attention must be of a class that is known to split: got {added.of_class} at "
-            f"{name or 'the root'!r}. Known are {', '.join([_TIMM[0], *_TRANSFORMERS])}; not their variants with gates, norms or rotary embedding "
-            "between the projections. Use sharding_plan, which takes all."
+            f"{name or 'the root'!r}. Known are {', '.join([_TIMM[0], *_TRANSFORMERS])}; not variants with gates, "
+            "norms or rotary embedding between the projections. Use sharding_plan, which takes all."
         )
     norms = {part: Local(summed=("weight", "bias"), heads=1) for part in ("q_norm", "k_norm")}
     core = {f"spatial_decay.{inner}": style for inner, style in _core(added, name, size).items()}

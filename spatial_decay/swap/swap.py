@@ -57,8 +57,8 @@ def swap_attention(
     nowhere.
 
     Args:
-        model: Changed in place. Swap before torch.compile, before it is wrapped or split for several processes, and before
-            making the optimizer.
+        model: Changed in place. Swap before torch.compile, before it is wrapped or split for several processes, and
+            before making the optimizer.
         decay: Kind of decay, see SpatialDecayMask: a name, a value such as kinds.Full(gate_bias_init=0.0), which starts
             with a strong one, or a mapping. Options that are left out are those of a quiet start, with next to no
             decay: gates have a trained bias that begins at 6 for `full`, and at 9 for the kinds that add up along a
