@@ -140,7 +140,7 @@ _TRANSFORMERS = tuple(
 
 def _attention(attn: SpatialDecayAttention, name: str, size: int) -> Plan:
     linear = {"qkv": FusedByHeads(), "proj": RowwiseParallel()}
-    norms = {part: Local(summed=("weight", "bias")) for part in ("q_norm", "k_norm")}
+    norms: Plan = {part: Local(summed=("weight", "bias")) for part in ("q_norm", "k_norm")}
     return {"": TokensIn()} | _linear(attn, name, linear) | _with_parameters(attn, norms) | _core(attn, name, size)
 
 
@@ -160,7 +160,7 @@ def _host_attention(attn: nn.Module, added: AddedDecay, name: str, size: int) ->
             f"{name or 'the root'!r}. Known are {', '.join([_TIMM[0], *_TRANSFORMERS])}; not variants with gates, "
             "norms or rotary embedding between the projections. Use sharding_plan, which takes all."
         )
-    norms = {part: Local(summed=("weight", "bias"), heads=1) for part in ("q_norm", "k_norm")}
+    norms: Plan = {part: Local(summed=("weight", "bias"), heads=1) for part in ("q_norm", "k_norm")}
     core = {f"spatial_decay.{inner}": style for inner, style in _core(added, name, size).items()}
     plan = {"": TokensIn(), "spatial_decay": HeadsOfHost()} | _linear(attn, name, linear)
     return plan | _with_parameters(attn, norms) | core
@@ -189,7 +189,7 @@ def _core(core: AttentionCore, name: str, size: int) -> Plan:
 
 def _mlp(mlp: nn.Module, name: str, size: int) -> Plan:
     plan = _linear(mlp, name, {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()})
-    _check_divides(mlp.get_submodule("fc2").in_features, size, "channels", name)
+    _check_divides(mlp.get_parameter("fc1.weight").shape[0], size, "channels", name)
     return plan | ({"conv.conv": DepthwiseByChannels()} if isinstance(mlp, ConvMlp) and mlp.conv is not None else {})
 
 

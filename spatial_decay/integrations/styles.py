@@ -237,8 +237,8 @@ def _local_class(cls: type, mixin: type, names: tuple[str, ...], summed: frozens
 
 
 def _read(name: str, *, is_summed: bool) -> property:
-    def read(module: nn.Module) -> Tensor | None:
-        parameter = module._parameters[name]
+    def read(module: nn.Module) -> Any:
+        parameter: Any = module._parameters[name]
         if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:  # as fully_shard keeps it at rest
             return parameter
         local = parameter.to_local()
