@@ -54,7 +54,6 @@ def tensor_plan(model: nn.Module, mesh: DeviceMesh) -> Plan:
 
     Examples:
         >>> from torch.distributed.tensor.parallel import parallelize_module
-        >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "tp"))  # doctest: +SKIP
         >>> plan = tensor_plan(model, mesh["tp"])  # doctest: +SKIP
         >>> parallelize_module(model, mesh["tp"], plan)  # doctest: +SKIP
     """
@@ -100,9 +99,12 @@ def sharding_plan(
         ValueError: it has no attention with decay, or is wrapped already.
 
     Examples:
-        >>> from torch.distributed.fsdp import fully_shard
-        >>> for modules, policy in sharding_plan(model, param_dtype=torch.bfloat16):  # doctest: +SKIP
-        ...     fully_shard(modules, mesh=mesh["dp"], mp_policy=policy)
+        >>> model = ViT(img_size=32, dim=48, depth=2, num_heads=3, decay="full")
+        >>> for modules, policy in sharding_plan(model):
+        ...     print([type(module).__name__ for module in modules])
+        ['SDTBlock']
+        ['SDTBlock']
+        ['ViT']
     """
     check_is_model(model)
     _check_not_wrapped(model)

@@ -90,15 +90,11 @@ def test_training_under_tensor_parallelism_loses_as_one_process(tmp_path):
     assert len(one) == 16
     split = ("--parallel=fsdp", "--tensor-parallel=2")
     assert run("split", 2, *split) == pytest.approx(one, rel=1e-5)
-    assert run("four", 4, "--parallel=fsdp", "--tensor-parallel=4", "--grad-checkpointing") == pytest.approx(
-        one, rel=1e-5
-    )
-    assert run("both", 4, *split, "--compile") == pytest.approx(one, rel=1e-5)
-    # Unbroken for 8 steps on one process, then on four: two shards of two parts.
+    # Half on one process, then on four: two shards of two parts.
     options["steps"] = 8
     run("resumed", 1)
     options["steps"] = 16
-    assert run("resumed", 4, *split, "--resume") == pytest.approx(one, rel=1e-5)
+    assert run("resumed", 4, *split, "--grad-checkpointing", "--resume") == pytest.approx(one, rel=1e-5)
 
 
 # One process that stands for several: nothing is sent.
