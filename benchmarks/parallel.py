@@ -7,6 +7,7 @@ Memory is the peak of resident memory above that of the process before it builds
 """
 
 import argparse
+import ctypes
 import os
 import tempfile
 import warnings
@@ -70,18 +71,19 @@ def step(folder: str, rank: int, dp: int, tp: int) -> int:
     """Peak memory of one step of training on this process, above that before."""
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=dp * tp)
     before = status("VmRSS")
     with torch.device("meta"):
-        model = sd.SDTP(32, num_classes=10, dim=512, depth=8, num_heads=8, class_dropout_prob=0.0)
+        model = sd.SDTP(32, num_classes=10, dim=512, depth=6, num_heads=8, class_dropout_prob=0.0)
     on_mesh(model, dp, tp).to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             (parameter.to_local() if isinstance(parameter, DTensor) else parameter).fill_(0.01)
     model.set_grad_checkpointing()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    size = 4 // dp
     for _ in range(2):  # AdamW makes its moments in the first
-        size = 4 // dp
         x, t, y = torch.zeros(size, 4, 32, 32), torch.zeros(size), torch.zeros(size, dtype=torch.long)
         model(x, t, y).square().mean().backward()
         optimizer.step()
