@@ -311,14 +311,15 @@ def on_top():
     line, mesh = init_device_mesh("cpu", (dist.get_world_size(),)), mesh_of(2)
     plans = {
         "split": (lambda model: split(model, line), None),
-        "sharded": (lambda model: shard(model, line), line),
+        "sharded": (lambda model: shard(model, mesh["dp"]), mesh["dp"]),
         "both": (lambda model: split_and_shard(model, mesh), mesh["dp"]),
     }
+    ours = dict.fromkeys(("sdt_p", "sdt_h", "locatvit"), lambda model: compile_blocks(checkpoint_blocks(model)))
+    hosts = dict.fromkeys(("timm", "transformers"), checkpoint_blocks)
     for change, dp_mesh in plans.values():
-        for name in ("sdt_p", "sdt_h", "locatvit", "timm", "transformers"):
-            for first in (checkpoint_blocks, compile_blocks, lambda model: compile_blocks(checkpoint_blocks(model))):
-                torch._dynamo.reset()
-                compare(name, lambda model, change=change, first=first: change(first(model)), dp_mesh=dp_mesh)
+        for name, first in (("vit", compile_blocks), *ours.items(), *hosts.items()):
+            torch._dynamo.reset()
+            compare(name, lambda model, change=change, first=first: change(first(model)), dp_mesh=dp_mesh)
 
 
 def float32_gates():

@@ -61,7 +61,7 @@ def test_steps_of_an_optimizer(world):
 
 @pytest.mark.slow
 def test_gradient_checkpointing_and_compile_on_top():
-    on_processes(2, "on_top")
+    on_processes(4, "on_top")
 
 
 @pytest.mark.slow
