@@ -306,20 +306,21 @@ def two_dimensions(*names):
             )
 
 
-def on_top():
-    """Gradient checkpointing, torch.compile and both on each plan."""
-    line, mesh = init_device_mesh("cpu", (dist.get_world_size(),)), mesh_of(2)
-    plans = {
-        "split": (lambda model: split(model, line), None),
-        "sharded": (lambda model: shard(model, mesh["dp"]), mesh["dp"]),
-        "both": (lambda model: split_and_shard(model, mesh), mesh["dp"]),
-    }
-    ours = dict.fromkeys(("sdt_p", "sdt_h", "locatvit"), lambda model: compile_blocks(checkpoint_blocks(model)))
-    hosts = dict.fromkeys(("timm", "transformers"), checkpoint_blocks)
-    for change, dp_mesh in plans.values():
-        for name, first in (("vit", compile_blocks), *ours.items(), *hosts.items()):
-            torch._dynamo.reset()
-            compare(name, lambda model, change=change, first=first: change(first(model)), dp_mesh=dp_mesh)
+def on_top(plan, *names):
+    """Gradient checkpointing on a plan, and torch.compile where the blocks are ours."""
+    mesh = mesh_of({"split": 1, "sharded": dist.get_world_size(), "both": 2}[plan])
+    change = {
+        "split": lambda model: split(model, mesh["tp"]),
+        "sharded": lambda model: shard(model, mesh["dp"]),
+        "both": lambda model: split_and_shard(model, mesh),
+    }[plan]
+    for name in names:
+        torch._dynamo.reset()
+        compare(
+            name,
+            lambda model: change(compile_blocks(checkpoint_blocks(model))),
+            dp_mesh=None if plan == "split" else mesh["dp"],
+        )
 
 
 def float32_gates():

@@ -60,8 +60,16 @@ def test_steps_of_an_optimizer(world):
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_and_compile_on_top():
-    on_processes(4, "on_top")
+@pytest.mark.parametrize(
+    ("world", "check"),
+    [
+        (2, "on_top|split|sdt_p|sdt_h|locatvit|timm|transformers"),
+        (2, "on_top|sharded|sdt_p|sdt_h|locatvit|timm|transformers"),
+        (4, "on_top|both|sdt_p|timm"),
+    ],
+)
+def test_gradient_checkpointing_and_compile_on_top(world, check):
+    on_processes(world, check)
 
 
 @pytest.mark.slow
