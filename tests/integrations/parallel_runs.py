@@ -28,7 +28,7 @@ from spatial_decay.models.sdt_p import SDTPBlock
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Of outputs and of gradients, by dtype of autocast: float32 to the largest value, bfloat16 by norms."""
-OF_POLICY = {None: 1e-5, torch.bfloat16: 0.1}
+OF_POLICY = {None: 1e-5, torch.bfloat16: 0.2}
 """By dtype of the plan: bfloat16 then adds gradients over images too, other images on each process."""
 
 
@@ -202,7 +202,7 @@ def assert_close(found, wanted, tolerance, what):
     size = torch.linalg.vector_norm if tolerance > 1e-5 else lambda x: x.abs().max()
     largest = max(size(value).item() for value in wanted.values())
     for name, value in wanted.items():
-        scale = max(size(value).item(), largest / (1 if tolerance == 0.1 else 20))
+        scale = max(size(value).item(), largest / (1 if tolerance == 0.2 else 20))
         error = size(found[name].detach() - value).item() / scale
         WORST[what] = max(WORST.get(what, 0.0), error)
         assert error <= tolerance, f"{what}, {name}: {error:.2g} of {scale:.2g}"
