@@ -28,7 +28,7 @@ from spatial_decay.models.sdt_p import SDTPBlock
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Of outputs and of gradients, by dtype of autocast: float32 to the largest value, bfloat16 by norms."""
-OF_POLICY = {None: 1e-5, torch.bfloat16: 0.2}
+OF_POLICY = {None: 1e-5, torch.bfloat16: 0.15}
 """By dtype of the plan: bfloat16 then adds gradients over images too, other images on each process."""
 
 
@@ -202,7 +202,7 @@ def assert_close(found, wanted, tolerance, what):
     size = torch.linalg.vector_norm if tolerance > 1e-5 else lambda x: x.abs().max()
     largest = max(size(value).item() for value in wanted.values())
     for name, value in wanted.items():
-        scale = max(size(value).item(), largest / (1 if tolerance == 0.2 else 20))
+        scale = max(size(value).item(), largest / 20)
         error = size(found[name].detach() - value).item() / scale
         WORST[what] = max(WORST.get(what, 0.0), error)
         assert error <= tolerance, f"{what}, {name}: {error:.2g} of {scale:.2g}"
@@ -233,7 +233,7 @@ def compare(name, change, *, dtype=torch.float32, dp_mesh=None, param_dtype=None
     size, rank = (1, 0) if dp_mesh is None else (dp_mesh.size(), dp_mesh.get_local_rank())
     mine = [part_of(x, rank, size) for x in arguments]
     out = output_of(model, arguments, dtype)
-    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    weights = torch.linspace(-1, 1, out[0].numel()).view_as(out[0]).expand_as(out)  # the images do not cancel
     (out * weights).sum().backward()
     found = output_of(other, mine, dtype)
     (found * weights.chunk(size)[rank] * size).sum().backward()  # fully_shard takes the mean
