@@ -28,7 +28,7 @@ from spatial_decay.models.sdt_p import SDTPBlock
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Of outputs and of gradients, by dtype of autocast: float32 to the largest value, bfloat16 by norms."""
-OF_POLICY = {None: 1e-5, torch.bfloat16: 0.3}
+OF_POLICY = {None: 1e-5, torch.bfloat16: 0.15}
 """By dtype of the plan: bfloat16 then adds gradients over images too, other images on each process."""
 
 
@@ -290,14 +290,14 @@ def tensor_parallel(*names):
 def sharded(*names):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for name in names or BATCHED:
-        for dtype in (None, torch.bfloat16):
+        for dtype in (None,) if name in ("sdt_h", "rmt") else OF_POLICY:
             compare(name, lambda model, dtype=dtype: shard(model, mesh, dtype), dp_mesh=mesh, param_dtype=dtype)
 
 
 def two_dimensions(*names):
     mesh = mesh_of(2)
     for name in names or BATCHED:
-        for dtype in (None, torch.bfloat16):
+        for dtype in (None,) if name in ("sdt_h", "rmt") else OF_POLICY:
             compare(
                 name,
                 lambda model, dtype=dtype: split_and_shard(model, mesh, dtype),
