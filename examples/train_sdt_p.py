@@ -3,6 +3,7 @@
     python examples/train_sdt_p.py --latents latents/ --out runs/small                    # one process
     torchrun --nproc-per-node 8 examples/train_sdt_p.py --latents latents/ --out runs/xl --model sdt_p_xlarge \\
         --parallel fsdp --grad-checkpointing --compile --resume                           # FSDP2 instead of DDP
+    ... --parallel fsdp --tensor-parallel 4                # besides, heads and MLPs split over 4 processes
 
 The folder of latents holds shards of any size, all latents of one shape (C, H, W):
 
@@ -12,9 +13,9 @@ The folder of latents holds shards of any size, all latents of one shape (C, H, 
 Latents are trained on as they are: multiply those of Stable Diffusion's VAE by 0.18215 when you write them. Files are
 mapped into memory, never read whole; shapes and all labels are checked before anything is trained or written.
 
---resume goes on from the newest complete checkpoint in --out, on any number of processes, DDP or FSDP2; without one it
-starts from the beginning, so that a job which is started again may always pass it. Other settings are an error, and so
-are a checkpoint that is not as it was written and a second run in the same --out: nothing is changed then.
+--resume goes on from the newest complete checkpoint in --out, on any number of processes, split in any way; without one
+it starts from the beginning, so that a job which is started again may always pass it. Other settings are an error, and
+so are a checkpoint that is not as it was written and a second run in the same --out: nothing is changed then.
 
 Which latents, noise, timesteps and dropped labels a step sees depends on the seed, the step and the place in the
 global batch alone. So the losses are the same on one process and on many, under DDP and FSDP2 (to rounding), and on a
@@ -56,8 +57,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -65,6 +67,7 @@ import checkpoint_folder
 from checkpoint_folder import Checkpoint
 from latent_folder import LatentFolder
 from spatial_decay import SDTP, kinds, sdt_p_base, sdt_p_large, sdt_p_small, sdt_p_xlarge
+from spatial_decay.integrations.parallel import sharding_plan, tensor_plan
 
 MODELS = {build.__name__: build for build in (sdt_p_small, sdt_p_base, sdt_p_large, sdt_p_xlarge)}
 NUM_TIMESTEPS = 1000
@@ -130,17 +133,18 @@ def build_model(arguments: argparse.Namespace, latent_shape: Sequence[int]) -> S
 
 
 def parallelize(model: SDTP, arguments: argparse.Namespace, device: torch.device) -> nn.Module:
-    """What to call in the model's place: it has the same parameters (DDP), or is the model, now sharded (FSDP2)."""
+    """What to call in the model's place: it has the same parameters (DDP), or is the model, now sharded (FSDP2)
+    and, with --tensor-parallel, with its heads split over so many processes."""
     if arguments.parallel == "ddp":
         return DistributedDataParallel(model.to(device), device_ids=[device] if device.type == "cuda" else None)
-    policy = MixedPrecisionPolicy()
-    if arguments.precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     # The model's output is a view, which nothing here changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    tensor = arguments.tensor_parallel
+    mesh = init_device_mesh(device.type, (dist.get_world_size() // tensor, tensor), mesh_dim_names=("dp", "tp"))
+    if tensor > 1:
+        parallelize_module(model, mesh["tp"], tensor_plan(model, mesh["tp"]))
+    for modules, policy in sharding_plan(model, param_dtype=torch.bfloat16 if arguments.precision == "bf16" else None):
+        fully_shard(modules, mesh=mesh["dp"], mp_policy=policy)
     return model
 
 
@@ -261,8 +265,9 @@ def train(arguments: argparse.Namespace, latents: LatentFolder, model: SDTP, dev
         print(f"resumed from {resumed.path}" if resumed else "starting from the beginning", flush=True)
         print(f"{world} x {device.type}, {arguments.parallel}, {arguments.precision}", flush=True)
 
-    share = arguments.batch_size // world
-    load = functools.partial(load_batch, latents, arguments, range(rank * share, (rank + 1) * share))
+    shares = world // arguments.tensor_parallel  # processes that split heads have the same latents
+    size, place = arguments.batch_size // shares, rank // arguments.tensor_parallel
+    load = functools.partial(load_batch, latents, arguments, range(place * size, (place + 1) * size))
     scheduler = DDPMScheduler(NUM_TIMESTEPS, beta_schedule="linear")
     is_autocast = arguments.precision == "bf16" and arguments.parallel == "ddp"  # FSDP2 has its policy
     total, began = torch.zeros((), device=device), time.perf_counter()
@@ -307,6 +312,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the newest complete checkpoint, if any; no code in it is run"
     )
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="(default: ddp)")
+    parser.add_argument("--tensor-parallel", type=_count, default=1, help="processes that split heads (default: 1)")
     parser.add_argument("--model", choices=MODELS, default="sdt_p_small", help="(default: sdt_p_small)")
     parser.add_argument("--decay", choices=kinds.KINDS, default="full", help="kind of decay (default: full)")
     parser.add_argument("--patch-size", type=_count, default=2, help="(default: 2)")
@@ -335,9 +341,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             )
     if arguments.parallel == "fsdp" and not (torch.cuda.is_available() or hasattr(torch.cpu.Stream, "record_event")):
         parser.error(f"--parallel fsdp needs torch >= 2.7 on a CPU: got {torch.__version__}. Pass --parallel ddp")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if arguments.batch_size % world:
-        parser.error(f"--batch-size must be a multiple of the {world} processes: got {arguments.batch_size}")
+    world, tensor = int(os.environ.get("WORLD_SIZE", "1")), arguments.tensor_parallel
+    if world % tensor or (tensor > 1 and arguments.parallel == "ddp"):
+        parser.error(
+            f"--tensor-parallel must divide the {world} processes, with --parallel fsdp: got {tensor} and "
+            f"{arguments.parallel}"
+        )
+    if arguments.batch_size % (world // tensor):
+        parser.error(f"--batch-size must be a multiple of the {world // tensor} processes: got {arguments.batch_size}")
     if arguments.out.exists() and not arguments.out.is_dir():
         parser.error(f"argument --out: must be a folder, or not be there yet: got the file {arguments.out}")
     return arguments

@@ -150,8 +150,9 @@ class SpatialDecayAttention(AttentionCore):
 
     def _heads(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Decay | None]:
         """Tokens (B, L, D) -> queries and keys with rotary embedding, values, (B, N, L, d) each, and the decay."""
+        # By d, not N: under tensor parallelism a process has only some of the heads.
         # Unbound before the transposition: so the three gradients are put together as qkv lies in memory, in one copy.
-        qkv = rearrange(self.qkv(tokens), "b l (three n d) -> b l three n d", three=3, n=self.num_heads)
+        qkv = rearrange(self.qkv(tokens), "b l (three n d) -> b l three n d", three=3, d=self.head_dim)
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         q, k = self.q_norm(q), self.k_norm(k)
         decay = self.describe(tokens, q, layout)

@@ -277,7 +277,7 @@ class Gaussian(OnReferenceGrid):
         return {"gaussian": GaussianGate(dim // num_heads, self.reference_grid)}
 
     def describe(self, mask: Any, x: Tensor, layout: Layout) -> Decay:
-        q = x.unflatten(-1, (mask.num_heads, -1)).transpose(1, 2)  # (B, N, L, d)
+        q = x.unflatten(-1, (-1, mask.dim // mask.num_heads)).transpose(1, 2)  # (B, N, L, d)
         decay: Decay = mask.gaussian(q, layout)
         return decay
 

@@ -106,7 +106,8 @@ class AddedDecay(AttentionCore):
     ) -> Tensor:
         """F.scaled_dot_product_attention with the decay of these tokens, (B, N, L, d) in and out.
 
-        The first num_text_tokens of them are text that joins the image: it lies nowhere.
+        The first num_text_tokens of them are text that joins the image: it lies nowhere. It calls forward, around which
+        tensor parallelism goes from all heads to those of a process.
 
         Raises:
             ValueError: causal attention, or attention to other tokens than those of the queries; or the module is not
@@ -119,6 +120,20 @@ class AddedDecay(AttentionCore):
                 + ("is_causal=True" if is_causal else f"queries {tuple(query.shape)} and keys {tuple(key.shape)}")
                 + ". Leave this module out, see layers of swap_attention."
             )
+        return self(tokens, query, key, value, attn_mask, dropout_p, scale, num_text_tokens)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        scale: float | None,
+        num_text_tokens: int,
+    ) -> Tensor:
+        """attend_as_host behind its checks."""
         layout = self.calls.layout_of(tokens, num_text_tokens=num_text_tokens, is_over_space=self.is_over_space)
         num_suffix = self.calls.num_suffix_tokens
         if self.decay.kind.name == "none" and self.lpe is None:
@@ -131,7 +146,7 @@ class AddedDecay(AttentionCore):
         options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "scale": scale}
         out = self.attend(query, key, value, decay, tokens, layout, **options)  # (B, L, N*d)
         out = out.roll(-num_suffix, 1) if num_suffix else out
-        return rearrange(out, "b l (n d) -> b n l d", n=self.decay.num_heads)
+        return rearrange(out, "b l (n d) -> b n l d", n=query.shape[1])
 
     def _check_answers(self, tokens: Tensor, query: Tensor, value: Tensor) -> None:
         """What was registered of the class, against what comes."""
@@ -153,7 +168,7 @@ class AddedDecay(AttentionCore):
 
 
 def _do_nothing(_module: nn.Module, _args: Any) -> None:
-    """A hook of a module that nobody calls."""
+    """A hook that is there to be seen."""
 
 
 def _rolled_mask(attn_mask: Tensor, num_suffix_tokens: int) -> Tensor:

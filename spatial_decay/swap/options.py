@@ -10,7 +10,15 @@ from torch import nn
 
 from spatial_decay.layers.kinds import KINDS
 
-__all__ = ["check_is_model", "check_known", "check_whole_number", "checked_layers", "did_you_mean", "keywords_of"]
+__all__ = [
+    "check_is_model",
+    "check_is_whole",
+    "check_known",
+    "check_whole_number",
+    "checked_layers",
+    "did_you_mean",
+    "keywords_of",
+]
 
 
 def keywords_of(function: Callable[..., Any]) -> set[str]:
@@ -37,6 +45,16 @@ def check_is_model(model: object) -> None:
     if inside:
         raise TypeError(f"{said}a {kind}, which holds {', '.join(inside)}. Pass one of these, such as .{inside[0]}.")
     raise TypeError(f"{said}a {kind}.")
+
+
+def check_is_whole(model: nn.Module, done: str) -> None:
+    """Raise ValueError where parameters are split over processes: styles and gathers count on what is there."""
+    for name, weight in model.named_parameters():
+        if type(weight).__name__ == "DTensor":
+            raise ValueError(
+                f"attention must be {done} before the model is split over processes: got the DTensor {name!r}. Build "
+                "it anew."
+            )
 
 
 def check_known(unknown: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from spatial_decay.swap.hosts.register import hosts_of
 from spatial_decay.swap.hosts.table import num_prefix_tokens_of, patch_embed_of, patch_embeds_of, reason_of_unknown
 from spatial_decay.swap.options import (
     check_is_model,
+    check_is_whole,
     check_known,
     check_whole_number,
     checked_layers,
@@ -57,8 +58,8 @@ def swap_attention(
     nowhere.
 
     Args:
-        model: Changed in place. Swap before torch.compile, before wrapping it for several processes, and before making
-            the optimizer.
+        model: Changed in place. Swap before torch.compile, before it is wrapped or split for several processes, and
+            before making the optimizer.
         decay: Kind of decay, see SpatialDecayMask: a name, a value such as kinds.Full(gate_bias_init=0.0), which starts
             with a strong one, or a mapping. Options that are left out are those of a quiet start, with next to no
             decay: gates have a trained bias that begins at 6 for `full`, and at 9 for the kinds that add up along a
@@ -106,6 +107,7 @@ def swap_attention(
     }.items():
         check_whole_number(option, number)
     _check_not_wrapped(model)
+    check_is_whole(model, "swapped")
     if added_decays(model):
         raise ValueError("the model's attention has been swapped already. Undo it first: restore_attention(model).")
     check_no_hooks_are_needed(model)
@@ -194,9 +196,10 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
         Names of the attention modules that had a decay; none where hooks alone were left.
 
     Raises:
-        ValueError: the model has no attention with decay, and no hooks.
+        ValueError: the model has no attention with decay, and no hooks; or it is split over processes.
     """
     check_is_model(model)
+    check_is_whole(model, "restored")
     taken = take_out(model)
     for added in taken.values():
         for part in added.modules():  # PEFT keeps it and copies of it in a module of its own
