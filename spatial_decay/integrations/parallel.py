@@ -180,8 +180,9 @@ def _core(core: AttentionCore, name: str, size: int) -> Plan:
             plan |= {f"decay.{part}.{inner}": summed for inner, _ in module.named_children()}
         else:
             raise TypeError(
-                f"a kind of decay must have gates, trained rates or a Gaussian to be split: got {type(module).__name__} at "
-                f"{name or 'the root'!r}, of kind {core.decay.kind.name!r}. Use sharding_plan, which takes all."
+                f"a kind of decay must have gates, trained rates or a Gaussian to be split: got "
+                f"{type(module).__name__} at {name or 'the root'!r}, of kind {core.decay.kind.name!r}. Use "
+                "sharding_plan, which takes all."
             )
     if core.lpe is not None:
         plan["lpe.conv"] = DepthwiseByChannels()
