@@ -31,6 +31,21 @@ def test_the_language_model_behind_a_tower_has_one_reason():
     assert left in str(report)
 
 
+@pytest.mark.parametrize(
+    ("model", "config", "tower", "words"),
+    [
+        ("LlavaForConditionalGeneration", "LlavaConfig", "CLIPVisionConfig", "LlamaConfig"),
+        ("PaliGemmaForConditionalGeneration", "PaliGemmaConfig", "SiglipVisionConfig", "GemmaConfig"),
+    ],
+)
+def test_a_vocabulary_in_the_config_of_an_image_tower_is_no_text(model, config, tower, words):
+    """As in the published configs, and in those that these classes make by themselves."""
+    image = getattr(transformers, tower)(**HF, vocab_size=32000)
+    config = getattr(transformers, config)(vision_config=image, text_config=getattr(transformers, words)(**WORDS))
+    report = sd.swap_attention(getattr(transformers, model)(config))
+    assert report.replaced == tuple(f"model.vision_tower.encoder.layers.{i}.self_attn" for i in (0, 1))
+
+
 def zoe_depth():
     """Of BEiT with four stages, which it needs."""
     beit = transformers.BeitConfig(

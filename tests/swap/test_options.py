@@ -59,6 +59,13 @@ def test_what_no_value_fits_is_said(options, message):
         sd.swap_attention(vit(), **options)
 
 
+def test_a_patch_embedding_that_gives_no_map():
+    model = vit()
+    sd.swap_attention(model, patch_embed="patch_embed")  # its convolution does
+    with pytest.raises(ValueError, match=r"must give a map \(B, D, H, W\): got \(1, 16, 48\) of PatchEmbed"):
+        model(torch.randn(1, 3, 64, 64))
+
+
 @pytest.mark.parametrize("change", [sd.swap_attention, sd.restore_attention])
 def test_a_pipeline_a_class_and_a_name_are_no_models(change):
     transformer = diffusers.DiTTransformer2DModel(
