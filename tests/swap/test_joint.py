@@ -103,8 +103,9 @@ def own_table():
 
 def test_a_class_of_ones_own(own_table):
     answers = {"heads": lambda _: 2, "width": lambda _: 24, "mask": "mask"}
-    with pytest.raises(ValueError, match="text must be the name .*one of text, mask: got 'prompt'"):
-        sd.swap.register_attention(Joint, **answers, text="prompt")
+    for text in ("prompt", "mask", "x"):
+        with pytest.raises(ValueError, match=f"text must be the name .*one of text: got '{text}'"):
+            sd.swap.register_attention(Joint, **answers, text=text)
     with pytest.raises(ValueError, match="text is for a class whose own forward runs"):
         sd.swap.register_attention(Joint, **answers, text="text", forward=Joint.forward)
     sd.swap.register_attention(Joint, **answers, text="text")

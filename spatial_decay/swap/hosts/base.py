@@ -117,8 +117,9 @@ class Library:
         patch_embeds: How the layout is read of those patch embeddings that are more than a convolution, subclasses as
             well, or by the path to one, see rows_of. Convolutions are found without being named here.
         inputs: Of models that are given where their tokens lie.
-        dropouts: Of modules that leave patch tokens out, bring them back or put other tokens in front, exactly of these
-            classes: make one tell the Calls that it is given which tokens go on, and return what undoes that.
+        dropouts: Of modules that leave patch tokens out or bring them back, exactly of these classes: make one tell the
+            Calls that it is given which tokens go on, and return what undoes that.
+        insertions: The same of models that put other tokens in front, subclasses as well.
         refused: Why attention of a class that is not registered cannot take a decay.
         num_prefix_tokens: P, asked of a model, subclasses as well, that has no attribute num_prefix_tokens.
     """
@@ -126,6 +127,7 @@ class Library:
     patch_embeds: Mapping[str, ReadLayout] = field(default_factory=dict)
     inputs: Mapping[str, ReadLayout] = field(default_factory=dict)
     dropouts: Mapping[str, Callable[[nn.Module, Calls], Sequence[Removable]]] = field(default_factory=dict)
+    insertions: Mapping[str, Callable[[nn.Module, Calls], Sequence[Removable]]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     num_prefix_tokens: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
 

@@ -190,6 +190,8 @@ LIBRARY = Library(
     dropouts={
         "transformers.models.vit_mae.modeling_vit_mae.ViTMAEEmbeddings": _hook_mae,
         "transformers.models.vit_mae.modeling_vit_mae.ViTMAEDecoder": _hook_mae_decoder,
+    },
+    insertions={
         "transformers.models.eomt.modeling_eomt.EomtForUniversalSegmentation": _hook_eomt,
         "transformers.models.eomt_dinov3.modeling_eomt_dinov3.EomtDinov3ForUniversalSegmentation": _hook_eomt,
     },
