@@ -198,9 +198,11 @@ class Decayed(nn.Module):
         if added.other_forward is not None:
             if added.adds_nothing:  # bit for bit what it was, a fast path of its own as well
                 return super().forward(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return added.other_forward(self, *args, **kwargs)
             last_call = added.last_call
             out = added.other_forward(self, *args, **kwargs)
-            if added.last_call is last_call and not torch.compiler.is_compiling():
+            if added.last_call is last_call:
                 raise RuntimeError(
                     f"the forward that is registered of {added.of_class} must call attn.spatial_decay.attend_as_host "
                     "for its softmax: it did not, so that nothing was added. Register one that does, see "
