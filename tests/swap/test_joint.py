@@ -136,7 +136,7 @@ REFUSED = {
         "Lumina2Transformer2DModel", hidden_size=24, num_attention_heads=3, num_kv_heads=1, num_refiner_layers=1,
         cap_feat_dim=16, sample_size=8, axes_dim_rope=(4, 2, 2), axes_lens=(16, 16, 16),
     ),
-    "text and all frames of a video": lambda: _small(
+    "text and an image, or all frames of a video": lambda: _small(
         "CogVideoXTransformer3DModel", attention_head_dim=16, text_embed_dim=16, sample_width=8, sample_height=8,
     ),
     "over all frames of a video": lambda: _small(

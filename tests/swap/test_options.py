@@ -48,7 +48,7 @@ def test_what_no_type_fits_is_said(options, message):
         ({"gate_rank": 2.5}, "gate_rank must be a whole number >= 0: got 2.5"),
         ({"lpe_kernel_size": True}, "lpe_kernel_size must be a whole number >= 0: got True"),
         ({"num_prefix_tokens": -1}, "num_prefix_tokens must be a whole number >= 0: got -1"),
-        ({"patch_embed": ""}, "must be the name of a module of the model: got ''"),
+        ({"patch_embed": ""}, r"must be the name of a module of the model: got ''\.$"),
         ({"patch_embed": "patch_embd"}, "got 'patch_embd'. Did you mean 'patch_embed'?"),
         ({"patch_embed": nn.Identity()}, "must be the name of a module of the model: got a Identity"),
     ],
