@@ -41,10 +41,6 @@ class _Call:
         has_ended = noted is None and self.again is not None
         return self.backward == running_backward() and noted is again and not has_ended
 
-    def fits(self, num_tokens: int, num_text_tokens: int) -> bool:
-        """Whether so many tokens are those of the layout, or with so much text before them."""
-        return num_tokens - self.layout.num_tokens in (0, num_text_tokens)
-
 
 class _Slot:
     """A plain object: where torch.compile breaks the graph it replays writes to one, and not to a threading.local.
@@ -211,8 +207,8 @@ class Calls:
                 known = self._source()._of_checkpoints.setdefault(checkpoint, [])
                 if not any(call.layout == other.layout for other in known):
                     known.append(call)
-        if not call.fits(x.shape[1], num_text_tokens):
-            raise RuntimeError(self._wrong_number(call.layout, x.shape[1]))
+        if not self._fit(call, x.shape[1], num_text_tokens):
+            raise RuntimeError(self._wrong_number(call.layout, x.shape[1], num_text_tokens))
         if not is_over_space and call.num_frames is not None and call.num_frames == x.shape[1]:
             raise RuntimeError(
                 f"attention over space must be told from attention over time: the video has {call.num_frames} frames, "
@@ -253,7 +249,7 @@ class Calls:
         if (again is None and running_backward() == -1) or (noted is not None and noted.is_of(again)):
             return None
         known = [] if again is None else source._of_checkpoints.get(again, [])
-        fitting = [call for call in known if call.fits(num_tokens, num_text_tokens)]
+        fitting = [call for call in known if self._fit(call, num_tokens, num_text_tokens)]
         if len(fitting) != 1:
             layouts = [str(call.layout) for call in fitting]
             raise RuntimeError(
@@ -265,10 +261,26 @@ class Calls:
             )
         return fitting[0]
 
-    def _wrong_number(self, layout: Layout, num_tokens: int) -> str:
+    def _fit(self, call: _Call, num_tokens: int, num_text_tokens: int) -> bool:
+        """Whether so many tokens are those of the layout, or with so much text before them.
+
+        A layout that has the text has no other token that lies nowhere: else prefix or suffix tokens that a user has
+        named would pass for the text, in the wrong place.
+        """
+        more = num_tokens - call.layout.num_tokens
+        return more == num_text_tokens or (more == 0 and self.num_unplaced_tokens == 0)
+
+    def _wrong_number(self, layout: Layout, num_tokens: int, num_text_tokens: int) -> str:
         prefix, suffix, more = self.num_prefix_tokens, self.num_suffix_tokens, num_tokens - layout.num_tokens
         advice = f"{-more} fewer. Pass swap_attention the right num_prefix_tokens (now {prefix})"
-        if more > 0:
+        if suffix:
+            advice += f" and num_suffix_tokens (now {suffix})"
+        if num_text_tokens and self.num_unplaced_tokens:
+            advice = (
+                f"of which the first {num_text_tokens} are text that joins the image. It is known by itself, of any "
+                f"length: leave out num_prefix_tokens (now {prefix}) and num_suffix_tokens (now {suffix})"
+            )
+        elif more > 0:
             advice = (
                 f"{more} more. If they stand before the patches pass swap_attention num_prefix_tokens={prefix + more}, "
                 f"if behind them num_suffix_tokens={suffix + more}"

@@ -66,6 +66,7 @@ class AddedDecay(AttentionCore):
         self.of_class, self.other_forward, self.text_name = type(attn).__name__, host.forward, host.text
         self.dim, self.num_channels = dim, num_channels
         self.is_over_space = is_over_space
+        self.last_call = object()  # another one with each call: threads that call at once need no lock
         self.parameters_of_forward = parameters_of_forward(attn)
         self.decay = SpatialDecayMask(
             num_channels if decay.reads_queries else dim,
@@ -114,6 +115,8 @@ class AddedDecay(AttentionCore):
                 what was registered of its class.
         """
         self._check_answers(tokens, query, value)
+        if not torch.compiler.is_compiling():
+            self.last_call = object()
         if is_causal or query.shape != key.shape:
             raise ValueError(
                 "decay needs attention of image tokens to each other: got "
@@ -210,7 +213,17 @@ class Decayed(nn.Module):
         if added.other_forward is not None:
             if added.adds_nothing:  # bit for bit what it was, a fast path of its own as well
                 return super().forward(*args, **kwargs)
-            return added.other_forward(self, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return added.other_forward(self, *args, **kwargs)
+            last_call = added.last_call
+            out = added.other_forward(self, *args, **kwargs)
+            if added.last_call is last_call:
+                raise RuntimeError(
+                    f"the forward that is registered of {added.of_class} must call attn.spatial_decay.attend_as_host "
+                    "for its softmax: it did not, so that nothing was added. Register one that does, see "
+                    "sd.swap.register_attention."
+                )
+            return out
         inputs = named(added.parameters_of_forward, args, kwargs)
         tokens, given = inputs[added.parameters_of_forward[0]], inputs.get(added.mask_name)
         text = None if added.text_name is None else inputs.get(added.text_name)

@@ -283,9 +283,8 @@ def _patch_embeds(model: nn.Module, name: str | None) -> list[PatchEmbed]:
     modules = dict(model.named_modules())
     if not name or name not in modules:
         said = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
-        raise ValueError(
-            f"patch_embed must be the name of a module of the model: got {said}.{did_you_mean(name, modules)}"
-        )
+        meant = did_you_mean(name, filter(None, modules))
+        raise ValueError(f"patch_embed must be the name of a module of the model: got {said}.{meant}")
     return [patch_embed_of(modules, name)]
 
 

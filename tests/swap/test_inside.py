@@ -31,6 +31,21 @@ def test_the_language_model_behind_a_tower_has_one_reason():
     assert left in str(report)
 
 
+@pytest.mark.parametrize(
+    ("model", "config", "tower", "words"),
+    [
+        ("LlavaForConditionalGeneration", "LlavaConfig", "CLIPVisionConfig", "LlamaConfig"),
+        ("PaliGemmaForConditionalGeneration", "PaliGemmaConfig", "SiglipVisionConfig", "GemmaConfig"),
+    ],
+)
+def test_a_vocabulary_in_the_config_of_an_image_tower_is_no_text(model, config, tower, words):
+    """As in the published configs, and in those that these classes make by themselves."""
+    image = getattr(transformers, tower)(**HF, vocab_size=32000)
+    config = getattr(transformers, config)(vision_config=image, text_config=getattr(transformers, words)(**WORDS))
+    report = sd.swap_attention(getattr(transformers, model)(config))
+    assert report.replaced == tuple(f"model.vision_tower.encoder.layers.{i}.self_attn" for i in (0, 1))
+
+
 def zoe_depth():
     """Of BEiT with four stages, which it needs."""
     beit = transformers.BeitConfig(
@@ -82,10 +97,14 @@ def test_queries_come_in_front_in_the_last_blocks(name, training):
         assert model(images).last_hidden_state.shape == (2, 25, 48)
 
 
+class OwnEomt(transformers.EomtForUniversalSegmentation):
+    """With a loss of one's own, for instance."""
+
+
 @pytest.mark.parametrize("num_blocks", [0, 2])
 def test_queries_from_the_first_block_on_or_never(num_blocks):
     config = transformers.EomtConfig(**HF, num_blocks=num_blocks, num_queries=4, num_register_tokens=4)
-    model = transformers.EomtForUniversalSegmentation(config).eval()
+    model = OwnEomt(config).eval()
     sd.swap_attention(model, STRONG)
     seen = []
     for layer in model.layers:

@@ -50,6 +50,15 @@ def test_kinds_that_need_rows_and_columns_are_refused(host):
         host.run(model, host.images(host.sizes[0]))
 
 
+@pytest.mark.parametrize("option", ["num_prefix_tokens", "num_suffix_tokens"])
+@pytest.mark.parametrize("host", [SD3, FLUX], ids=str)
+def test_text_is_not_counted_as_tokens_around_the_patches(host, option):
+    model = host.make()
+    sd.swap_attention(model, STRONG, **{option: 5})  # as many as the text has
+    with pytest.raises(RuntimeError, match=f"the first 5 are text .* leave out .*{option} .now 5"):
+        host.run(model, host.images(host.sizes[0]))
+
+
 def test_a_processor_that_is_set_later_is_not_ignored():
     model = SD3.make()
     sd.swap_attention(model, STRONG)
@@ -94,8 +103,9 @@ def own_table():
 
 def test_a_class_of_ones_own(own_table):
     answers = {"heads": lambda _: 2, "width": lambda _: 24, "mask": "mask"}
-    with pytest.raises(ValueError, match="text must be the name .*one of text, mask: got 'prompt'"):
-        sd.swap.register_attention(Joint, **answers, text="prompt")
+    for text in ("prompt", "mask", "x"):
+        with pytest.raises(ValueError, match=f"text must be the name .*one of text: got '{text}'"):
+            sd.swap.register_attention(Joint, **answers, text=text)
     with pytest.raises(ValueError, match="text is for a class whose own forward runs"):
         sd.swap.register_attention(Joint, **answers, text="text", forward=Joint.forward)
     sd.swap.register_attention(Joint, **answers, text="text")
@@ -114,7 +124,7 @@ def test_a_class_of_ones_own(own_table):
 
 
 def _small(name, **options):
-    return getattr(diffusers, name)(num_layers=1, num_attention_heads=2, **options)
+    return getattr(diffusers, name)(**{"num_layers": 1, "num_attention_heads": 2} | options)
 
 
 REFUSED = {
@@ -123,10 +133,10 @@ REFUSED = {
         cross_attention_dim=16, caption_channels=16, sample_size=8,
     ),
     "of another length for each prompt": lambda: _small(
-        "Lumina2Transformer2DModel", hidden_size=16, num_kv_heads=1, num_refiner_layers=1, cap_feat_dim=16,
-        sample_size=8, axes_dim_rope=(4, 2, 2), axes_lens=(16, 16, 16),
+        "Lumina2Transformer2DModel", hidden_size=24, num_attention_heads=3, num_kv_heads=1, num_refiner_layers=1,
+        cap_feat_dim=16, sample_size=8, axes_dim_rope=(4, 2, 2), axes_lens=(16, 16, 16),
     ),
-    "text and all frames of a video": lambda: _small(
+    "text and an image, or all frames of a video": lambda: _small(
         "CogVideoXTransformer3DModel", attention_head_dim=16, text_embed_dim=16, sample_width=8, sample_height=8,
     ),
     "over all frames of a video": lambda: _small(

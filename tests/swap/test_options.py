@@ -28,7 +28,10 @@ def vit():
         ({"layers": 0.5}, "got 0.5"),
         ({"gate_rnk": 4}, "swap_attention has no option 'gate_rnk'. Did you mean 'gate_rank'?"),
         ({"alpha": 0.2}, r"It is an option of a kind: decay=sd.kinds.Full\(alpha=...\)"),
-        ({"gate_bias": False}, r"sd.kinds.Full\(gate_bias=...\) or sd.kinds.OneDimensional\(gate_bias=...\)"),
+        (
+            {"gate_bias": False},
+            r"sd.kinds.Full\(gate_bias=...\) or sd.kinds.Squared\(gate_bias=...\) or sd.kinds.OneDimensional\(gate_bias=...\)",
+        ),
         ({"gate_bias_int": 0.0}, r"It is an option of a kind: decay=sd.kinds.Full\(gate_bias_init=...\) or "),
         ({"colour": 1}, "Its options are backend, decay, gate_rank, layers, lpe_kernel_size, num_prefix_tokens"),
     ],
@@ -48,7 +51,7 @@ def test_what_no_type_fits_is_said(options, message):
         ({"gate_rank": 2.5}, "gate_rank must be a whole number >= 0: got 2.5"),
         ({"lpe_kernel_size": True}, "lpe_kernel_size must be a whole number >= 0: got True"),
         ({"num_prefix_tokens": -1}, "num_prefix_tokens must be a whole number >= 0: got -1"),
-        ({"patch_embed": ""}, "must be the name of a module of the model: got ''"),
+        ({"patch_embed": ""}, r"must be the name of a module of the model: got ''\.$"),
         ({"patch_embed": "patch_embd"}, "got 'patch_embd'. Did you mean 'patch_embed'?"),
         ({"patch_embed": nn.Identity()}, "must be the name of a module of the model: got a Identity"),
     ],
@@ -57,6 +60,13 @@ def test_what_no_type_fits_is_said(options, message):
 def test_what_no_value_fits_is_said(options, message):
     with pytest.raises(ValueError, match=message):
         sd.swap_attention(vit(), **options)
+
+
+def test_a_patch_embedding_that_gives_no_map():
+    model = vit()
+    sd.swap_attention(model, patch_embed="patch_embed")  # its convolution does
+    with pytest.raises(ValueError, match=r"must give a map \(B, D, H, W\): got \(1, 16, 48\) of PatchEmbed"):
+        model(torch.randn(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("change", [sd.swap_attention, sd.restore_attention])

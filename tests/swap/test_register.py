@@ -227,6 +227,14 @@ def test_a_mask_that_does_not_come_to_the_softmax_is_said(cls, what):
         model(torch.randn(2, 3, 48, 64))
 
 
+def test_a_forward_without_the_softmax_with_decay_is_said():
+    sd.swap.register_attention(Attention, **RIGHT, forward=lambda attn, x: attn.qkv(x)[..., :24])
+    model = Model()
+    sd.swap_attention(model)
+    with pytest.raises(RuntimeError, match="that is registered of Attention must call .*attend_as_host"):
+        model(torch.randn(1, 3, 64, 96))
+
+
 def test_the_decoder_of_mae_has_all_patches_in_their_order():
     decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     config = transformers.ViTMAEConfig(**HF, **decoder, decoder_intermediate_size=32, mask_ratio=0.5)

@@ -33,7 +33,7 @@ class Host:
     forward: Callable[..., Any] | None
 
     def answers(self, attn: nn.Module) -> dict[str, Any]:
-        """What the functions say of a module, by name, each checked.
+        """What the functions say of a module, by name, each checked; of a module that is refused, the reason alone.
 
         Raises:
             AttributeError: the module is not built as its class is, such as one whose projections another library has
@@ -41,7 +41,7 @@ class Host:
             TypeError, ValueError: an answer that cannot be.
         """
         found: dict[str, Any] = {}
-        for name in ("heads", "width", "channels", "num_prefix_tokens", "num_suffix_tokens", "reason_against"):
+        for name in ("reason_against", "heads", "width", "channels", "num_prefix_tokens", "num_suffix_tokens"):
             try:
                 found[name] = answer = getattr(self, name)(attn)
             except AttributeError as error:
@@ -54,6 +54,8 @@ class Host:
                 fits, needed = is_whole or (is_optional and answer is None), f"a whole number >= {least}"
             if not fits:
                 raise TypeError(f"{name} of {type(attn).__name__} must give {needed}: got {answer!r}. {_REGISTER}")
+            if name == "reason_against" and answer:
+                return found
         if found["channels"] % found["heads"]:
             raise ValueError(
                 f"channels of {type(attn).__name__} must be a multiple of its heads: got {found['channels']} and "
@@ -74,9 +76,19 @@ A function of a module, so that a model that has been swapped can be pickled.
 
 
 def read_map(
-    _module: Any, _args: Sequence[Any], _kwargs: dict[str, Any], output: Tensor, num_prefix_tokens: int
+    module: Any, _args: Sequence[Any], _kwargs: dict[str, Any], output: Any, num_prefix_tokens: int
 ) -> tuple[Grid, Tensor]:
-    """Of a convolution that makes patches, (B, D, H, W)."""
+    """Of a convolution that makes patches, (B, D, H, W), or (B, D, T, H, W) of a video.
+
+    Raises:
+        ValueError: it gives no such map.
+    """
+    if not isinstance(output, Tensor) or output.ndim not in (4, 5):
+        what = f"{tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(
+            f"the patch embedding must give a map (B, D, H, W): got {what} of {type(module).__name__}. Pass "
+            "swap_attention the name of the convolution that makes the patches as patch_embed, or leave it out."
+        )
     return Grid(output.shape[-2], output.shape[-1], num_prefix_tokens), output
 
 
@@ -105,8 +117,9 @@ class Library:
         patch_embeds: How the layout is read of those patch embeddings that are more than a convolution, subclasses as
             well, or by the path to one, see rows_of. Convolutions are found without being named here.
         inputs: Of models that are given where their tokens lie.
-        dropouts: Of modules that leave patch tokens out, bring them back or put other tokens in front, exactly of these
-            classes: make one tell the Calls that it is given which tokens go on, and return what undoes that.
+        dropouts: Of modules that leave patch tokens out or bring them back, exactly of these classes: make one tell the
+            Calls that it is given which tokens go on, and return what undoes that.
+        insertions: The same of models that put other tokens in front, subclasses as well.
         refused: Why attention of a class that is not registered cannot take a decay.
         num_prefix_tokens: P, asked of a model, subclasses as well, that has no attribute num_prefix_tokens.
     """
@@ -114,6 +127,7 @@ class Library:
     patch_embeds: Mapping[str, ReadLayout] = field(default_factory=dict)
     inputs: Mapping[str, ReadLayout] = field(default_factory=dict)
     dropouts: Mapping[str, Callable[[nn.Module, Calls], Sequence[Removable]]] = field(default_factory=dict)
+    insertions: Mapping[str, Callable[[nn.Module, Calls], Sequence[Removable]]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     num_prefix_tokens: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
 

@@ -46,7 +46,7 @@ class _MaskOfFlux(StandIn):
 _OTHER_ATTENTION = {
     "SanaLinearAttnProcessor2_0": "it is linear attention, without a softmax",
     "Lumina2AttnProcessor2_0": "its text and image come in one sequence, of another length for each prompt",
-    "CogVideoXAttnProcessor2_0": "it attends over text and all frames of a video at once",
+    "CogVideoXAttnProcessor2_0": "it attends over text and an image, or all frames of a video, at once",
 }
 
 

@@ -166,10 +166,11 @@ def _check_forward(cls: type[nn.Module], mask: str, text: str | None) -> None:
             f"{', '.join(names[1:])}: got {mask!r}. Give forward an argument that goes to "
             "F.scaled_dot_product_attention as attn_mask."
         )
-    if text is not None and text not in names[1:]:
+    others = [name for name in names[1:] if name != mask]
+    if text is not None and text not in others:
         raise ValueError(
-            f"text must be the name of an argument of {cls.__name__}.forward behind the tokens, one of "
-            f"{', '.join(names[1:])}: got {text!r}. Leave it out where no text joins the image."
+            f"text must be the name of an argument of {cls.__name__}.forward behind the tokens, and not the mask; one "
+            f"of {', '.join(others)}: got {text!r}. Leave it out where no text joins the image."
         )
 
 

@@ -33,6 +33,7 @@ _PATCH_EMBEDS = {name: read for library in LIBRARIES for name, read in library.p
 _INPUTS = {name: read for library in LIBRARIES for name, read in library.inputs.items()}
 _REFUSED = {name: reason for library in LIBRARIES for name, reason in library.refused.items()}
 _DROPOUTS = {name: hook for library in LIBRARIES for name, hook in library.dropouts.items()}
+_INSERTIONS = {name: hook for library in LIBRARIES for name, hook in library.insertions.items()}
 _NUM_PREFIX_TOKENS = {name: count for library in LIBRARIES for name, count in library.num_prefix_tokens.items()}
 
 _Row = TypeVar("_Row")
@@ -100,9 +101,9 @@ def num_prefix_tokens_of(module: nn.Module) -> int | None:
 
 
 def hook_dropouts(part: nn.Module, calls: Calls) -> Iterator[tuple[nn.Module, Removable]]:
-    """Make what leaves tokens out say so, each with what undoes it."""
+    """Make what leaves tokens out, or puts some in front, say so; each with what undoes it."""
     for module in part.modules():
-        if hook := _DROPOUTS.get(class_names(module)[0]):
+        if hook := _DROPOUTS.get(class_names(module)[0]) or _row_of(module, _INSERTIONS):
             for removable in hook(module, calls):
                 yield module, removable
 

@@ -46,7 +46,8 @@ def _reason_against(attn: Any) -> str:
 
 def _reason_against_tower(attn: Any) -> str:
     """The towers of CLIP and SigLIP have one class of attention for images and text."""
-    return "it attends over text" if hasattr(attn.config, "vocab_size") else _reason_against(attn)
+    # A vocab_size says nothing: LLaVA and PaliGemma put their own into the config of the image tower.
+    return _reason_against(attn) if hasattr(attn.config, "patch_size") else "it attends over text"
 
 
 def _reason_against_bias(attn: Any) -> str:
@@ -189,6 +190,8 @@ LIBRARY = Library(
     dropouts={
         "transformers.models.vit_mae.modeling_vit_mae.ViTMAEEmbeddings": _hook_mae,
         "transformers.models.vit_mae.modeling_vit_mae.ViTMAEDecoder": _hook_mae_decoder,
+    },
+    insertions={
         "transformers.models.eomt.modeling_eomt.EomtForUniversalSegmentation": _hook_eomt,
         "transformers.models.eomt_dinov3.modeling_eomt_dinov3.EomtDinov3ForUniversalSegmentation": _hook_eomt,
     },
