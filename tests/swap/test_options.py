@@ -30,7 +30,7 @@ def vit():
         ({"alpha": 0.2}, r"It is an option of a kind: decay=sd.kinds.Full\(alpha=...\)"),
         (
             {"gate_bias": False},
-            r"sd.kinds.Full\(gate_bias=...\) or sd.kinds.Squared\(gate_bias=...\) or sd.kinds.OneDimensional\(gate_bias=...\)",
+            r"sd.kinds.Full\(gate_bias=...\) or sd.kinds.Squared\(gate_bias=...\) or sd.kinds.One",
         ),
         ({"gate_bias_int": 0.0}, r"It is an option of a kind: decay=sd.kinds.Full\(gate_bias_init=...\) or "),
         ({"colour": 1}, "Its options are backend, decay, gate_rank, layers, lpe_kernel_size, num_prefix_tokens"),
