@@ -11,7 +11,7 @@ import argparse
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,16 @@ MAX_COLOURS = 255  # of a picture
 
 FLOWER, TEMPLE = 1, 0
 PETAL, ROOF = (FLOWER, 30, 38), (TEMPLE, 18, 22)
+KINDS: tuple[KindName, ...] = (
+    "full",
+    "fixed",
+    "1d",
+    "bidirectional",
+    "decomposed",
+    "fixed_decomposed",
+    "gaussian",
+    "none",
+)  # the paper's and its peers'
 HEADS = (0, 5, 10, 15)
 
 
@@ -163,8 +173,7 @@ def draw_all(output: Path, *, steps: int, steps_of_kinds: int, num_frames: int) 
     save(lambda: viz.plot_with_and_without_decay(last, photos, [ROOF], heads=HEADS), "effect", output)
     of_one = [layer.select([FLOWER], range(0, 16, 2)) for layer in layers]
     save(lambda: draw_distances(of_one), "distance", output)
-    kinds: tuple[KindName, ...] = get_args(KindName)
-    models = [train([kind], photos, dim=64, num_heads=4, steps=steps_of_kinds) for kind in kinds]
+    models = [train([kind], photos, dim=64, num_heads=4, steps=steps_of_kinds) for kind in KINDS]
     records = [viz.record(model, photos)[0] for model in models]
     save(lambda: viz.plot_kinds(records, photos, PETAL), "kinds", output)
     path = loop(num_frames)
