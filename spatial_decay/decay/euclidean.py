@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from spatial_decay.decay.base import FactoredDecay, check_range, register_factor
 from spatial_decay.decay.manhattan import LOWEST, shared_strength
+from spatial_decay.decay.squared import squared_distance
 from spatial_decay.layout import Layout
 
 __all__ = ["EuclideanDecay", "alibi_slopes", "euclidean_distance"]
@@ -23,11 +24,8 @@ def euclidean_distance(*steps: Tensor) -> Tensor:
 
     Its gradient, which only Positions can ask for, counts as 0 where the distance is 0: that of the root is infinite.
     """
-    first, *others = (step.square() for step in steps)
-    for other in others:
-        first = first + other
     # In place, because to fill fresh memory takes as long as the rest. What is subtracted changes no larger distance.
-    return first.clamp_(min=_LEAST**2).sqrt_() - _LEAST
+    return squared_distance(*steps).clamp_(min=_LEAST**2).sqrt_() - _LEAST
 
 
 @dataclass(frozen=True)
