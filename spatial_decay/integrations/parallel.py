@@ -23,7 +23,7 @@ from spatial_decay.models import SDTP
 from spatial_decay.models.sdt_p import SDTPBlock
 from spatial_decay.swap.decayed import AddedDecay
 from spatial_decay.swap.hosts.base import class_names
-from spatial_decay.swap.options import check_is_model
+from spatial_decay.swap.options import check_is_model, wrapped_part
 
 __all__ = ["sharding_plan", "tensor_plan"]
 
@@ -268,7 +268,5 @@ def _check_to_split(model: nn.Module) -> None:
 
 
 def _check_not_wrapped(model: nn.Module) -> None:
-    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-    for name, module in model.named_modules():
-        if found := wrappers.intersection(cls.__name__ for cls in type(module).__mro__):
-            raise ValueError(f"the model must not be wrapped yet: got a {found.pop()} at {name or 'the root'!r}.")
+    if wrapped := wrapped_part(model):
+        raise ValueError(f"the model must not be wrapped yet: got {wrapped}.")

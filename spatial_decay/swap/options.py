@@ -18,6 +18,7 @@ __all__ = [
     "checked_layers",
     "did_you_mean",
     "keywords_of",
+    "wrapped_part",
 ]
 
 
@@ -55,6 +56,15 @@ def check_is_whole(model: nn.Module, done: str) -> None:
                 f"attention must be {done} before the model is split over processes: got the DTensor {name!r}. Build "
                 "it anew."
             )
+
+
+def wrapped_part(model: nn.Module) -> str:
+    """What of it is wrapped for several processes, class and name; empty where nothing is."""
+    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    for name, module in model.named_modules():
+        if found := wrappers.intersection(cls.__name__ for cls in type(module).__mro__):
+            return f"a {found.pop()} at {name or 'the root'!r}"
+    return ""
 
 
 def check_known(unknown: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ from spatial_decay.swap.options import (
     checked_layers,
     did_you_mean,
     keywords_of,
+    wrapped_part,
 )
 from spatial_decay.swap.report import SwappedModule, SwapReport, reasons
 
@@ -261,13 +262,11 @@ def _is_over_time(name: str, cls: type[nn.Module], embed: str) -> bool:
 
 
 def _check_not_wrapped(model: nn.Module) -> None:
-    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-    for name, module in model.named_modules():
-        if found := wrappers.intersection(cls.__name__ for cls in type(module).__mro__):
-            raise ValueError(
-                "attention must be swapped before the model is wrapped for several processes, which would never "
-                f"synchronise the gates: got a {found.pop()} at {name or 'the root'!r}."
-            )
+    if wrapped := wrapped_part(model):
+        raise ValueError(
+            "attention must be swapped before the model is wrapped for several processes, which would never "
+            f"synchronise the gates: got {wrapped}."
+        )
 
 
 def _reason_against(host: Host, module: nn.Module) -> str:
