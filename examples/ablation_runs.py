@@ -1,10 +1,7 @@
 """The runs of ablation.py: which there are, in which order, and how each is trained and measured."""
 
-import datetime
 import importlib.util
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +12,10 @@ from torch import nn
 
 import ablation_models as models
 import spatial_decay as sd
-from ablation_log import Key, Result, RunLog, write_whole
+from ablation_log import Key, Result, RunLog
 from ablation_models import Phase, Positions, Recipe, Variant
 from image_folder import Images, LabelledImages
+from run_log import stamp, write_whole
 from spatial_decay.layers.kinds import DecayLike
 
 Model: TypeAlias = Literal["vit", "sdt_h"]
@@ -229,8 +227,6 @@ class Lab:
             accuracy=round(accuracy, 4),
             loss=round(loss, 5),
             seconds=round(time.perf_counter() - start, 1),
-            date=datetime.date.today().isoformat(),
-            torch=torch.__version__,
-            machine=f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+            **stamp(),
         )
         self.log.add(key, result)

@@ -13,10 +13,7 @@ Needs the extra [demo].
 """
 
 import argparse
-import datetime
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +34,7 @@ import image_folder
 from ablation import DEBIAN, at_least
 from diffusion_judge import Judge, Score
 from image_folder import Images, LabelledImages
-from run_log import Log, LogError, write_whole
+from run_log import Log, LogError, stamp, write_whole
 from seeds import mean_and_spread, paired_difference
 from spatial_decay import SDTP
 from spatial_decay.layers.kinds import KINDS, KindName
@@ -177,10 +174,8 @@ def make(key: Key, data: LabelledImages, judge: Judge, log: Log[Key, Result], af
         distance=round(score.distance, 5),
         loss=round(sum(last) / len(last), 5),
         cpu_seconds=round(seconds, 1),
-        date=datetime.date.today().isoformat(),
-        torch=torch.__version__,
         diffusers=version("diffusers"),
-        machine=f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        **stamp(),
     )
     log.add(key, result)
 

@@ -7,15 +7,18 @@ weights/       of runs that are done, so that they can be measured in further wa
 """
 
 import csv
+import datetime
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
 from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
@@ -23,6 +26,15 @@ if TYPE_CHECKING:
 
 KeyT = TypeVar("KeyT", bound="DataclassInstance")
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
+
+
+def stamp() -> dict[str, str]:
+    """When and where: date, torch and machine, for a row."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+    }
 
 
 class LogError(ValueError):
