@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import gaussian_mask
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
-from benchmarks.timing import Call, interleaved, reasons
+from benchmarks.timing import Call, busy_seconds, interleaved, reasons
 from spatial_decay import models, sdt_h_tiny, sdt_p_small, swap_attention
 from spatial_decay.decay import GaussianDecay, dense
 from spatial_decay.layers.kinds import DecayLike
@@ -185,12 +185,14 @@ def measure(name: str, which: str, images: Tensor, dtype: torch.dtype, arguments
             calls[contender] = call
     rounds, warmup = (1, 0) if quick else (arguments.rounds, 1)
     timings = interleaved(calls, floor, rounds=rounds, device=images.device, warmup=warmup, min_seconds=0)
+    busy = {contender: busy_seconds(call, images.device) for contender, call in calls.items()}
     rows: list[Row] = []
     for contender in contenders:
-        timing = timings.get(contender)
+        timing, of_gpu = timings.get(contender), busy.get(contender)
         images_per_second = len(images) / timing.seconds if timing else None
         row: Row = {"model": name, "pass": which, "contender": contender, "images/s": images_per_second}
-        rows.append(row | timing_columns(timing) | {"note": notes.get(contender, "")})
+        row |= timing_columns(timing) | {"GPU ms": of_gpu and 1000 * of_gpu}
+        rows.append(row | {"note": notes.get(contender, "")})
     return rows
 
 
@@ -257,7 +259,9 @@ ABOUT = f"""`ratio` is to the first contender in the same round: median (quartil
 `{WITHOUT}`: timm's model as it is. `{IN_ITS_PLACE}`: the model as it is, gates, rows and columns included, with nothing
 added to the scores. `{AUTHORS}`: written after RMT's and LocAtViT's code, all L x L pairs in memory; the layers around
 them are ours. `sdt_p_small` denoises latents of 4 channels and 32 x 32, patch 2.
-A training step is forward, loss, backward and AdamW; forward is in eval mode without autograd."""
+A training step is forward, loss, backward and AdamW; forward is in eval mode without autograd.
+`GPU ms`: how long a GPU works at it. Where `ms` is far above, it waits for Python, which torch.compile's
+mode="reduce-overhead" or a larger batch takes away."""
 
 if __name__ == "__main__":
     main()

@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "Call",
     "Timing",
+    "busy_seconds",
     "captured",
     "interleaved",
     "peak_memory",
@@ -111,6 +112,16 @@ def _seconds(call: Call, repeats: int, device: torch.device, flush: Tensor) -> f
     end_event.record()
     torch.cuda.synchronize(device)
     return start_event.elapsed_time(end_event) / 1000 / repeats
+
+
+def busy_seconds(call: Call, device: torch.device) -> float | None:
+    """How long a GPU works at one call, without the gaps in which it waits to be told more; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
 def captured(call: Call, device: torch.device) -> Call:

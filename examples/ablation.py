@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import ablation_models as models
 import ablation_report as report
+import ablation_training as training
 import image_folder
 from ablation_log import Key, LogError, Result, RunLog
 from ablation_models import Recipe
@@ -47,26 +48,31 @@ QUICK = Recipe(
     test_images=2000,
     size_images=500,
     further_epochs=1,
+    batch_size=50,
+    learning_rate=2e-3,
 )
 FULL = Recipe(
     vit_images=60000,
-    vit_epochs=8,
+    vit_epochs=10,
     sdt_h_images=12000,
-    sdt_h_epochs=6,
+    sdt_h_epochs=10,
     gate_images=2000,
     test_images=10000,
     size_images=2000,
     further_epochs=2,
+    batch_size=200,
+    learning_rate=3e-3,
 )
 NUM_SEEDS = {False: 2, True: 3}  # without --full, and with it
 
 
 def describe_config(recipe: Recipe, data: LabelledImages) -> dict[str, Any]:
     """All that results depend on but the row and the seed."""
-    rates = ("BATCH_SIZE", "LEARNING_RATE", "WEIGHT_DECAY", "LABEL_SMOOTHING", "GATES_RATE", "GATES_BATCH")
+    rates = ("WEIGHT_DECAY", "LABEL_SMOOTHING", "WARMUP", "GATES_RATE", "GATES_BATCH")
     return {
         **asdict(recipe),
-        **{name: getattr(models, name) for name in (*rates, "FURTHER_RATE", "VIT", "SDT_H")},
+        **{name: getattr(training, name) for name in rates},
+        **{name: getattr(models, name) for name in ("VIT", "SDT_H")},
         "data": data.fingerprint,
     }
 
@@ -98,6 +104,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=at_least(1), help="how many, from 0 on")
     parser.add_argument("--report", action="store_true", help="train nothing: tables and pictures of what is there")
     parser.add_argument("--threads", type=at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--output", type=Path, help="default: outputs/ablation, with --full outputs/ablation-full")
     arguments = parser.parse_args(argv)
     for study in arguments.studies:
@@ -110,6 +117,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if len({*sizes}) < len(sizes):
         parser.error(f"--size and --other-sizes must all differ: got {', '.join(map(str, sizes))}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: must be cpu where PyTorch sees no GPU: got cuda")
     arguments.studies = arguments.studies or ["tables"]
     arguments.output = arguments.output or Path("outputs") / f"ablation{'-full' * arguments.full}"
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -146,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> dict[Key, Result]:
         raise SystemExit(str(error)) from error
     runs = plan(arguments.studies, recipe, seeds=arguments.seeds or NUM_SEEDS[arguments.full])
     if not arguments.report:
-        work(runs, data, recipe, log)
+        work(runs, data.to(torch.device(arguments.device)), recipe, log)
     results = log.results()
     written = report.write(results, arguments.output, size=recipe.size)
     print(f"results: {', '.join(map(str, [log.path, *written]))}")

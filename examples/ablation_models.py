@@ -5,26 +5,16 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import spatial_decay as sd
-from image_folder import Images, LabelledImages, resize
+from image_folder import LabelledImages
 from spatial_decay.layers.kinds import DecayLike, as_kind
 from spatial_decay.models.sdt_h import SDTHOptions
 from spatial_decay.models.sdt_p import sincos_positions
 from spatial_decay.models.vit import ViTOptions
 
 Positions: TypeAlias = Literal["learned", "sincos", "rope", "none"]
-
-BATCH_SIZE = 50
-LEARNING_RATE = 2e-3
-WEIGHT_DECAY = 0.05
-LABEL_SMOOTHING = 0.1
-TEST_BATCH = 50  # 784 tokens each at 112 pixels
-GATES_RATE = 1e-2  # gates or norms alone: a few hundred weights, and they see few images
-GATES_BATCH = 20
-FURTHER_RATE = 5e-4  # all weights of a model that is trained already
 
 VIT: ViTOptions = {
     "dim": 48,
@@ -56,6 +46,10 @@ DECAYS: dict[str, DecayLike] = {
     "full, alpha 0.05": sd.kinds.Full(alpha=0.05),
     "full, alpha 0.15": sd.kinds.Full(alpha=0.15),
     "full, alpha 0.2": sd.kinds.Full(alpha=0.2),
+    "alibi": "alibi",
+    "learned": "learned",
+    "squared": "squared",
+    "gaussian": "gaussian",
     "rows, columns: fixed": "fixed_decomposed",
     # Rates of 6e-8: the structure of `decomposed`, attention along rows and then along columns, without its decay.
     "rows, columns: none": sd.kinds.FixedDecomposed(initial_value=24.0, heads_range=0.0),
@@ -84,19 +78,11 @@ class Recipe:
     test_images: int
     size_images: int  # tested at other sizes
     further_epochs: int
+    batch_size: int
+    learning_rate: float  # a quarter of it for a model that is trained already
     size: int = 28  # pixels, trained on
     other_sizes: tuple[int, ...] = (40, 56, 84, 112)  # tested besides
     patch_size: int = 4
-
-
-@dataclass(frozen=True)
-class Phase:
-    """How weights are trained that ask for it."""
-
-    epochs: int
-    learning_rate: float
-    batch_size: int = BATCH_SIZE
-    weight_decay: float = WEIGHT_DECAY
 
 
 def build(
@@ -121,13 +107,13 @@ def _build(variant: Variant, data: LabelledImages, recipe: Recipe, seed: int, de
     channels = data.train.pixels.shape[1]
     torch.manual_seed(seed)
     if variant.model == "sdt_h":
-        return sd.SDTH(data.num_classes, channels, **(SDT_H | SDTHOptions(decay=decay)))
+        return sd.SDTH(data.num_classes, channels, **(SDT_H | SDTHOptions(decay=decay))).to(data.device)
     options = ViTOptions(img_size=recipe.size, patch_size=recipe.patch_size, decay=decay)
     options["rope"] = "axial" if variant.positions == "rope" else "none"
     model = sd.ViT(data.num_classes, channels, **(VIT | options))
     if variant.positions != "learned":
         _fix_positions(variant, model)
-    return model
+    return model.to(data.device)
 
 
 @torch.no_grad()
@@ -147,7 +133,7 @@ def at_size(variant: Variant, model: nn.Module, size: int) -> sd.ViT:
     if variant.positions != "learned":
         config["img_size"] = size
         del state["pos_embed"]
-    other = sd.ViT(**config)
+    other = sd.ViT(**config).to(model.pos_embed.device)
     other.load_state_dict(state, strict=variant.positions == "learned")
     if variant.positions != "learned":
         _fix_positions(variant, other)
@@ -177,77 +163,3 @@ def train_only(model: nn.Module, is_trained: Callable[[str], bool]) -> None:
     """Freeze the parameters whose names do not say yes."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = is_trained(name)
-
-
-def prepare(pixels: Tensor, data: LabelledImages, size: int) -> Tensor:
-    """(n, C, H, W), uint8 -> (n, C, size, size), of mean 0 and variance 1 over the training images."""
-    mean, std = data.mean_std
-    values = pixels.float() if pixels.shape[2] == size else resize(pixels, (size, size))
-    return (values / 255 - mean) / std
-
-
-def fit(
-    model: nn.Module,
-    data: LabelledImages,
-    images: Images,
-    phase: Phase,
-    *,
-    seed: int,
-    size: int,
-    after_batch: Callable[[int], object],
-) -> float:
-    """Train by AdamW with one cycle of the learning rate. Order and flips depend on the seed alone.
-
-    Args:
-        model: Its parameters that require a gradient are trained.
-        data: For mean and variance.
-        images: To train on.
-        phase: How.
-        seed: Of the order and the flips.
-        size: Of the images.
-        after_batch: Called with the number of images of each batch.
-
-    Returns:
-        Mean loss of the last epoch, in nats.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    # No weight decay on what is no matrix, on positions, nor on gates: there it pulls towards a stronger decay.
-    kept = {name for name, p in trained if p.ndim < 2 or name.endswith("pos_embed") or is_gate(name)}
-    groups = [
-        {"params": [p for name, p in trained if name not in kept], "weight_decay": phase.weight_decay},
-        {"params": [p for name, p in trained if name in kept], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=phase.learning_rate)
-    steps = phase.epochs * -(-len(images) // phase.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase.learning_rate, total_steps=steps, pct_start=0.1)
-    total = 0.0
-    for _ in range(phase.epochs):
-        model.train()
-        total = 0.0
-        for batch in torch.randperm(len(images), generator=generator).split(phase.batch_size):
-            is_flipped = torch.rand(len(batch), generator=generator) < 0.5
-            pixels = images.pixels[batch]
-            pixels = torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels)
-            logits = model(prepare(pixels, data, size))
-            loss = F.cross_entropy(logits, images.labels[batch], label_smoothing=LABEL_SMOOTHING)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(batch)
-            after_batch(len(batch))
-    return total / len(images)
-
-
-@torch.no_grad()
-def accuracy(
-    model: nn.Module, data: LabelledImages, images: Images, *, size: int, after_batch: Callable[[int], object]
-) -> float:
-    """In percent."""
-    model.eval()
-    correct = 0
-    for pixels, labels in zip(images.pixels.split(TEST_BATCH), images.labels.split(TEST_BATCH), strict=True):
-        correct += int((model(prepare(pixels, data, size)).argmax(-1) == labels).sum())
-        after_batch(len(labels))
-    return 100 * correct / len(images)

@@ -10,7 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ablation_log import Key, Result, write_whole
-from ablation_runs import GATES, LONGER, MECHANISMS, NORMS, REFERENCE, SCALES, SPREAD, TRANSFERS, TUNED, TWICE
+from ablation_runs import (
+    GATES,
+    LONGER,
+    MECHANISMS,
+    NORMS,
+    REFERENCE,
+    RELATIVES,
+    SCALES,
+    SPREAD,
+    TRANSFERS,
+    TUNED,
+    TWICE,
+)
 from seeds import mean_and_spread, paired_difference
 
 TABLES: dict[str, dict[str, str]] = {
@@ -27,8 +39,14 @@ TABLES: dict[str, dict[str, str]] = {
         "full, alpha 0.15": "alpha = 0.15",
         "full, alpha 0.2": "alpha = 0.2",
     },
+    "Relatives": {
+        "alibi": "2-D ALiBi",
+        "learned": "A trained rate a head",
+        "squared": "Ours, squared distance",
+        "gaussian": "LocAtViT's Gaussian",
+    },
 }
-"""The paper's tables: decays -> their names there."""
+"""The paper's tables, and what it has not: decays -> their names there."""
 
 MODELS = {("vit", "learned"): "plain ViT", ("sdt_h", ""): "SDT-H"}
 POSITIONS = {"none": "no positions", "learned": "learned, interpolated", "rope": "RoPE", "sincos": "sines and cosines"}
@@ -109,7 +127,7 @@ def format_transfer(results: Mapping[Key, Result], *, size: int) -> str:
 
 def plot_differences(results: Mapping[Key, Result], *, size: int) -> Figure:
     """Of each decay to none: a dot for each seed, the mean, and its interval where there are two seeds or more."""
-    rows = [decay for decay in (*MECHANISMS, *SCALES) if decay != "none"]
+    rows = [decay for decay in (*MECHANISMS, *SCALES, *RELATIVES) if decay != "none"]
     figure = Figure((10, 0.42 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots(1, len(MODELS), sharey=True)
     for ax, ((model, positions), title) in zip(axes, MODELS.items(), strict=True):
@@ -183,8 +201,8 @@ def describe(results: Mapping[Key, Result]) -> str:
     return (
         f"Accuracy on test images after the last epoch, in percent: mean ± standard deviation (number of seeds). "
         f"Differences are taken seed by seed: first weights, order and flips are the same; with their mean's 95 % "
-        f"interval (Student's t), where there are two seeds or more. {len(results)} results in {hours:.1f} hours, "
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {versions}, {machines}."
+        f"interval (Student's t), where there are two seeds or more. {len(results)} results, whose times add up to "
+        f"{hours:.1f} hours, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {versions}, {machines}."
     )
 
 

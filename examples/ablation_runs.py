@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import ablation_models as models
+import ablation_training as training
 import spatial_decay as sd
 from ablation_log import Key, Result, RunLog
-from ablation_models import Phase, Positions, Recipe, Variant
+from ablation_models import Positions, Recipe, Variant
+from ablation_training import Phase
 from image_folder import Images, LabelledImages
 from run_log import stamp, write_whole
 from spatial_decay.layers.kinds import DecayLike
@@ -23,8 +25,12 @@ Study: TypeAlias = Literal["tables", "sizes", "transfer"]
 
 MECHANISMS = ("none", "fixed", "full", "1d", "bidirectional", "decomposed")  # Tables 3 and 4
 SCALES = ("full, alpha 0.05", "full, alpha 0.15", "full, alpha 0.2")  # Table 5; 0.1 is `full`
+RELATIVES = ("alibi", "learned", "squared", "gaussian")  # not the paper's
 SPREAD: dict[Positions, tuple[str, ...]] = {
-    "none": ("none", "fixed", "full", "decomposed", "rows, columns: none", "rows, columns: fixed"),
+    "none": (
+        *("none", "fixed", "full", "decomposed", "rows, columns: none", "rows, columns: fixed"),
+        *("alibi", "learned", "squared"),
+    ),
     "learned": ("none", "fixed", "full", "decomposed"),
     "rope": ("none", "fixed", "full", "decomposed"),
     "sincos": ("none", "fixed", "full", "decomposed"),
@@ -84,7 +90,7 @@ def plan(studies: Sequence[Study], recipe: Recipe, *, seeds: int) -> list[Run]:
                     if models.reference_decay(variant, recipe) is not None:
                         want(seed, variant, REFERENCE, elsewhere)
         if "tables" in studies:
-            for decay in SCALES:
+            for decay in (*SCALES, *RELATIVES):
                 want(seed, Variant("vit", "learned", decay), "training", here)
             for decay in MECHANISMS:
                 want(seed, Variant("sdt_h", "", decay), "training", here)
@@ -124,9 +130,9 @@ class Lab:
         path = self.log.folder / "weights" / f"{run.name}.pt"
         trained = run.key("training", self.recipe.size)
         if trained in self.log.results() and path.exists():
-            model.load_state_dict(torch.load(path, weights_only=True))
+            model.load_state_dict(torch.load(path, map_location=self.data.device, weights_only=True))
         else:
-            loss = self._fit(model, self._images(run), Phase(self._epochs(run), models.LEARNING_RATE), run)
+            loss = self._fit(model, self._images(run), self._phase(self._epochs(run)), run)
             write_whole(path, lambda part: torch.save(model.state_dict(), part))
             self._add(run, trained, model, loss, start)
         for key in missing:
@@ -176,7 +182,7 @@ class Lab:
             model, loss = self._train_further(run, key.after, model)
         elif key.after == TWICE:
             model = models.build(run.variant, self.data, self.recipe, seed=run.seed)
-            loss = self._fit(model, self._images(run), Phase(2 * self._epochs(run), models.LEARNING_RATE), run)
+            loss = self._fit(model, self._images(run), self._phase(2 * self._epochs(run)), run)
         elif key.after == REFERENCE:
             decay = models.reference_decay(run.variant, self.recipe)
             told = models.build(run.variant, self.data, self.recipe, seed=run.seed, decay=decay)
@@ -186,7 +192,7 @@ class Lab:
             model = models.at_size(run.variant, model, key.size)
         if key.after in (GATES, NORMS):
             models.train_only(model, models.is_gate if key.after == GATES else models.is_norm)
-            phase = Phase(1, models.GATES_RATE, models.GATES_BATCH)
+            phase = Phase(1, training.GATES_RATE, training.GATES_BATCH)
             loss = self._fit(model, self.data.train.first(self.recipe.gate_images), phase, run, key.size)
         self._add(run, key, model, loss, start)
 
@@ -196,23 +202,26 @@ class Lab:
         decay: DecayLike = "none" if arm == "further" else sd.kinds.Full(gate_bias_init=6.0)
         model: nn.Module = models.build(run.variant, self.data, self.recipe, seed=run.seed, decay=decay)
         model.load_state_dict(trained.state_dict(), strict=False)
-        rate = models.FURTHER_RATE
+        rate = self.recipe.learning_rate / 4
         if arm == "swap, gates":
             models.train_only(model, models.is_gate)
-            rate = models.GATES_RATE
+            rate = training.GATES_RATE
         elif arm == "swap, gates and LoRA":
             from peft import LoraConfig, inject_adapter_in_model
 
             config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=["qkv"])
             model = inject_adapter_in_model(config, model)
             models.train_only(model, lambda name: models.is_gate(name) or "lora_" in name)
-            rate = models.LEARNING_RATE
-        return model, self._fit(model, self._images(run), Phase(self.recipe.further_epochs, rate), run)
+            rate = self.recipe.learning_rate
+        return model, self._fit(model, self._images(run), self._phase(self.recipe.further_epochs, rate), run)
+
+    def _phase(self, epochs: int, learning_rate: float | None = None) -> Phase:
+        return Phase(epochs, learning_rate or self.recipe.learning_rate, self.recipe.batch_size)
 
     def _fit(self, model: nn.Module, images: Images, phase: Phase, run: Run, size: int | None = None) -> float:
         size = size or self.recipe.size
         cost = 4 * self._cost_of_test(run, size)
-        return models.fit(
+        return training.fit(
             model, self.data, images, phase, seed=run.seed, size=size, after_batch=lambda n: self.progress(n * cost)
         )
 
@@ -220,13 +229,13 @@ class Lab:
         """Test, and write the row."""
         cost = self._cost_of_test(run, key.size)
         images = self._tested(key.size)
-        accuracy = models.accuracy(
+        accuracy = training.accuracy(
             model, self.data, images, size=key.size, after_batch=lambda n: self.progress(n * cost)
         )
         result = Result(
             accuracy=round(accuracy, 4),
             loss=round(loss, 5),
             seconds=round(time.perf_counter() - start, 1),
-            **stamp(),
+            **stamp(self.data.device),
         )
         self.log.add(key, result)

@@ -15,12 +15,12 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import ablation_models as models
+import ablation_training as training
 from image_folder import Images, LabelledImages
 from run_log import write_whole
 
 NUM_FEATURES = 64
-PHASE = models.Phase(epochs=3, learning_rate=2e-3)
+PHASE = training.Phase(epochs=3, learning_rate=2e-3, batch_size=50)
 BATCH = 500  # images without gradients
 
 
@@ -78,7 +78,7 @@ class Judge:
                 self.classifier.load_state_dict(torch.load(path, weights_only=True))
             else:
                 with tqdm(total=PHASE.epochs * len(data.train), desc="classifier", unit="image") as bar:
-                    models.fit(self.classifier, data, data.train, PHASE, seed=0, size=size, after_batch=bar.update)
+                    training.fit(self.classifier, data, data.train, PHASE, seed=0, size=size, after_batch=bar.update)
                 write_whole(path, lambda part: torch.save(self.classifier.state_dict(), part))
         self.real = fit_gaussian(self._features(data.train))
 
@@ -112,7 +112,7 @@ class Judge:
         self.classifier.eval()
         size = images.pixels.shape[2]
         parts = images.pixels.split(BATCH)
-        return torch.cat([self.classifier[:-1](models.prepare(part, self.data, size)) for part in parts])
+        return torch.cat([self.classifier[:-1](training.prepare(part, self.data, size)) for part in parts])
 
 
 def build_classifier(channels: int, size: int, num_classes: int) -> nn.Sequential:

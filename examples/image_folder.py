@@ -12,7 +12,7 @@ train/CLASS/NAME.png  test/CLASS/NAME.png    (val/ does for test/)
 import gzip
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -44,6 +44,10 @@ class Images:
         """The first so many, or all: they are in a random order that is always the same."""
         return Images(self.pixels[:count], self.labels[:count])
 
+    def to(self, device: torch.device) -> "Images":
+        """On another device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class LabelledImages:
@@ -52,6 +56,15 @@ class LabelledImages:
     train: Images
     test: Images
     num_classes: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.train.pixels.device
+
+    def to(self, device: torch.device) -> "LabelledImages":
+        """On another device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     @cached_property
     def mean_std(self) -> tuple[float, float]:
@@ -66,7 +79,7 @@ class LabelledImages:
         """Tells one data set from another."""
         crc = 0
         for tensor in (self.train.pixels, self.train.labels, self.test.pixels, self.test.labels):
-            crc = zlib.crc32(tensor.numpy().tobytes(), crc)
+            crc = zlib.crc32(tensor.cpu().numpy().tobytes(), crc)
         return f"{len(self.train)}+{len(self.test)} images, CRC {crc:08x}"
 
 

@@ -28,13 +28,12 @@ KeyT = TypeVar("KeyT", bound="DataclassInstance")
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
 
-def stamp() -> dict[str, str]:
-    """When and where: date, torch and machine, for a row."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
-    }
+def stamp(device: torch.device | None = None) -> dict[str, str]:
+    """When and where, for a row: date, torch and machine; a device other than the CPU is named."""
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    if device is not None and device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    return {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "machine": machine}
 
 
 class LogError(ValueError):

@@ -9,10 +9,12 @@ import ablation
 import ablation_models as models
 import ablation_report as report
 import ablation_runs
+import ablation_training as training
 import spatial_decay as sd
 from ablation_log import Key, Result
-from ablation_models import Phase, Recipe, Variant
+from ablation_models import Recipe, Variant
 from ablation_runs import plan
+from ablation_training import Phase
 from image_folder import Images, LabelledImages
 from spatial_decay.layers.kinds import as_kind
 from tests.examples.test_image_folder import write_fashion
@@ -27,6 +29,8 @@ TINY = Recipe(
     test_images=8,
     size_images=4,
     further_epochs=1,
+    batch_size=10,
+    learning_rate=1e-3,
 )
 SIZED = replace(TINY, size=8, other_sizes=(12,))
 VIT = {"dim": 8, "depth": 1, "num_heads": 1, "mlp_ratio": 1, "class_token": False, "global_pool": "avg"}
@@ -47,6 +51,7 @@ def few(monkeypatch):
     """Rows of each sort, but not all of them; without peft, which takes seconds to import."""
     monkeypatch.setattr(ablation_runs, "MECHANISMS", ("none", "decomposed"))
     monkeypatch.setattr(ablation_runs, "SCALES", ("full, alpha 0.2",))
+    monkeypatch.setattr(ablation_runs, "RELATIVES", ("alibi",))
     monkeypatch.setattr(ablation_runs, "LONGER", ("none",))
     monkeypatch.setattr(ablation_runs, "TRANSFERS", ("further", "swap, gates"))
 
@@ -80,7 +85,7 @@ def numbers(output):
 @pytest.mark.usefixtures("few")
 def test_tables_are_made_and_go_on_where_they_were(photos, tmp_path, capsys):
     results = run(photos, tmp_path, "tables")
-    assert len(results) == 2 + 1 + 2 + 1  # Tables 3 and 4, alpha, SDT-H, twice as long
+    assert len(results) == 2 + 1 + 1 + 2 + 1  # Tables 3 and 4, alpha, a relative, SDT-H, twice as long
     assert all(0 <= result.accuracy <= 100 for result in results.values())
     assert {path.name for path in tmp_path.iterdir()} == {
         *("runs.csv", "config.json", "results.md", "tables.png", "locks", "weights"),
@@ -103,7 +108,7 @@ def test_all_studies(photos, tmp_path):
     results = run(photos, tmp_path, "tables", "sizes", "transfer")
     after = {key.after for key in results}
     trained = [key for key in results if key.after == "training"]
-    assert len(trained) == 6 + 3 + 6 + 18 - 4 + 18  # tables, and positions at two sizes; 4 are in both
+    assert len(trained) == 6 + 3 + 4 + 6 + 21 - 4 + 21  # tables, and positions at two sizes; 4 are in both
     assert len({key for key in results if key.after not in ("training", "reference grid")}) == 8 + 4 + 2 + 4
     assert after >= {"training", "gates", "further", "swap, all weights", "swap, gates", "twice as long"}
     assert {key.size for key in results if key.after == "gates"} == {12}
@@ -177,8 +182,10 @@ def test_decays_share_first_weights_order_and_flips(data, monkeypatch):
     for decay in ("none", "full"):
         seen[decay] = []
         torch.manual_seed(len(seen))
-        models.fit(Spy(3 * 64, 3), data, data.train, Phase(2, 1e-3, 7), seed=5, size=8, after_batch=lambda count: None)
-    assert len(seen["none"]) == 6
+        training.fit(
+            Spy(3 * 64, 3), data, data.train, Phase(2, 1e-3, 7), seed=5, size=8, after_batch=lambda count: None
+        )
+    assert [len(x) for x in seen["none"]] == [7] * 4  # two whole batches of 20 images, twice
     assert all(torch.equal(a, b) for a, b in zip(seen["none"], seen["full"], strict=True))
 
 
@@ -217,7 +224,7 @@ def test_gates_alone_are_trained(data):
     model = models.build(Variant("vit", "none", "full"), data, SIZED, seed=0)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     models.train_only(model, models.is_gate)
-    models.fit(model, data, data.train, Phase(1, 0.1, 5), seed=0, size=12, after_batch=lambda count: None)
+    training.fit(model, data, data.train, Phase(1, 0.1, 5), seed=0, size=12, after_batch=lambda count: None)
     changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
     assert changed == ["blocks.0.attn.decay.gate.weight"]
     norms = [name for name in before if models.is_norm(name)]

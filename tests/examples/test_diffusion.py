@@ -236,7 +236,7 @@ def test_judge_tells_classes_and_real_images_from_others(judge, data, tmp_path, 
     assert judge.score(data.train).distance == pytest.approx(0, abs=1e-4)  # roots of 1e-16
     assert len(references) == 4
     assert all(score.distance > 2 * real.distance for score in [*references.values()][1:])
-    monkeypatch.setattr(diffusion_judge.models, "fit", None)  # it is read from its file, not trained again
+    monkeypatch.setattr(diffusion_judge.training, "fit", None)  # it is read from its file, not trained again
     assert diffusion_judge.Judge(data, tmp_path).score(data.test) == real
 
 
