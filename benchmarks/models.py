@@ -245,9 +245,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
                 new = measure(name, which, images, dtype, arguments)
                 print(f"\n{format_table(new)}", flush=True)
                 rows += new
+                write_results(arguments.output, "Whole models", ABOUT, rows, where, by=["model", "pass"])
     finally:
         del BACKENDS[IN_ITS_PLACE], BACKENDS[AUTHORS]
-    write_results(arguments.output, "Whole models", ABOUT, rows, where, by=["model", "pass"])
     if arguments.profile:
         table = profile_step(images, dtype, quick=arguments.quick)
         print(table)
