@@ -1,6 +1,5 @@
 """The middle of SDT Eq. 13, once: what spatial decay does between q, k, v and the output projection."""
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from spatial_decay.decay import Decay
@@ -126,4 +125,4 @@ class AttentionCore(nn.Module):
 
 def merge_heads(x: Tensor) -> Tensor:
     """(B, N, L, d) -> (B, L, N * d)."""
-    return rearrange(x, "b n l d -> b l (n d)")
+    return x.transpose(1, 2).flatten(2)

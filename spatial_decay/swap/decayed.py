@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from spatial_decay.decay import Decay
@@ -149,7 +148,7 @@ class AddedDecay(AttentionCore):
         options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "scale": scale}
         out = self.attend(query, key, value, decay, tokens, layout, **options)  # (B, L, N*d)
         out = out.roll(-num_suffix, 1) if num_suffix else out
-        return rearrange(out, "b l (n d) -> b n l d", n=query.shape[1])
+        return out.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
 
     def _check_answers(self, tokens: Tensor, query: Tensor, value: Tensor) -> None:
         """What was registered of the class, against what comes."""
