@@ -149,29 +149,30 @@ def plot_differences(results: Mapping[Key, Result], *, size: int) -> Figure:
 
 
 def plot_sizes(results: Mapping[Key, Result], *, size: int) -> Figure:
-    """Accuracy against size: a panel for each kind of positions; above as they are, below after a little training."""
-    figure = Figure((3.4 * len(SPREAD) + 1.6, 6.6), layout="constrained")
-    axes = figure.subplots(2, len(SPREAD), sharex=True, sharey=True)
+    """Accuracy against size: a column for each kind of positions, a row for each way of going to another size."""
+    rows = {
+        "training": "as trained",
+        REFERENCE: "distances in steps of the size\ntrained on (dashed: no decay)",
+        "tuned": "one epoch of gates alone\n(without decay: of norms)",
+    }
+    figure = Figure((2.9 * len(SPREAD) + 2.6, 7.8), layout="constrained")
+    axes = figure.subplots(len(rows), len(SPREAD), sharex=True, sharey=True)
     colours = {decay: f"C{i}" for i, decay in enumerate(SPREAD["none"])}
-    for column, (positions, decays) in enumerate(SPREAD.items()):
-        above, below = axes[:, column]
-        for decay in decays:
-            colour = colours[decay]
-            _plot_curve(above, results, positions, decay, "training", size, color=colour, label=decay)
-            _plot_curve(above, results, positions, decay, REFERENCE, size, color=colour, linestyle=":")
-            if after := TUNED.get(decay):
-                _plot_curve(below, results, positions, decay, "training", size, color=colour, alpha=0.3)
-                _plot_curve(below, results, positions, decay, after, size, color=colour, label=f"{decay}, {after}")
-        above.set_title(POSITIONS[positions])
-        below.set_xlabel("size of the test images (pixels)")
-    axes[0, 0].set_ylabel("accuracy (%)\nas trained; dotted: distances\nof the size trained on")
-    axes[1, 0].set_ylabel("accuracy (%)\none epoch of these weights alone;\npale: before")
     sizes = sorted({key.size for key in results})
-    for ax in axes.flat:
-        ax.set(xticks=sizes)
-        ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
+    for column, (positions, decays) in enumerate(SPREAD.items()):
+        for ax, after in zip(axes[:, column], rows, strict=True):
+            for decay in decays:
+                if wanted := TUNED.get(decay) if after == "tuned" else after:
+                    _plot_curve(ax, results, positions, decay, wanted, size, color=colours[decay], label=decay)
+            if after == REFERENCE:  # what has no distances, to compare
+                _plot_curve(ax, results, positions, "none", "training", size, color=colours["none"], linestyle="--")
+            ax.set(xticks=sizes)
+            ax.grid(alpha=0.3)
+        axes[0, column].set_title(POSITIONS[positions])
+        axes[-1, column].set_xlabel("size of the test images (pixels)")
+    for ax, name in zip(axes[:, 0], rows.values(), strict=True):
+        ax.set_ylabel(f"{name}\naccuracy (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", title="decay")
     return figure
 
 
@@ -206,21 +207,27 @@ def describe(results: Mapping[Key, Result]) -> str:
     )
 
 
-def write(results: Mapping[Key, Result], folder: Path, *, size: int) -> list[Path]:
-    """results.md and the pictures, of what is there; the caller's process alone should do it."""
-    if not results:
-        return []
+def format_all(results: Mapping[Key, Result], *, size: int) -> str:
+    """results.md, of what is there."""
     parts = [describe(results), format_tables(results, size=size)]
-    figures = {"tables.png": plot_differences(results, size=size)}
     if any(key.after == TWICE for key in results):
         parts.append(format_longer(results, size=size))
     if any(key.size != size for key in results):
         parts.append(format_sizes(results))
-        figures["sizes.png"] = plot_sizes(results, size=size)
     if any(key.after in TRANSFERS for key in results):
         parts.append(format_transfer(results, size=size))
-    text = "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def write(results: Mapping[Key, Result], folder: Path, *, size: int) -> list[Path]:
+    """results.md and the pictures, of what is there; the caller's process alone should do it."""
+    if not results:
+        return []
+    text = format_all(results, size=size)
     write_whole(folder / "results.md", lambda part: part.write_text(text, encoding="utf-8"))
+    figures = {"tables.png": plot_differences(results, size=size)}
+    if any(key.size != size for key in results):
+        figures["sizes.png"] = plot_sizes(results, size=size)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=150)
     print(text)

@@ -1,6 +1,9 @@
 """The ablation on tiny images: what is trained and measured, that it goes on where it was, and its statistics."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,6 +247,15 @@ def test_the_order_begins_with_tables_3_and_4_and_seeds_come_one_after_another()
     assert seeds == sorted(seeds)
     keys = [key for r in runs if r.keys[0].after != "training" for key in r.keys]
     assert len({*keys}) == len(keys)
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_committed_log(tmp_path):
+    folder = Path(ablation.__file__).parent / "results" / "ablation"
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    results = ablation.RunLog(tmp_path, config).results()
+    written = (folder / "results.md").read_text(encoding="utf-8")
+    assert report.format_all(results, size=config["size"]) == written
 
 
 def result(accuracy):
