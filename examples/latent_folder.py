@@ -2,6 +2,8 @@
 
 NAME.npy          latents (n, C, H, W), floating point; with NAME.labels.npy, labels (n,), whole numbers
 NAME.safetensors  tensors `latents` and `labels`, the same
+
+Shards are of any size, all latents of one shape. Files are never read whole.
 """
 
 from collections.abc import Callable
@@ -50,10 +52,15 @@ class LatentFolder:
             )
         for shard in shards:
             _check(shard, num_classes, like=shards[0])
+        self._arguments = folder, num_classes
         self.shape = shards[0].shape[1:]
         self.labels = torch.cat([shard.labels.long() for shard in shards])
         self._shards = shards
         self._ends = np.cumsum([shard.shape[0] for shard in shards])
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int]]:
+        """A copy in another process opens the files itself."""
+        return LatentFolder, self._arguments
 
     def __len__(self) -> int:
         return len(self.labels)
