@@ -33,11 +33,9 @@ import time
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -58,55 +56,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
 
 import checkpoint_folder
 from checkpoint_folder import Checkpoint
 from command_line import at_least, folder, number
-from latent_folder import LatentFolder
+from latent_folder import NUM_TIMESTEPS, LatentFolder, load_batches
 from spatial_decay import SDTP, kinds, sdt_p_base, sdt_p_large, sdt_p_small, sdt_p_xlarge
 from spatial_decay.integrations.parallel import sharding_plan, tensor_plan
 
 MODELS = {build.__name__: build for build in (sdt_p_small, sdt_p_base, sdt_p_large, sdt_p_xlarge)}
-NUM_TIMESTEPS = 1000
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_samples: int) -> Any:
-    """A permutation of the samples."""
-    return np.random.default_rng([0, seed, epoch]).permutation(num_samples)
-
-
-@dataclass(frozen=True)
-class Places(Dataset[tuple[Tensor, Tensor, int, int]]):
-    """What stands at a place of the global batch of a step, the same whichever process or worker asks for it."""
-
-    latents: LatentFolder
-    arguments: argparse.Namespace
-
-    def __getitem__(self, step_and_place: tuple[int, int]) -> tuple[Tensor, Tensor, int, int]:
-        """Latent and noise (C, H, W), timestep and label."""
-        step, place = step_and_place
-        epoch, at = divmod(step * self.arguments.batch_size + place, len(self.latents))
-        index = int(epoch_order(self.arguments.seed, epoch, len(self.latents))[at])
-        random = np.random.default_rng([1, self.arguments.seed, step, place])
-        timestep = int(random.integers(NUM_TIMESTEPS))
-        is_dropped = random.random() < self.arguments.class_dropout_prob
-        label = self.arguments.num_classes if is_dropped else int(self.latents.labels[index])
-        noise = torch.from_numpy(random.standard_normal(self.latents.shape, dtype=np.float32))
-        return self.latents[index], noise, timestep, label
-
-
-def load_batches(
-    latents: LatentFolder, arguments: argparse.Namespace, places: range, steps: range
-) -> DataLoader[tuple[Tensor, Tensor, int, int]]:
-    """These places of each step: latents and noise (B, C, H, W), timesteps and labels (B,)."""
-    return DataLoader(
-        Places(latents, arguments),
-        batch_sampler=([(step, place) for place in places] for step in steps),
-        num_workers=arguments.workers,
-        pin_memory=torch.cuda.is_available(),
-    )
 
 
 def build_model(arguments: argparse.Namespace, latent_shape: Sequence[int]) -> SDTP:
@@ -275,7 +233,7 @@ def train(arguments: argparse.Namespace, latents: LatentFolder, model: SDTP, dev
     is_autocast = arguments.precision == "bf16" and arguments.parallel == "ddp"  # FSDP2 has its policy
     total, began = torch.zeros((), device=device), time.perf_counter()
     for step, batch in zip(steps, batches, strict=True):
-        x, noise, timesteps, labels = (part.to(device) for part in batch)
+        x, noise, timesteps, labels = (part.to(device, non_blocking=True) for part in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=is_autocast):
             predicted = parallel(scheduler.add_noise(x, noise, timesteps), timesteps, labels)
         loss = F.mse_loss(predicted.float(), noise)

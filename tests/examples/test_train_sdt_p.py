@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import spatial_decay as sd
 from examples import train_sdt_p
-from examples.latent_folder import LatentFolder
+from examples.latent_folder import LatentFolder, load_batches
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "train_sdt_p.py"
@@ -292,9 +292,9 @@ def test_a_loss_that_is_not_finite_stops_without_a_checkpoint(latents, tmp_path)
 def test_batches_do_not_depend_on_who_loads_them(latents, tmp_path):
     options = train_sdt_p.parse_arguments(arguments(latents, tmp_path, class_dropout_prob=0.5))
     data = LatentFolder(latents, 10)
-    whole = list(train_sdt_p.load_batches(data, options, range(4), range(11)))
+    whole = list(load_batches(data, options, range(4), range(11)))
     options.workers = 1
-    halves = [list(train_sdt_p.load_batches(data, options, part, range(3, 11))) for part in (range(2), range(2, 4))]
+    halves = [list(load_batches(data, options, part, range(3, 11))) for part in (range(2), range(2, 4))]
     for *pair, all_ in zip(*halves, whole[3:], strict=True):
         assert all(torch.equal(torch.cat(parts), part) for *parts, part in zip(*pair, all_, strict=True))
     x, noise, timesteps, labels = (torch.cat(part) for part in zip(*whole, strict=True))  # two epochs
