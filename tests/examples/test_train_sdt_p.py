@@ -25,19 +25,8 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "train_sdt_p.py"
 HAS_FSDP = hasattr(torch.cpu.Stream, "record_event")
 FSDP = pytest.param("fsdp", marks=pytest.mark.skipif(not HAS_FSDP, reason="FSDP2 needs torch >= 2.7 on a CPU"))
-TINY = {
-    "num-classes": 10,
-    "dim": 24,
-    "depth": 2,
-    "num-heads": 2,
-    "batch-size": 4,
-    "lr": 0.01,
-    "ema-decay": 0.9,
-    "log-every": 1,
-    "checkpoint-every": 4,
-    "steps": 16,
-    "workers": 0,
-}
+TINY = {"num-classes": 10, "dim": 24, "depth": 2, "num-heads": 2, "batch-size": 4, "lr": 0.01, "ema-decay": 0.9}
+TINY |= {"log-every": 1, "checkpoint-every": 4, "steps": 16, "workers": 0}
 STEPS = TINY["steps"]  # three epochs of the 22 latents
 
 
@@ -210,6 +199,17 @@ def test_a_finished_run_goes_on_with_more_steps(finished, latents, capsys):
     assert losses(finished)[:STEPS] == before
     assert len(losses(finished)) == STEPS + 4
     assert "resumed from" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.* multi-threaded, use of fork:DeprecationWarning")
+def test_groups_of_weight_decay_and_workers_resume_to_the_last_bit(latents, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"weight_decay": 0.1, "depth": 1}
+    train_sdt_p.main(arguments(latents, whole, steps=8, **options))
+    train_sdt_p.main(arguments(latents, parts, steps=4, **options))
+    train_sdt_p.main(arguments(latents, parts, "--resume", steps=8, workers=1, **options))
+    for name in ("losses.csv", "ema.safetensors"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_final_weights_load(finished):
