@@ -13,7 +13,6 @@ Needs the extra [demo].
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +30,8 @@ from tqdm import tqdm
 
 import diffusion_judge
 import image_folder
-from ablation import DEBIAN, at_least
+from ablation import DEBIAN
+from command_line import at_least, folder, number
 from diffusion_judge import Judge, Score
 from image_folder import Images, LabelledImages
 from run_log import Log, LogError, stamp, write_whole
@@ -273,16 +273,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--compare", action="store_true", help="train none, fixed and full, 3 seeds each")
     parser.add_argument("--seeds", type=at_least(1), help="how many, from 0 on (default: 1; of --compare: 3)")
     parser.add_argument("--steps", type=at_least(20), default=2000, help="at least 20 (default: 2000)")
-    parser.add_argument("--guidance", type=float, default=1.5, help="1 for none (default: 1.5)")
+    parser.add_argument("--guidance", type=number, default=1.5, help="1 for none (default: 1.5)")
     parser.add_argument("--report", action="store_true", help="train nothing: table and picture of what is there")
     parser.add_argument("--threads", type=at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/diffusion"), help="default: outputs/diffusion")
+    parser.add_argument("--output", type=folder, default=Path("outputs/diffusion"), help="default: outputs/diffusion")
     arguments = parser.parse_args(argv)
     arguments.seeds = arguments.seeds or (3 if arguments.compare else 1)
-    if arguments.output.exists() and not arguments.output.is_dir():
-        parser.error(f"argument --output: must be a folder, or not be there yet: got the file {arguments.output}")
-    if not 0 <= arguments.guidance < math.inf:
-        parser.error(f"argument --guidance: must be a number >= 0: got {arguments.guidance}")
     return arguments
 
 

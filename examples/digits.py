@@ -11,17 +11,19 @@ Needs the extra [demo].
 import argparse
 import datetime
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from timm.optim import param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from command_line import at_least, folder
 from spatial_decay import SDTH, viz
 from spatial_decay.layers.kinds import KINDS, KindName
 
@@ -59,11 +61,16 @@ def split_indices(num_images: int) -> tuple[Tensor, Tensor]:
     return order[:NUM_TRAIN], order[NUM_TRAIN:]
 
 
-def load_data() -> tuple[TensorDataset, TensorDataset]:
-    """Training and test set of images (1, 8, 8) in [0, 1] and labels 0 .. 9."""
+def load_all() -> tuple[Tensor, Tensor]:
+    """Images (1797, 1, 8, 8) in [0, 1] and labels 0 .. 9."""
     digits = load_digits()
     images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.as_tensor(digits.target, dtype=torch.long)
+    return images, torch.as_tensor(digits.target, dtype=torch.long)
+
+
+def load_data() -> tuple[TensorDataset, TensorDataset]:
+    """Training and test set of load_all."""
+    images, labels = load_all()
     train, test = split_indices(len(images))
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
@@ -89,12 +96,7 @@ def build_model(decay: KindName) -> SDTH:
 
 def build_optimizer(model: SDTH) -> torch.optim.AdamW:
     """AdamW that leaves biases and norms alone."""
-    kept = model.no_weight_decay()
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for name, p in named if name not in kept], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for name, p in named if name in kept], "weight_decay": 0.0},
-    ]
+    groups = param_groups_weight_decay(model, WEIGHT_DECAY, no_weight_decay_list=model.no_weight_decay())
     return torch.optim.AdamW(groups, lr=LEARNING_RATE)
 
 
@@ -191,29 +193,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--decay", choices=KINDS, default="full", help="kind of decay (default: full)")
     what.add_argument("--compare", action="store_true", help="train the mechanisms of Tables 3 and 4, 3 seeds each")
-    parser.add_argument("--epochs", type=_at_least(1), default=15, help="default: 15")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="of --compare: the first of three (default: 0)")
-    parser.add_argument("--threads", type=_at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
+    parser.add_argument("--epochs", type=at_least(1), default=15, help="default: 15")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of --compare: the first of three (default: 0)")
+    parser.add_argument("--threads", type=at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
     parser.add_argument(
-        "--output", type=Path, default=Path("outputs"), help="for results, new for old (default: outputs)"
+        "--output", type=folder, default=Path("outputs"), help="for results, new for old (default: outputs)"
     )
-    arguments = parser.parse_args(argv)
-    if arguments.output.exists() and not arguments.output.is_dir():
-        parser.error(f"argument --output: must be a folder, or not be there yet: got the file {arguments.output}")
-    return arguments
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = low - 1
-        if number < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {low}: got {text!r}")
-        return number
-
-    return parse
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[KindName, list[float]]:

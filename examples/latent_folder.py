@@ -1,17 +1,25 @@
-"""A folder of latents with labels, for train_sdt_p.py: shards mapped into memory, all checked when it is opened.
+"""A folder of latents with labels, and its batches, for train_sdt_p.py: shards mapped into memory, all checked first.
 
 NAME.npy          latents (n, C, H, W), floating point; with NAME.labels.npy, labels (n,), whole numbers
 NAME.safetensors  tensors `latents` and `labels`, the same
+
+Shards are of any size, all latents of one shape. Files are never read whole.
 """
 
+import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+NUM_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,15 @@ class LatentFolder:
             )
         for shard in shards:
             _check(shard, num_classes, like=shards[0])
+        self._arguments = folder, num_classes
         self.shape = shards[0].shape[1:]
         self.labels = torch.cat([shard.labels.long() for shard in shards])
         self._shards = shards
         self._ends = np.cumsum([shard.shape[0] for shard in shards])
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int]]:
+        """A copy in another process opens the files itself."""
+        return LatentFolder, self._arguments
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,6 +80,44 @@ class LatentFolder:
         if not latent.isfinite().all():
             raise ValueError(f"latents must be finite: got nan or inf in latent {place} of {shard.path}. Leave it out.")
         return latent
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_samples: int) -> Any:
+    """A permutation of the samples."""
+    return np.random.default_rng([0, seed, epoch]).permutation(num_samples)
+
+
+@dataclass(frozen=True)
+class Places(Dataset[tuple[Tensor, Tensor, int, int]]):
+    """What stands at a place of the global batch of a step, the same whichever process or worker asks for it."""
+
+    latents: LatentFolder
+    arguments: argparse.Namespace
+
+    def __getitem__(self, step_and_place: tuple[int, int]) -> tuple[Tensor, Tensor, int, int]:
+        """Latent and noise (C, H, W), timestep and label."""
+        step, place = step_and_place
+        epoch, at = divmod(step * self.arguments.batch_size + place, len(self.latents))
+        index = int(epoch_order(self.arguments.seed, epoch, len(self.latents))[at])
+        random = np.random.default_rng([1, self.arguments.seed, step, place])
+        timestep = int(random.integers(NUM_TIMESTEPS))
+        is_dropped = random.random() < self.arguments.class_dropout_prob
+        label = self.arguments.num_classes if is_dropped else int(self.latents.labels[index])
+        noise = torch.from_numpy(random.standard_normal(self.latents.shape, dtype=np.float32))
+        return self.latents[index], noise, timestep, label
+
+
+def load_batches(
+    latents: LatentFolder, arguments: argparse.Namespace, places: range, steps: range
+) -> DataLoader[tuple[Tensor, Tensor, int, int]]:
+    """These places of each step: latents and noise (B, C, H, W), timesteps and labels (B,)."""
+    return DataLoader(
+        Places(latents, arguments),
+        batch_sampler=([(step, place) for place in places] for step in steps),
+        num_workers=arguments.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def _open(path: Path) -> Shard:

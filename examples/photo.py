@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 import spatial_decay as sd
+from command_line import at_least
 from spatial_decay import viz
 
 SIZE = (240, 360)  # pixels
@@ -231,14 +232,12 @@ def save(figure: Figure, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default="300", help="of training (default: 300)")
+    parser.add_argument("--steps", type=at_least(1), default=300, help="of training (default: 300)")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: outputs)")
     options = parser.parse_args(argv)
-    if not options.steps.isdecimal() or int(options.steps) < 1:
-        parser.error(f"argument --steps: must be a whole number >= 1: got {options.steps!r}")
     options.output.mkdir(parents=True, exist_ok=True)
     photos = load_photos()
-    views = look(train(photos, steps=int(options.steps)), photos)
+    views = look(train(photos, steps=options.steps), photos)
     for name, theme in THEMES.items():
         path = options.output / f"photo-{name}.png"
         save(draw(views, theme), path)

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import trange
 
 import spatial_decay as sd
+from command_line import at_least
+from digits import load_all
 
 BATCH_SIZE = 100
 MODEL = {
@@ -33,13 +34,6 @@ MODEL = {
     "num_embeds_ada_norm": 10,
     "norm_num_groups": 16,
 }
-
-
-def load_data() -> tuple[Tensor, Tensor]:
-    """Images (B, 1, 8, 8) in [-1, 1], and labels."""
-    digits = load_digits()
-    images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-    return images, torch.as_tensor(digits.target, dtype=torch.long)
 
 
 def denoising_loss(model: nn.Module, scheduler: DDPMScheduler, images: Tensor, labels: Tensor) -> Tensor:
@@ -80,13 +74,12 @@ def evaluate(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8, help="of the DiT, then as many of its gates")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=at_least(1), default=8, help="of the DiT, then as many of its gates")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     options = parser.parse_args(arguments)
-    if options.epochs < 1:
-        parser.error(f"argument --epochs: must be >= 1: got {options.epochs}")
     torch.manual_seed(options.seed)
-    data = load_data()
+    images, labels = load_all()
+    data = 2 * images - 1, labels
 
     model = DiTTransformer2DModel(**MODEL)
     train(model, model.parameters(), data, epochs=options.epochs, rate=1e-3, name="the DiT")

@@ -5,7 +5,7 @@
 
 No weights are downloaded, so that the ViT is first trained for a few epochs itself; with yours, that is
 timm.create_model(name, pretrained=True). 1,797 images of 8 x 8 pixels come with scikit-learn.
-Needs the extras [demo,timm].
+Needs the extra [demo].
 """
 
 import argparse
@@ -14,13 +14,13 @@ from collections.abc import Iterable, Sequence
 import timm
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import trange
 
 import spatial_decay as sd
+from command_line import at_least
+from digits import load_data
 
-NUM_TRAIN = 1400
 BATCH_SIZE = 50
 MODEL = {
     "img_size": 8,
@@ -33,20 +33,10 @@ MODEL = {
 }
 
 
-def load_data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images (B, 1, 8, 8) in [0, 1] and labels, for training and for the test."""
-    digits = load_digits()
-    images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.as_tensor(digits.target, dtype=torch.long)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, test = order[:NUM_TRAIN], order[NUM_TRAIN:]
-    return (images[train], labels[train]), (images[test], labels[test])
-
-
 def train(
     model: nn.Module,
     weights: Iterable[nn.Parameter],
-    data: tuple[Tensor, Tensor],
+    data: tuple[Tensor, ...],
     *,
     epochs: int,
     rate: float,
@@ -68,7 +58,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def evaluate(model: nn.Module, data: tuple[Tensor, ...]) -> tuple[float, float]:
     """Mean loss in nats, and accuracy in percent."""
     images, labels = data
     logits = model.eval()(images)
@@ -78,13 +68,11 @@ def evaluate(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, floa
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decay", default="full", choices=("full", "1d", "bidirectional"), help="a kind with gates")
-    parser.add_argument("--epochs", type=int, default=12, help="of the ViT, then as many of its gates")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=at_least(1), default=12, help="of the ViT, then as many of its gates")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     options = parser.parse_args(arguments)
-    if options.epochs < 1:
-        parser.error(f"argument --epochs: must be >= 1: got {options.epochs}")
     torch.manual_seed(options.seed)
-    train_data, test_data = load_data()
+    train_data, test_data = (part.tensors for part in load_data())
 
     model = timm.create_model("vit_tiny_patch16_224", **MODEL)
     nn.init.normal_(model.pos_embed, std=0.3)  # as large as the embedding of one pixel

@@ -5,13 +5,8 @@
         --parallel fsdp --grad-checkpointing --compile --resume                           # FSDP2 instead of DDP
     ... --parallel fsdp --tensor-parallel 4                # besides, heads and MLPs split over 4 processes
 
-The folder of latents holds shards of any size, all latents of one shape (C, H, W):
-
-    NAME.npy          latents (n, C, H, W), floating point; with NAME.labels.npy, labels (n,), whole numbers
-    NAME.safetensors  tensors `latents` and `labels`, the same
-
-Latents are trained on as they are: multiply those of Stable Diffusion's VAE by 0.18215 when you write them. Files are
-mapped into memory, never read whole; shapes and all labels are checked before anything is trained or written.
+latent_folder.py says what the folder of latents holds. They are trained on as they are: multiply those of Stable
+Diffusion's VAE by 0.18215 when you write them. All is checked before anything is trained or written.
 
 --resume goes on from the newest complete checkpoint in --out, on any number of processes, split in any way; without one
 it starts from the beginning, so that a job which is started again may always pass it. Other settings are an error, and
@@ -37,17 +32,16 @@ import os
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -65,47 +59,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import checkpoint_folder
 from checkpoint_folder import Checkpoint
-from latent_folder import LatentFolder
+from command_line import at_least, folder, number
+from latent_folder import NUM_TIMESTEPS, LatentFolder, load_batches
 from spatial_decay import SDTP, kinds, sdt_p_base, sdt_p_large, sdt_p_small, sdt_p_xlarge
 from spatial_decay.integrations.parallel import sharding_plan, tensor_plan
 
 MODELS = {build.__name__: build for build in (sdt_p_small, sdt_p_base, sdt_p_large, sdt_p_xlarge)}
-NUM_TIMESTEPS = 1000
-
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Latents and noise (B, C, H, W), timesteps and labels (B,)."""
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_samples: int) -> Any:
-    """A permutation of the samples."""
-    return np.random.default_rng([0, seed, epoch]).permutation(num_samples)
-
-
-def load_batch(latents: LatentFolder, arguments: argparse.Namespace, positions: range, step: int) -> Batch:
-    """These positions of the global batch of a step, the same whichever process asks for them."""
-    samples = []
-    for position in positions:
-        epoch, place = divmod(step * arguments.batch_size + position, len(latents))
-        index = int(epoch_order(arguments.seed, epoch, len(latents))[place])
-        random = np.random.default_rng([1, arguments.seed, step, position])
-        timestep = int(random.integers(NUM_TIMESTEPS))
-        is_dropped = random.random() < arguments.class_dropout_prob
-        label = arguments.num_classes if is_dropped else int(latents.labels[index])
-        noise = torch.from_numpy(random.standard_normal(latents.shape, dtype=np.float32))
-        samples.append((latents[index], noise, torch.tensor(timestep), torch.tensor(label)))
-    x, noises, timesteps, labels = (torch.stack(part) for part in zip(*samples, strict=True))
-    return x, noises, timesteps, labels
-
-
-def load_ahead(load: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch]]:
-    """Each step with its batch; the next one is loaded while the model is busy."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(load, step) for step in steps[:1]]
-        for i, step in enumerate(steps, start=1):
-            batch = ahead.pop().result()
-            ahead = [pool.submit(load, later) for later in steps[i : i + 1]]
-            yield step, batch
 
 
 def build_model(arguments: argparse.Namespace, latent_shape: Sequence[int]) -> SDTP:
@@ -128,7 +87,7 @@ def build_model(arguments: argparse.Namespace, latent_shape: Sequence[int]) -> S
         learn_sigma=False,
         **{name: value for name, value in size.items() if value is not None},
     )
-    model.class_dropout_prob = 0.0  # load_batch drops labels, the same on any number of processes
+    model.class_dropout_prob = 0.0  # Places drops labels, the same on any number of processes
     return model
 
 
@@ -255,7 +214,8 @@ def train(arguments: argparse.Namespace, latents: LatentFolder, model: SDTP, dev
         for block in model.blocks:  # the forward alone: FSDP2's hooks stay outside
             block.forward = torch.compile(block.forward)
     parallel = parallelize(model, arguments, device).train()
-    optimizer = torch.optim.AdamW(parallel.parameters(), lr=arguments.lr, weight_decay=arguments.weight_decay)
+    groups = param_groups_weight_decay(model, arguments.weight_decay)  # not of biases and norms
+    optimizer = torch.optim.AdamW(groups, lr=arguments.lr)
     if resumed:
         if rank == 0:
             print(f"{resumed.path / '.metadata'} is a pickle: what no checkpoint needs is not read from it", flush=True)
@@ -267,12 +227,13 @@ def train(arguments: argparse.Namespace, latents: LatentFolder, model: SDTP, dev
 
     shares = world // arguments.tensor_parallel  # processes that split heads have the same latents
     size, place = arguments.batch_size // shares, rank // arguments.tensor_parallel
-    load = functools.partial(load_batch, latents, arguments, range(place * size, (place + 1) * size))
+    steps = range(start, arguments.steps)
+    batches = load_batches(latents, arguments, range(place * size, (place + 1) * size), steps)
     scheduler = DDPMScheduler(NUM_TIMESTEPS, beta_schedule="linear")
     is_autocast = arguments.precision == "bf16" and arguments.parallel == "ddp"  # FSDP2 has its policy
     total, began = torch.zeros((), device=device), time.perf_counter()
-    for step, batch in load_ahead(load, range(start, arguments.steps)):
-        x, noise, timesteps, labels = (part.to(device) for part in batch)
+    for step, batch in zip(steps, batches, strict=True):
+        x, noise, timesteps, labels = (part.to(device, non_blocking=True) for part in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=is_autocast):
             predicted = parallel(scheduler.add_noise(x, noise, timesteps), timesteps, labels)
         loss = F.mse_loss(predicted.float(), noise)
@@ -303,34 +264,36 @@ def train(arguments: argparse.Namespace, latents: LatentFolder, model: SDTP, dev
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    count, share = at_least(1), functools.partial(number, below=1.0)
     parser = argparse.ArgumentParser(description="Train SDT-P on a folder of latents.")
     parser.add_argument("--latents", type=Path, required=True, help="folder of NAME.npy or NAME.safetensors")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for losses, checkpoints and EMA weights, of one run"
+        "--out", type=folder, required=True, help="folder for losses, checkpoints and EMA weights, of one run"
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest complete checkpoint, if any; no code in it is run"
     )
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="(default: ddp)")
-    parser.add_argument("--tensor-parallel", type=_count, default=1, help="processes that split heads (default: 1)")
+    parser.add_argument("--tensor-parallel", type=count, default=1, help="processes that split heads (default: 1)")
     parser.add_argument("--model", choices=MODELS, default="sdt_p_small", help="(default: sdt_p_small)")
     parser.add_argument("--decay", choices=kinds.KINDS, default="full", help="kind of decay (default: full)")
-    parser.add_argument("--patch-size", type=_count, default=2, help="(default: 2)")
-    parser.add_argument("--num-classes", type=_count, default=1000, help="(default: 1000)")
+    parser.add_argument("--patch-size", type=count, default=2, help="(default: 2)")
+    parser.add_argument("--num-classes", type=count, default=1000, help="(default: 1000)")
     for name in ("dim", "depth", "num-heads"):
-        parser.add_argument(f"--{name}", type=_count, help="instead of the model's own")
-    parser.add_argument("--class-dropout-prob", type=_share, default=0.1, help="labels dropped (default: 0.1)")
+        parser.add_argument(f"--{name}", type=count, help="instead of the model's own")
+    parser.add_argument("--class-dropout-prob", type=share, default=0.1, help="labels dropped (default: 0.1)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16 on CUDA, else fp32)")
     parser.add_argument("--grad-checkpointing", action="store_true", help="trade time for memory")
     parser.add_argument("--compile", action="store_true", help="the blocks, with torch.compile")
-    parser.add_argument("--steps", type=_count, default=400_000, help="in all (default: 400000)")
-    parser.add_argument("--batch-size", type=_count, default=256, help="of all processes together (default: 256)")
-    parser.add_argument("--lr", type=_number, default=1e-4, help="(default: 1e-4)")
-    parser.add_argument("--weight-decay", type=_number, default=0.0, help="(default: 0)")
-    parser.add_argument("--ema-decay", type=_share, default=0.9999, help="(default: 0.9999)")
-    parser.add_argument("--checkpoint-every", type=_count, default=10_000, help="steps (default: 10000)")
-    parser.add_argument("--log-every", type=_count, default=100, help="steps, whose mean is logged (default: 100)")
-    parser.add_argument("--seed", type=_count, default=1, help="(default: 1)")
+    parser.add_argument("--steps", type=count, default=400_000, help="in all (default: 400000)")
+    parser.add_argument("--batch-size", type=count, default=256, help="of all processes together (default: 256)")
+    parser.add_argument("--workers", type=at_least(0), default=4, help="of each process, for batches (default: 4)")
+    parser.add_argument("--lr", type=number, default=1e-4, help="(default: 1e-4)")
+    parser.add_argument("--weight-decay", type=number, default=0.0, help="(default: 0)")
+    parser.add_argument("--ema-decay", type=share, default=0.9999, help="(default: 0.9999)")
+    parser.add_argument("--checkpoint-every", type=count, default=10_000, help="steps (default: 10000)")
+    parser.add_argument("--log-every", type=count, default=100, help="steps, whose mean is logged (default: 100)")
+    parser.add_argument("--seed", type=count, default=1, help="(default: 1)")
     arguments = parser.parse_args(argv)
     arguments.precision = arguments.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     for name in ("steps", "checkpoint_every"):
@@ -349,29 +312,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if arguments.batch_size % (world // tensor):
         parser.error(f"--batch-size must be a multiple of the {world // tensor} processes: got {arguments.batch_size}")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        parser.error(f"argument --out: must be a folder, or not be there yet: got the file {arguments.out}")
     return arguments
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1: got {text!r}")
-    return int(text)
-
-
-def _number(text: str, below: float = math.inf) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < below:
-        raise argparse.ArgumentTypeError(f"must be a number, 0 <= number < {below:g}: got {text!r}")
-    return number
-
-
-def _share(text: str) -> float:
-    return _number(text, 1.0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -43,13 +42,13 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 def killed(work: Callable[[], Any], *, at: int | None = None, after: float | None = None) -> bool:
-    """Run work in a copy of this process that dies by SIGKILL, and say whether that was before its end.
+    """Run work in a copy of this process that is killed, and say whether that was before its end.
 
     Args:
         work: It must write to files only.
         at: Die before the file system is asked for something the so many-th time, from 0: opening, renaming, removing.
             Counted up until the answer is False, this goes through all moments that Python sees.
-        after: Die after so many seconds, wherever that is.
+        after: Die after so many seconds of work, wherever that is, by SIGALRM, of which Python sees no more.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # this process has threads, and the copy uses none
@@ -60,14 +59,14 @@ def killed(work: Callable[[], Any], *, at: int | None = None, after: float | Non
             torch.set_num_threads(1)
             if at is not None:
                 _die_at(at)
+            if after is not None:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, max(after, 1e-6))  # 0 is never
             work()
             code = 0
         except BaseException:
             traceback.print_exc()
         os._exit(code)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
         raise AssertionError("the work that was to be killed failed by itself; its error is above.")

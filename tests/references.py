@@ -6,6 +6,7 @@ A mask is a list of L lists of L floats.
 
 import cmath
 import math
+import operator
 
 
 def log_sigmoid(x):
@@ -160,12 +161,16 @@ def softmax(scores):
 
 def attention(q, k, v, mask, scale):
     """Eq. 10 for one head: L lists of d floats each -> L lists of d floats."""
-    out = []
+    out, channels = [], list(zip(*v, strict=True))
     for i, query in enumerate(q):
-        scores = [scale * sum(a * b for a, b in zip(query, key, strict=True)) + mask[i][j] for j, key in enumerate(k)]
-        weights = softmax(scores)
-        out.append([sum(w * value[c] for w, value in zip(weights, v, strict=True)) for c in range(len(v[0]))])
+        weights = softmax([scale * inner(query, key) + mask[i][j] for j, key in enumerate(k)])
+        out.append([inner(weights, channel) for channel in channels])
     return out
+
+
+def inner(a, b):
+    """Sum of a[n] * b[n]; most of the time of the random calls is here, and in map less of it."""
+    return sum(map(operator.mul, a, b))
 
 
 def axial_attention(q, k, v, columns, rows, height, width, scale, extra=None):

@@ -33,6 +33,7 @@ OPTIONS = {
     "log-every": 1,
     "checkpoint-every": 4,
     "steps": 16,
+    "workers": 0,
 }
 
 

@@ -263,8 +263,8 @@ def test_table():
         (["--decay", "fixed", "--compare"], "not allowed with argument"),
         (["--steps", "19"], "must be a whole number >= 20: got '19'"),
         (["--seeds", "0"], "must be a whole number >= 1: got '0'"),
-        (["--guidance", "strong"], "invalid float value: 'strong'"),
-        (["--guidance", "nan"], "must be a number >= 0: got nan"),
+        (["--guidance", "strong"], "must be a number, 0 <= number < inf: got 'strong'"),
+        (["--guidance", "nan"], "must be a number, 0 <= number < inf: got 'nan'"),
         (["--output", __file__], "must be a folder"),
     ],
 )

@@ -44,7 +44,7 @@ def test_shift_moves_by_a_pixel_at_most():
 
 def test_optimizer_has_each_parameter_once():
     model = digits.build_model("full")
-    decayed, kept = digits.build_optimizer(model).param_groups
+    kept, decayed = digits.build_optimizer(model).param_groups
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
     assert all(parameter.ndim > 1 for parameter in decayed["params"])
     assert kept["weight_decay"] == 0

@@ -1,5 +1,7 @@
 """Folders of latents: shards as one sequence, and what a folder that cannot be trained on says."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,11 @@ def test_shards_are_one_sequence(folder):
     for i in range(5):
         assert latents[i].dtype == torch.float32
         assert torch.equal(latents[i], torch.full((4, 2, 6), float(i)))
+
+
+def test_a_copy_for_another_process_opens_the_files_itself(folder):
+    latents = pickle.loads(pickle.dumps(LatentFolder(folder, num_classes=6)))
+    assert [latents[i].mean().item() for i in range(5)] == [0, 1, 2, 3, 4]
 
 
 def test_other_files_are_left_alone(folder):

@@ -41,4 +41,4 @@ def test_gates_of_a_diffusers_dit_through_a_folder(capsys):
 def test_epochs_that_train_nothing(example, capsys):
     with pytest.raises(SystemExit):
         example.main(["--epochs", "-1"])
-    assert "--epochs: must be >= 1: got -1" in capsys.readouterr().err
+    assert "--epochs: must be a whole number >= 1: got '-1'" in capsys.readouterr().err

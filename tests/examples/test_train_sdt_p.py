@@ -19,24 +19,14 @@ from safetensors.torch import load_file, save_file
 
 import spatial_decay as sd
 from examples import train_sdt_p
-from examples.latent_folder import LatentFolder
+from examples.latent_folder import LatentFolder, load_batches
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "train_sdt_p.py"
 HAS_FSDP = hasattr(torch.cpu.Stream, "record_event")
 FSDP = pytest.param("fsdp", marks=pytest.mark.skipif(not HAS_FSDP, reason="FSDP2 needs torch >= 2.7 on a CPU"))
-TINY = {
-    "num-classes": 10,
-    "dim": 24,
-    "depth": 2,
-    "num-heads": 2,
-    "batch-size": 4,
-    "lr": 0.01,
-    "ema-decay": 0.9,
-    "log-every": 1,
-    "checkpoint-every": 4,
-    "steps": 16,
-}
+TINY = {"num-classes": 10, "dim": 24, "depth": 2, "num-heads": 2, "batch-size": 4, "lr": 0.01, "ema-decay": 0.9}
+TINY |= {"log-every": 1, "checkpoint-every": 4, "steps": 16, "workers": 0}
 STEPS = TINY["steps"]  # three epochs of the 22 latents
 
 
@@ -175,7 +165,7 @@ def test_sharded_training_is_replicated_training(parallel, unbroken):
 def test_a_killed_run_resumes_to_the_unbroken_one(parallel, unbroken, latents, tmp_path):
     out = tmp_path / "run"
     checkpoints = out / "checkpoints"
-    with torchrun(tmp_path, EXAMPLE, *arguments(latents, out, parallel=parallel, steps=10**6)) as process:
+    with torchrun(tmp_path, EXAMPLE, *arguments(latents, out, parallel=parallel, steps=10**6, workers=1)) as process:
         until = time.monotonic() + 120
         while not list(checkpoints.glob("step-????????")) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
@@ -185,7 +175,7 @@ def test_a_killed_run_resumes_to_the_unbroken_one(parallel, unbroken, latents, t
         file.write("99,0.1")
     (checkpoints / "step-00000999.incomplete").mkdir()
 
-    output = run_two(tmp_path, EXAMPLE, *arguments(latents, out, "--resume", parallel=parallel))
+    output = run_two(tmp_path, EXAMPLE, *arguments(latents, out, "--resume", parallel=parallel, workers=1))
     assert 4 <= int(re.search(r"resumed from .*step-(\d{8})$", output, flags=re.MULTILINE)[1]) < STEPS
     assert (out / "losses.csv").read_text() == (unbroken[parallel] / "losses.csv").read_text()
     assert (out / "ema.safetensors").read_bytes() == (unbroken[parallel] / "ema.safetensors").read_bytes()
@@ -209,6 +199,17 @@ def test_a_finished_run_goes_on_with_more_steps(finished, latents, capsys):
     assert losses(finished)[:STEPS] == before
     assert len(losses(finished)) == STEPS + 4
     assert "resumed from" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.* multi-threaded, use of fork:DeprecationWarning")
+def test_groups_of_weight_decay_and_workers_resume_to_the_last_bit(latents, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"weight_decay": 0.1, "depth": 1}
+    train_sdt_p.main(arguments(latents, whole, steps=8, **options))
+    train_sdt_p.main(arguments(latents, parts, steps=4, **options))
+    train_sdt_p.main(arguments(latents, parts, "--resume", steps=8, workers=1, **options))
+    for name in ("losses.csv", "ema.safetensors"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_final_weights_load(finished):
@@ -287,13 +288,15 @@ def test_a_loss_that_is_not_finite_stops_without_a_checkpoint(latents, tmp_path)
     assert not (tmp_path / "run" / "ema.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.* multi-threaded, use of fork:DeprecationWarning")
 def test_batches_do_not_depend_on_who_loads_them(latents, tmp_path):
     options = train_sdt_p.parse_arguments(arguments(latents, tmp_path, class_dropout_prob=0.5))
     data = LatentFolder(latents, 10)
-    whole = [train_sdt_p.load_batch(data, options, range(4), step) for step in range(11)]
-    for step in (10, 3):
-        halves = [train_sdt_p.load_batch(data, options, part, step) for part in (range(2), range(2, 4))]
-        assert all(torch.equal(torch.cat(pair), all_) for *pair, all_ in zip(*halves, whole[step], strict=True))
+    whole = list(load_batches(data, options, range(4), range(11)))
+    options.workers = 1
+    halves = [list(load_batches(data, options, part, range(3, 11))) for part in (range(2), range(2, 4))]
+    for *pair, all_ in zip(*halves, whole[3:], strict=True):
+        assert all(torch.equal(torch.cat(parts), part) for *parts, part in zip(*pair, all_, strict=True))
     x, noise, timesteps, labels = (torch.cat(part) for part in zip(*whole, strict=True))  # two epochs
     everything = torch.stack([data[i] for i in range(22)])
     for epoch in (0, 1):

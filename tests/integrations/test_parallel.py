@@ -82,24 +82,26 @@ def test_training_under_tensor_parallelism_loses_as_one_process(tmp_path):
     np.save(tmp_path / "latents" / "a.npy", random.standard_normal((22, 4, 4, 6), dtype=np.float32))
     np.save(tmp_path / "latents" / "a.labels.npy", random.integers(10, size=22))
     options = {"num-classes": 10, "dim": 32, "depth": 2, "num-heads": 4, "batch-size": 4, "lr": 0.01, "log-every": 1}
-    options |= {"checkpoint-every": 8, "steps": 16}
+    options |= {"checkpoint-every": 8, "steps": 16, "workers": 0}
 
-    def run(name, world, *more):
+    def command(name, *more):
         flags = [f"--{option}={value}" for option, value in options.items()]
-        on_processes(world, "|".join(["training", str(tmp_path), f"--out={tmp_path / name}", *flags, *more]))
+        return "|".join(["training", str(tmp_path), f"--out={tmp_path / name}", *flags, *more])
+
+    def losses(name):
         rows = (tmp_path / name / "losses.csv").read_text().splitlines()[1:]
         return [float(row.split(",")[1]) for row in rows]
 
-    one = run("one", 1)
+    # Half on one process, then on four: two shards of two parts.
+    split = ("--parallel=fsdp", "--tensor-parallel=2")
+    on_processes(1, command("one"), command("resumed", "--steps=8"))
+    on_processes(2, command("split", *split))
+    on_processes(4, command("resumed", *split, "--grad-checkpointing", "--resume"))
+    one = losses("one")
     assert np.mean(one[-4:]) < 0.9 * np.mean(one[:4])
     assert len(one) == 16
-    split = ("--parallel=fsdp", "--tensor-parallel=2")
-    assert run("split", 2, *split) == pytest.approx(one, rel=1e-5)
-    # Half on one process, then on four: two shards of two parts.
-    options["steps"] = 8
-    run("resumed", 1)
-    options["steps"] = 16
-    assert run("resumed", 4, *split, "--grad-checkpointing", "--resume") == pytest.approx(one, rel=1e-5)
+    assert losses("split") == pytest.approx(one, rel=1e-5)
+    assert losses("resumed") == pytest.approx(one, rel=1e-5)
 
 
 # One process that stands for several: nothing is sent.

@@ -57,22 +57,25 @@ def test_under_the_sanitizers(tmp_path):
 import ctypes, sys
 import torch
 from spatial_decay.ops.native import library
+from tests.ops import random_calls
 
 sanitized = ctypes.CDLL({str(tmp_path / "kernels.so")!r})
-name = library.variants()[int(sys.argv.pop(1))]
-kernel = getattr(sanitized, "spatial_decay_attention_" + name)
-kernel.argtypes, kernel.restype = library.kernel().argtypes, library.kernel().restype
-library.kernel = lambda: kernel
 torch.set_num_threads(3)
-from tests.ops import random_calls
-sys.exit(random_calls.main())
+types = library.kernel().argtypes, library.kernel().restype
+for name in library.variants():
+    kernel = getattr(sanitized, "spatial_decay_attention_" + name)
+    kernel.argtypes, kernel.restype = types
+    library.kernel = lambda: kernel
+    print(name, flush=True)
+    if random_calls.main():
+        sys.exit(1)
 """
     asan = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = os.environ | {"LD_PRELOAD": asan.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
-    for number in range(len(library.variants())):
-        command = [sys.executable, "-c", code, str(number), "--calls", "60", "--seed", "11", "--backends", "native"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
-        assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-c", code, "--calls", "60", "--seed", "11", "--backends", "native"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("60 calls of seed 11: 0 wrong") == len(library.variants())
 
 
 def test_random_shapes():
