@@ -21,7 +21,7 @@ Needs the extra [demo].
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -36,6 +36,7 @@ import image_folder
 from ablation_log import Key, LogError, Result, RunLog
 from ablation_models import Recipe
 from ablation_runs import Lab, Run, Study, plan
+from command_line import at_least, folder
 from image_folder import LabelledImages
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -105,7 +106,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="train nothing: tables and pictures of what is there")
     parser.add_argument("--threads", type=at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--output", type=Path, help="default: outputs/ablation, with --full outputs/ablation-full")
+    parser.add_argument("--output", type=folder, help="default: outputs/ablation, with --full outputs/ablation-full")
     arguments = parser.parse_args(argv)
     for study in arguments.studies:
         if study not in studies:
@@ -121,20 +122,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("argument --device: must be cpu where PyTorch sees no GPU: got cuda")
     arguments.studies = arguments.studies or ["tables"]
     arguments.output = arguments.output or Path("outputs") / f"ablation{'-full' * arguments.full}"
-    if arguments.output.exists() and not arguments.output.is_dir():
-        parser.error(f"argument --output: must be a folder, or not be there yet: got the file {arguments.output}")
     return arguments
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    """What argparse calls to read a whole number that is no smaller."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {low}: got {text!r}")
-        return int(text)
-
-    return parse
 
 
 def main(argv: Sequence[str] | None = None) -> dict[Key, Result]:
