@@ -26,6 +26,7 @@ from spatial_decay.models.registry import ENTRIES
 FLOOR = "deit_tiny_patch16_224"
 PEERS = (FLOOR, "deit_small_patch16_224", "deit_base_patch16_224")
 DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = Path(__file__).parent / "results"
 PAGES = {
     "classifiers": DOCS / "models/index.md",
     "latents": DOCS / "models/index.md",

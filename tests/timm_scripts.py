@@ -73,18 +73,18 @@ def in_miniature(command: str) -> str:
         command = re.sub(r"-c \w+\.yaml", r"\g<0> --device-modules spatial_decay.integrations.timm on_cpu", command)
     if "vit_decay" in command:  # timm's weights are not downloaded, and its ViT is told its size
         command, small = command.replace("--pretrained ", ""), small + " --model-kwargs img_size=32"
-    command = re.sub(r"\{0000\.\.1023\}\.tar\|1281167|\{00\.\.63\}\.tar\|50000", "{0..1}.tar|200", command)
-    return f"{command} {small}" + (" --aug-repeats 0" if "torchrun" in command else "")
+    command = re.sub(r"\{0000\.\.1023\}\.tar\|1281167|\{00\.\.63\}\.tar\|50000", "{0..1}.tar|160", command)
+    return f"{command} {small}"
 
 
 def write_images(folder: Path) -> None:
     """Digits in folders of classes, and the same in shards."""
     digits = load_digits()
     (folder / "shards").mkdir()
-    for split, name, first in (("train", "train", 0), ("val", "validation", 200)):
+    for split, name, first, end in (("train", "train", 0, 320), ("val", "validation", 320, 400)):
         for shard in range(2):
             with tarfile.open(folder / f"shards/imagenet-{name}-{shard}.tar", "w") as archive:
-                for i in range(first + shard, first + 200, 2):
+                for i in range(first + shard, end, 2):
                     path = folder / f"imagenet/{split}/{digits.target[i]}/{i}.jpg"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     pixels = (digits.images[i] * 15).astype("uint8")
