@@ -27,7 +27,7 @@ def _module_of_the_page(tmp_path_factory):
 
 def test_commands():
     found = commands()
-    assert len(found) == 15
+    assert len(found) == 16
     for command in found:
         for name in re.findall(r"--model (\S+)", command):
             assert timm.is_model(name), name
