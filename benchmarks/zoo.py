@@ -1,7 +1,7 @@
 """Every model by its name: parameters, GFLOPs, images a second beside DeiT-tiny, and the memory that training takes.
 
     python -m benchmarks.zoo                  # CPU, float32, some 10 minutes; results in outputs/benchmarks/zoo
-    python -m benchmarks.zoo --write FOLDER   # the tables of docs, from the results in FOLDER
+    python -m benchmarks.zoo --write FOLDER   # the tables of docs, from the results in FOLDER and below
 
 GFLOPs are those of torch.utils.flop_counter, halved (a product and its sum are one, as papers count). They hold
 convolutions, linear maps and the two products of attention, not what is done number by number: decays, norms, softmax.
@@ -73,7 +73,7 @@ PUBLISHED = {
 }
 """All models of list_models, and timm's that stand beside them, in the order of the page."""
 
-TRAINED = ("sdt_h_tiny", "sdt_h_small", "sdt_h_base", "rmt_tiny", "locatvit_tiny", FLOOR)
+TRAINED = ("sdt_h_tiny", "sdt_h_small", "sdt_h_base", "locatvit_tiny", FLOOR)
 """Those whose memory of training is measured, with TRAINING_BATCH images."""
 TRAINING_BATCH = 4
 
@@ -137,18 +137,22 @@ def make_training(name: str, batch_size: int, image_size: int, checkpointing: bo
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the command line; the rows of results.csv."""
     parser = command_line(__doc__.splitlines()[0], "zoo", rounds=5)
+    parser.add_argument("--models", default=",".join(PUBLISHED), help="comma-separated")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="measure nothing: write the pages from there")
     arguments = parser.parse_args(argv)
     if arguments.write:
         write(tables(read(arguments.write)))
         return []
+    names = arguments.models.split(",")
+    if unknown := set(names) - set(PUBLISHED):
+        parser.error(f"argument --models: choose from {', '.join(PUBLISHED)}: got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
     device, dtype, quick = torch.device(arguments.device), DTYPES[arguments.dtype], arguments.quick
     batch_size, size = (2, 64) if quick else (arguments.batch_size, 224)
     where = machine(device, arguments.dtype) | {"images": f"{batch_size} of {size} x {size}, or latents of 32 x 32"}
     rows: list[Row] = []
-    for name in ("sdt_h_tiny",) if quick else PUBLISHED:
+    for name in ("sdt_h_tiny",) if quick else names:
         calls = {}
         for model in dict.fromkeys((FLOOR, name)):
             # A ViT of timm's takes its own size alone.
@@ -170,14 +174,17 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 
 ABOUT = f"""`ratio` is the forward time over that of timm's `{FLOOR}` in the same rounds: median (quartiles).
-Training MB: what forward and backward take for one of {TRAINING_BATCH} images, float32, above weights, gradients, images.
+Training MB: what forward and backward take for one of {TRAINING_BATCH} images, float32, above weights and gradients.
 Checkpointed: with set_grad_checkpointing(). GFLOPs count convolutions, linear maps and attention's two products."""
 
 
 def read(folder: Path) -> list[dict[str, str]]:
-    """The rows of results.csv."""
-    with (folder / "results.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """The rows of results.csv in the folder and in those below it, in the order of the page."""
+    rows: dict[str, dict[str, str]] = {}
+    for path in folder.rglob("results.csv"):
+        with path.open(encoding="utf-8") as file:
+            rows |= {row["model"]: row for row in csv.DictReader(file)}
+    return [rows[name] for name in PUBLISHED if name in rows]
 
 
 def tables(rows: Sequence[dict[str, str]]) -> dict[str, str]:

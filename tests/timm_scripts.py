@@ -73,6 +73,8 @@ def in_miniature(command: str) -> str:
         command = re.sub(r"-c \w+\.yaml", r"\g<0> --device-modules spatial_decay.integrations.timm on_cpu", command)
     if "vit_decay" in command:  # timm's weights are not downloaded, and its ViT is told its size
         command, small = command.replace("--pretrained ", ""), small + " --model-kwargs img_size=32"
+    # Inductor would take minutes; tests/test_compile.py has it.
+    command = command.replace("--torchcompile", "--torchcompile aot_eager")
     command = re.sub(r"\{0000\.\.1023\}\.tar\|1281167|\{00\.\.63\}\.tar\|50000", "{0..1}.tar|160", command)
     return f"{command} {small}"
 
