@@ -259,7 +259,7 @@ def test_the_zoo_has_every_model_and_its_tables_stand_on_the_pages():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if "tiny" in name else pytest.mark.slow) for name in zoo.PUBLISHED]
+    "name", [pytest.param(name, marks=() if name == "rmt_tiny" else pytest.mark.slow) for name in zoo.PUBLISHED]
 )
 def test_the_zoo_counts_what_is_there(name):
     (row,) = (row for row in zoo.read(sorted(zoo.RESULTS.glob("cpu-*/zoo"))[-1]) if row["model"] == name)
