@@ -2,7 +2,8 @@
 
 CLONE is a clone of huggingface/pytorch-image-models. It is copied without its history, with the page's files beside its
 scripts. Images are scikit-learn's digits; --device cpu, few steps and a small batch go behind what the page says, eight
-processes become two, and nothing is downloaded. Words choose commands by what they contain. Needs webdataset and pillow<13. On one CPU some 10 minutes.
+processes become two, and nothing is downloaded. Words choose commands by what they contain.
+Needs webdataset and pillow<13, and some 10 minutes on an idle CPU.
 """
 
 import re
