@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, calls, compare, contenders, memory, models, picture, report, timing
+import spatial_decay as sd
+from benchmarks import attention, calls, compare, contenders, memory, models, picture, report, timing, zoo
 from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS, decay_attention
 from tests.cases import CASES, make_gates
@@ -247,3 +248,28 @@ def test_calls(capsys):
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [
         f"{name}{what}" for name in calls.CASES for what in ("", ", with gradients")
     ]
+
+
+def test_the_zoo_has_every_model_and_its_tables_stand_on_the_pages():
+    assert set(zoo.PUBLISHED) == {*sd.list_models(), *zoo.PEERS}
+    rows = zoo.read(sorted(zoo.RESULTS.glob("cpu-*/zoo"))[-1])
+    assert [row["model"] for row in rows] == list(zoo.PUBLISHED)
+    for name, table in zoo.tables(rows).items():
+        assert f"\n\n{table}\n\n<!-- end -->" in zoo.PAGES[name].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "rmt_tiny" else pytest.mark.slow) for name in zoo.PUBLISHED]
+)
+def test_the_zoo_counts_what_is_there(name):
+    (row,) = (row for row in zoo.read(sorted(zoo.RESULTS.glob("cpu-*/zoo"))[-1]) if row["model"] == name)
+    found = zoo.counts(name)
+    assert found["parameters"] == int(row["parameters"])
+    assert found["GFLOPs"] == pytest.approx(float(row["GFLOPs"]))
+
+
+@pytest.mark.slow
+def test_zoo(tmp_path):
+    (row,) = zoo.main(["--quick", "--threads", "1", "--output", str(tmp_path)])
+    assert row["images/s"] > 0
+    assert row["training MB"] > row["checkpointed MB"] > 0
