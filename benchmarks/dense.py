@@ -4,34 +4,38 @@
     python -m benchmarks.dense --profile sdt_h_tiny   # and where the time of its training pass goes, by operator
 
 One image of 800 x 1344: COCO's 800 x 1333, padded to multiples of 32. A backbone gives the maps of its four stages.
-Ours stand beside their floors of benchmarks/models.py, and beside convolutional backbones of timm where it is installed.
+Ours stand beside themselves with plain SDPA in place of attention with decay, and beside convolutional backbones of
+timm, where it is installed.
 """
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import AUTHORS, IN_ITS_PLACE, _Authors, _Plain
+from benchmarks.models import IN_ITS_PLACE, _Plain
 from benchmarks.report import Row, command_line, format_table, machine, timing_columns, write_results
 from benchmarks.timing import Call, interleaved, peak_memory
 from spatial_decay import models, sdt_h_tiny
 from spatial_decay.ops import BACKENDS
 
+CPU = torch.device("cpu")
 PASSES = ("forward", "forward and backward")
 CHECKPOINTING = "auto, checkpointing"
 OURS: dict[str, Callable[..., models.SDTH]] = {"sdt_h_tiny": sdt_h_tiny, "rmt_tiny": models.rmt_tiny}
 PEERS = ("convnext_nano", "resnet50") if importlib.util.find_spec("timm") else ()
-CONTENDERS = {"sdt_h_tiny": (IN_ITS_PLACE, "auto", CHECKPOINTING, *PEERS), "rmt_tiny": (AUTHORS, "auto", CHECKPOINTING)}
+CONTENDERS = {
+    "sdt_h_tiny": (IN_ITS_PLACE, "auto", CHECKPOINTING, *PEERS),
+    "rmt_tiny": (IN_ITS_PLACE, "auto", CHECKPOINTING),
+}
 """Of each of ours, the floor first: a backend, or a backbone of timm."""
 
 
 def build(name: str, contender: str) -> tuple[nn.Module, Callable[[Tensor], list[Tensor]]]:
     """A backbone with its first weights, and its maps of an image."""
     BACKENDS.setdefault(IN_ITS_PLACE, _Plain())  # behind the others, so that auto does not see them
-    BACKENDS.setdefault(AUTHORS, _Authors())
     torch.manual_seed(0)
     if contender in PEERS:
         timm = importlib.import_module("timm")
@@ -59,14 +63,16 @@ def make_call(name: str, contender: str, which: str, height: int, width: int) ->
     return forward if which == PASSES[0] else step
 
 
-def measure(name: str, which: str, size: tuple[int, int], rounds: int) -> list[Row]:
-    """One pass of one of ours and of what it is held against; memory first, each in a process of its own."""
-    device = torch.device("cpu")
-    contenders = [x for x in CONTENDERS[name] if which == PASSES[1] or x != CHECKPOINTING]
-    peaks = {x: peak_memory(make_call, name, x, which, *size, device=device) for x in contenders}
-    print(f"{name}, {which}: memory measured", flush=True)
+def contenders_of(name: str, which: str) -> list[str]:
+    """Of one pass of one of ours; nothing is computed again without a backward pass."""
+    return [x for x in CONTENDERS[name] if which == PASSES[1] or x != CHECKPOINTING]
+
+
+def measure(name: str, which: str, size: tuple[int, int], rounds: int, peaks: Mapping[str, int | None]) -> list[Row]:
+    """The times of one pass of one of ours and of what it is held against, beside their peaks."""
+    contenders = contenders_of(name, which)
     calls = {x: make_call(name, x, which, *size) for x in contenders}
-    timings = interleaved(calls, contenders[0], rounds=rounds, device=device, warmup=0, min_seconds=0)
+    timings = interleaved(calls, IN_ITS_PLACE, rounds=rounds, device=CPU, warmup=0, min_seconds=0)
     rows: list[Row] = []
     for x in contenders:
         count = sum(p.numel() for p in build(name, x)[0].parameters()) / 1e6
@@ -96,16 +102,20 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         parser.error("argument --device, --dtype: this benchmark is for the CPU and float32")
     torch.set_num_threads(arguments.threads)
     size = (64, 96) if arguments.quick else (800, 1344)
-    where = machine(torch.device("cpu"), "float32") | {"images": f"1 of {size[0]} x {size[1]}"}
+    where = machine(CPU, "float32") | {"images": f"1 of {size[0]} x {size[1]}"}
     rows: list[Row] = []
+    passes = [(name, which) for name in arguments.models.split(",") for which in PASSES]
+    peaks = {
+        key: {x: peak_memory(make_call, key[0], x, key[1], *size, device=CPU) for x in contenders_of(*key)}
+        for key in passes
+    }
+    print("memory is measured, each in a process of its own; now the times", flush=True)
     try:
-        for name in arguments.models.split(","):
-            for which in PASSES:
-                rows += (new := measure(name, which, size, 1 if arguments.quick else arguments.rounds))
-                print(f"\n{format_table(new)}", flush=True)
+        for key in passes:
+            rows += (new := measure(*key, size, 1 if arguments.quick else arguments.rounds, peaks[key]))
+            print(f"\n{format_table(new)}", flush=True)
     finally:
-        for name in (IN_ITS_PLACE, AUTHORS):
-            BACKENDS.pop(name, None)
+        BACKENDS.pop(IN_ITS_PLACE, None)
     write_results(arguments.output, "Backbones at the size of detection", ABOUT, rows, where, by=["model", "pass"])
     if arguments.profile:
         table = profile_step(arguments.profile, size)
@@ -115,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 
 ABOUT = f"""`ratio` is to the first contender in the same round: median (quartiles). `peak MB` (10^6 bytes) is above the
-weights and the image: maps, gradients and scratch. `{IN_ITS_PLACE}` and `{AUTHORS}`: see benchmarks/models.py.
+weights and the image: maps, gradients and scratch. `{IN_ITS_PLACE}`: the model as it is, rows and columns included,
+with nothing added to the scores.
 `{CHECKPOINTING}`: with set_grad_checkpointing, a block's insides are computed again in the backward pass.
 Forward is in eval mode without autograd; with backward, in training mode, without an optimiser."""
 
