@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# All that a CPU is measured by, some 20 minutes on two idle cores. Results go to benchmarks/results/cpu-<date>/, the
+# All that a CPU is measured by, some 30 minutes on two idle cores. Results go to benchmarks/results/cpu-<date>/, the
 # picture with them. In an environment with the package, its kernel, and its extras [test] and [viz].
 #
 #   bash benchmarks/cpu.sh            # everything
-#   bash benchmarks/cpu.sh attention  # or some of: attention bfloat16 avx2 memory models
+#   bash benchmarks/cpu.sh attention  # or some of: attention bfloat16 avx2 memory models dense
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results="benchmarks/results/cpu-$(date +%F)"
-[ $# -gt 0 ] || set -- attention bfloat16 avx2 memory models
+[ $# -gt 0 ] || set -- attention bfloat16 avx2 memory models dense
 for part in "$@"; do
   case $part in
     attention)
@@ -24,8 +24,10 @@ for part in "$@"; do
       python -m benchmarks.memory --output "$results/memory" ;;
     models)
       python -m benchmarks.models --profile --output "$results/models" ;;
+    dense)
+      python -m benchmarks.dense --profile sdt_h_tiny --output "$results/dense" ;;
     *)
-      echo "parts are attention, bfloat16, avx2, memory and models: got $part" >&2
+      echo "parts are attention, bfloat16, avx2, memory, models and dense: got $part" >&2
       exit 2 ;;
   esac
 done

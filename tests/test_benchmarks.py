@@ -1,6 +1,7 @@
 """The benchmarks run, write their files and say why a contender has no number. Nothing here looks at a clock."""
 
 import csv
+import itertools
 import math
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import spatial_decay as sd
-from benchmarks import attention, calls, compare, contenders, memory, models, picture, report, timing, zoo
+from benchmarks import attention, calls, compare, contenders, dense, memory, models, picture, report, timing, zoo
 from spatial_decay.layout import Grid
 from spatial_decay.ops import BACKENDS, decay_attention
 from tests.cases import CASES, make_gates
@@ -216,6 +217,27 @@ def test_models(tmp_path, capsys):
     assert "Self CPU" in capsys.readouterr().out
     assert (tmp_path / "results.md").exists()
     assert (tmp_path / "profile.txt").exists()
+
+
+@pytest.mark.slow
+def test_dense(tmp_path, capsys):
+    before = list(BACKENDS)
+    rows = dense.main(["--quick", "--threads", "1", "--profile", "rmt_tiny", "--output", str(tmp_path)])
+    assert list(BACKENDS) == before
+    found = [(row["model"], row["pass"], row["contender"]) for row in rows]
+    assert found == [
+        (*key, x) for key in itertools.product(dense.OURS, dense.PASSES) for x in dense.contenders_of(*key)
+    ]
+    assert all(row["ms"] > 0 and row["parameters, million"] > 10 for row in rows)
+    assert "Self CPU" in capsys.readouterr().out
+    assert (tmp_path / "profile.txt").exists()
+    assert "## rmt_tiny, forward and backward" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_dense_is_for_the_cpu(capsys):
+    with pytest.raises(SystemExit):
+        dense.main(["--dtype", "bfloat16"])
+    assert "for the CPU and float32" in capsys.readouterr().err
 
 
 def test_a_kind_that_is_not_there(capsys):

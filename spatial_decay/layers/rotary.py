@@ -60,8 +60,8 @@ class RotaryEmbedding(nn.Module):
         """
         if self.mode == "none":
             return q, k
-        angles = self._angles(layout, q)
-        return _turn(q, angles), _turn(k, angles)
+        turns = _turns(self._angles(layout, q))
+        return _turn(q, turns), _turn(k, turns)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, mode={self.mode!r}"
@@ -82,14 +82,20 @@ class RotaryEmbedding(nn.Module):
         return F.pad(angles, (0, 0, layout.num_prefix_tokens, 0))
 
 
-def _turn(x: Tensor, angles: Tensor) -> Tensor:
+def _turns(angles: Tensor) -> tuple[Tensor, ...]:
+    """cos and sin; or the complex numbers that they are, whose product is 2-3 times as fast uncompiled."""
+    # A compiler fuses, and knows no complex numbers; nor do those who read what torch.jit.trace records.
+    if torch.compiler.is_compiling() or is_jit_tracing():
+        return angles.cos(), angles.sin()
+    return (torch.polar(torch.ones_like(angles), angles),)
+
+
+def _turn(x: Tensor, turns: tuple[Tensor, ...]) -> Tensor:
     """(x_2m, x_2m+1) -> (x_2m cos - x_2m+1 sin, x_2m+1 cos + x_2m sin), in the dtype of x."""
     pairs = at_least_float32(x).unflatten(-1, (-1, 2))  # (..., L, d/2, 2)
-    # A compiler fuses this, and knows no complex numbers; nor do those who read what torch.jit.trace records.
-    if torch.compiler.is_compiling() or is_jit_tracing():
-        cos, sin = angles.cos(), angles.sin()
-        even, odd = pairs.unbind(-1)
+    if len(turns) == 1:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns[0])
+    else:
+        (cos, sin), (even, odd) = turns, pairs.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    else:  # one product of complex numbers, 2-3 times as fast uncompiled
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angles), angles))
     return turned.flatten(-2).to(x.dtype)

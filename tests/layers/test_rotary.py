@@ -23,6 +23,13 @@ def test_equals_complex_rotation(mode, head_dim, num_prefix):
         torch.testing.assert_close(turned, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_sines_are_computed_once_for_both(monkeypatch):
+    polar, calls = torch.polar, []
+    monkeypatch.setattr(torch, "polar", lambda *args: calls.append(args) or polar(*args))
+    RotaryEmbedding(8)(*torch.randn(2, 1, 2, 6, 8), Grid(2, 3))
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("mode", ["axial", "flat"])
 def test_scores_depend_on_the_offset_only(mode):
     rope = RotaryEmbedding(8, mode)

@@ -69,6 +69,18 @@ def test_small_images(size):
     assert small(stem_stride=2).eval()(torch.randn(1, 3, 16, 17)).shape == (1, 5)
 
 
+def test_the_stem_is_channels_last_on_cpus():
+    model, seen = small().eval(), []
+    for layer in model.stem.proj:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    wanted = model.stem.proj(x := torch.randn(1, 3, 32, 40)).permute(0, 2, 3, 1)
+    seen.clear()
+    found = model.stem(x)
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in seen)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, wanted)
+
+
 # Paper, Table 1: parameters (million) and GFLOPs at 224 x 224; the counter counts two operations a product.
 @pytest.mark.parametrize(
     ("build", "parameters", "paper_parameters", "gflops", "paper_gflops"),
