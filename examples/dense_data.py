@@ -82,9 +82,7 @@ def load_pieces(folder: Path) -> tuple[Pieces, Pieces]:
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
     scans = digits[order].split([NUM_TRAIN_DIGITS, len(digits) - NUM_TRAIN_DIGITS])
     splits = []
-    for part, part_scans, names in zip(
-        (fashion.train, fashion.test), scans, (TRAIN_PHOTOS, TEST_PHOTOS), strict=True
-    ):
+    for part, part_scans, names in zip((fashion.train, fashion.test), scans, (TRAIN_PHOTOS, TEST_PHOTOS), strict=True):
         wanted = torch.isin(part.labels, torch.tensor([*FASHION]))
         if not set(FASHION) <= set(part.labels.tolist()):
             raise DataError(f"{folder} must hold images of all classes of Fashion-MNIST: some have none.")
@@ -140,7 +138,7 @@ def compose(pieces: Pieces, count: int, *, seed: int, num_pieces: tuple[int, int
 
 def _background(photos: Sequence[Tensor], draw: np.random.Generator) -> Tensor:
     """A square of a photograph, between 64 pixels a side and 256, (3, 64, 64), float32 in [0, 255]."""
-    photo = photos[draw.integers(len(photos))]
+    photo = photos[int(draw.integers(len(photos)))]
     side = int(draw.integers(SIZE, 256, endpoint=True))
     top, left = (int(draw.integers(length - side, endpoint=True)) for length in photo.shape[1:])
     crop = resize(photo[None, :, top : top + side, left : left + side], (SIZE, SIZE))[0]
@@ -148,7 +146,7 @@ def _background(photos: Sequence[Tensor], draw: np.random.Generator) -> Tensor:
 
 
 def _cut_out(thing: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A piece in a colour, (3, h, w) in [0, 255], and where it is, (h, w) bool: no row or column at the edge is empty."""
+    """A piece in a colour, (3, h, w) in [0, 255], and where it is, (h, w) bool: no empty row or column at its edge."""
     side = int(draw.integers(*SIDES, endpoint=True))
     values = resize(255 * thing[None, None], (side, side))[0, 0]
     inside = torch.from_numpy(binary_fill_holes((values > THRESHOLD * values.max()).numpy()))

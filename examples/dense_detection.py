@@ -27,7 +27,7 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProc
 import dense_runs
 import dense_segmentation
 from dense_data import CLASSES, SIZE, Composites, normalised
-from dense_models import NAMES, SMALL, is_vit, maps, train
+from dense_models import CHANNELS, CONFIG, NAMES, is_vit, maps, train
 from dense_runs import Data, Key, Result, Task
 
 FASTER, RT_DETR = "torchvision Faster R-CNN", "transformers RT-DETR"
@@ -49,7 +49,7 @@ class Pyramid(nn.Module):
     def __init__(self, backbone: str) -> None:
         super().__init__()
         self.body = maps(backbone)
-        self.pyramid = ops.FeaturePyramidNetwork(list(SMALL["embed_dims"]), WIDTH)
+        self.pyramid = ops.FeaturePyramidNetwork(list(CHANNELS), WIDTH)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, height, width) -> maps by name."""
@@ -109,7 +109,7 @@ class RTDetr(nn.Module):
     def __init__(self, backbone: str) -> None:
         super().__init__()
         name = NAMES["SDT-H"] if is_vit(backbone) else NAMES[backbone]
-        channels = list(SMALL["embed_dims"][1:])
+        channels = list(CHANNELS[1:])
         config = RTDetrConfig(
             backbone_config=TimmBackboneConfig(backbone=name, out_indices=[1, 2, 3]),
             freeze_backbone_batch_norms=False,  # they hold nothing yet
@@ -204,28 +204,36 @@ def measure(key: Key, model: nn.Module, test: Composites) -> tuple[float, float]
 
 def draw(test: Composites, predicted: Mapping[str, list[Boxes]]) -> Figure:
     """The first images with their boxes, and those that each model of seed 0 finds with a score of at least 0.3."""
-    known = [{"boxes": box, "labels": label, "scores": torch.ones(len(box))} for box, label in zip(test.boxes, test.labels, strict=True)]
+    shown = zip(test.boxes[: dense_runs.NUM_SHOWN], test.labels, strict=False)
+    known = [{"boxes": box, "labels": label, "scores": torch.ones(len(box))} for box, label in shown]
     columns = {"boxes": known, **predicted}
     figure = Figure((1.5 * len(columns) + 0.2, 1.5 * dense_runs.NUM_SHOWN + 1), layout="constrained")
     axes = figure.subplots(dense_runs.NUM_SHOWN, len(columns), squeeze=False)
     for column, (name, of_images) in enumerate(columns.items()):
         axes[0, column].set_title(name.replace(" ", "\n", 1), fontsize=8)
-        for row in range(dense_runs.NUM_SHOWN):
-            ax, found = axes[row, column], of_images[row]
-            ax.imshow(test.images[row].permute(1, 2, 0).numpy())
+        for ax, image, found in zip(axes[:, column], test.images, of_images, strict=False):
+            ax.imshow(image.permute(1, 2, 0).numpy())
             ax.set(xticks=[], yticks=[])
-            for (x0, y0, x1, y1), score, label in zip(*(found[part].tolist() for part in ("boxes", "scores", "labels")), strict=True):
-                if score >= SHOWN_SCORE:
-                    ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=1.5, edgecolor=f"C{label - 1}"))
+            is_shown = found["scores"] >= SHOWN_SCORE
+            for box, label in zip(found["boxes"][is_shown].tolist(), found["labels"][is_shown].tolist(), strict=True):
+                ax.add_patch(_rectangle(box, label))
     handles = [Rectangle((0, 0), 1, 1, color=f"C{number}") for number in range(len(CLASSES) - 1)]
     figure.legend(handles, CLASSES[1:], loc="outside lower center", ncols=len(handles), fontsize=8)
     return figure
 
 
+def _rectangle(box: Sequence[float], label: int) -> Rectangle:
+    x0, y0, x1, y1 = box
+    colour = f"C{label - 1}"
+    return Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=1.5, edgecolor=colour)
+
+
 TASK = Task(
-    name="Detection",
+    name="detection",
     epochs=3,
-    frameworks=(FASTER, RT_DETR),
+    num_pieces=(1, 3),
+    rows=dense_runs.dense_rows(FASTER, RT_DETR),
+    config=CONFIG,
     libraries=("timm", "torchvision", "transformers", "torchmetrics", "pycocotools"),
     columns=("AP", "AP50"),
     fit=fit,

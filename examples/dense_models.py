@@ -18,8 +18,9 @@ BATCH_SIZE = 8
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
 
+CHANNELS = (16, 32, 64, 64)  # of the maps
 SMALL: SDTHOptions = {
-    "embed_dims": (16, 32, 64, 64),
+    "embed_dims": CHANNELS,
     "depths": (1, 1, 2, 1),
     "num_heads": (1, 2, 4, 4),
     "mlp_ratios": 2,
@@ -31,18 +32,21 @@ VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_head
 NAMES = {"SDT-H": "sdt_h_mini", "RMT": "rmt_mini", "ViT, swapped": "vit_mini", "ViT": "vit_mini"}
 """Rows -> what timm.create_model takes."""
 
+CONFIG: dict[str, Any] = {"SDT-H, RMT": SMALL, "ViT": VIT}
+"""What results depend on besides."""
 
-@register_model
+
+@register_model  # type: ignore[untyped-decorator]
 def sdt_h_mini(**options: Any) -> nn.Module:
     return timm.create_model("sdt_h_tiny", **(SMALL | options))
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def rmt_mini(**options: Any) -> nn.Module:
     return timm.create_model("rmt_tiny", **(SMALL | options))
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def vit_mini(**options: Any) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **(VIT | options))
 
@@ -86,12 +90,12 @@ class SimplePyramid(nn.Module):
 
 
 def maps(backbone: str) -> nn.Module:
-    """A module that gives maps of strides 4, 8, 16 and 32, with the channels of SMALL."""
+    """A module that gives maps of strides 4, 8, 16 and 32, of CHANNELS."""
     model: nn.Module = timm.create_model(NAMES[backbone], features_only=True)
     if not is_vit(backbone):
         return model
     swap(backbone, model)
-    return SimplePyramid(model, SMALL["embed_dims"])
+    return SimplePyramid(model, CHANNELS)
 
 
 def train(

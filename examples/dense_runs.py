@@ -2,9 +2,11 @@
 
 import argparse
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,9 @@ class Task:
 
     name: str
     epochs: int  # unless the command line says another number
-    frameworks: Sequence[str]
+    num_pieces: tuple[int, int]  # fewest and most in an image
+    rows: Sequence[tuple[str, str]]  # framework and backbone
+    config: Mapping[str, Any]  # what the results depend on besides
     libraries: Sequence[str]  # whose versions are kept
     columns: tuple[str, str]  # what first and second are
     fit: Callable[[Key, Data, int, Callable[[], object]], torch.nn.Module]  # with epochs, and what is called a batch
@@ -72,20 +76,20 @@ class Task:
     predict: Callable[[Key, torch.nn.Module, torch.Tensor], Any]  # of the images shown; goes through torch.save
     draw: Callable[[Composites, Mapping[str, Any]], Any]  # a figure, of rows by name
 
-    @property
-    def rows(self) -> list[tuple[str, str]]:
-        """Framework and backbone."""
-        return [(RAW, "raw patches"), *((f, b) for f in self.frameworks for b in dense_models.NAMES)]
+
+def dense_rows(*frameworks: str) -> list[tuple[str, str]]:
+    """The linear head, and each framework on each backbone."""
+    return [(RAW, "raw patches"), *((f, backbone) for f in frameworks for backbone in dense_models.NAMES)]
 
 
 def parse_arguments(task: str, epochs: int, argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=f"{task} of composites, trained in miniature.")
+    parser = argparse.ArgumentParser(description=f"Dense {task} of composites, trained in miniature.")
     parser.add_argument("--data", type=Path, required=True, help="folder with the four files of Fashion-MNIST")
     parser.add_argument("--images", type=count, default=1500, help="to train on (default: 1500)")
     parser.add_argument("--epochs", type=count, default=epochs, help=f"default: {epochs}")
     parser.add_argument("--seeds", type=count, default=3, help="how many, from 0 on (default: 3)")
     parser.add_argument("--threads", type=count, help="of torch; 1 if the CPU is shared (default: torch's own)")
-    name = f"outputs/dense_{task.lower()}"
+    name = f"outputs/dense_{task}"
     parser.add_argument("--output", type=Path, default=Path(name), help=f"folder; goes on there (default: {name})")
     arguments = parser.parse_args(argv)
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -100,6 +104,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def configuration(task: Task, epochs: int) -> dict[str, Any]:
+    """What results depend on, but the data."""
+    batch = {"batch size": dense_models.BATCH_SIZE, "learning rate": dense_models.LEARNING_RATE}
+    return {"epochs": epochs, **batch, **task.config}
+
+
 def main(task: Task, argv: Sequence[str] | None) -> dict[Key, Result]:
     """Run the command line of one task; the results of all rows and seeds."""
     arguments = parse_arguments(task.name, task.epochs, argv)
@@ -107,16 +117,15 @@ def main(task: Task, argv: Sequence[str] | None) -> dict[Key, Result]:
         torch.set_num_threads(arguments.threads)
     try:
         pieces = load_pieces(arguments.data)
-        data = Data(compose(pieces[0], arguments.images, seed=0), compose(pieces[1], NUM_TEST, seed=1))
-        config = {
-            "train": data.train.fingerprint,
-            "test": data.test.fingerprint,
-            "epochs": arguments.epochs,
-            "batch size": dense_models.BATCH_SIZE,
-            "learning rate": dense_models.LEARNING_RATE,
-            "SDT-H, RMT": dense_models.SMALL,
-            "ViT": dense_models.VIT,
-        }
+        counts = (arguments.images, NUM_TEST)
+        data = Data(
+            *(
+                compose(part, number, seed=seed, num_pieces=task.num_pieces)
+                for seed, (part, number) in enumerate(zip(pieces, counts, strict=True))
+            )
+        )
+        config = configuration(task, arguments.epochs)
+        config |= {"train": data.train.fingerprint, "test": data.test.fingerprint}
         log = Log(arguments.output, config, Key, Result)
         results = _run(task, data, arguments, log)
     except (DataError, LogError) as error:
@@ -150,12 +159,19 @@ def _run(task: Task, data: Data, arguments: argparse.Namespace, log: Log[Key, Re
                 model = task.fit(key, data, arguments.epochs, progress.update)
                 seconds = time.process_time() - start
                 shown = task.predict(key, model, data.test.images[:NUM_SHOWN])
-                write_whole(_shown_path(log, key), lambda path, shown=shown: torch.save(shown, path))
+                write_whole(_shown_path(log, key), partial(torch.save, shown))
                 first, second = task.measure(key, model, data.test)
-                size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+                millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
                 versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in task.libraries)
-                made = (round(first, 3), round(second, 3), round(size, 3), round(seconds, 1))
-                log.add(key, Result(*made, **stamp(), versions=versions))
+                result = Result(
+                    first=round(first, 3),
+                    second=round(second, 3),
+                    million_parameters=round(millions, 3),
+                    cpu_seconds=round(seconds, 1),
+                    versions=versions,
+                    **stamp(),
+                )
+                log.add(key, result)
     return log.results()
 
 
@@ -169,6 +185,10 @@ def format_table(task: Task, results: Mapping[Key, Result]) -> str:
     for row in task.rows:
         of_row = [result for key, result in results.items() if (key.framework, key.backbone) == row]
         if of_row:
-            values = [mean_and_spread([asdict(result)[name] for result in of_row]) for name in ("first", "second")]
+            values = [_mean([asdict(result)[name] for result in of_row]) for name in ("first", "second")]
             lines.append(f"| {row[0]} | {row[1]} | {of_row[0].million_parameters:.2f} M | {' | '.join(values)} |")
     return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> str:
+    return "-" if math.isnan(values[0]) else mean_and_spread(values)

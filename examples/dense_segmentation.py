@@ -21,7 +21,7 @@ from transformers import TimmBackboneConfig, UperNetConfig, UperNetForSemanticSe
 
 import dense_runs
 from dense_data import CLASSES, Composites, normalised
-from dense_models import NAMES, is_vit, swap, train
+from dense_models import CONFIG, NAMES, is_vit, swap, train
 from dense_runs import Data, Key, Result, Task
 
 NUM_CLASSES = len(CLASSES)
@@ -44,13 +44,13 @@ class RawPatches(nn.Module):
 
 def smp_model(backbone: str) -> nn.Module:
     """Of segmentation_models_pytorch: FPN on maps of four strides, DPT on those of a ViT."""
-    model: nn.Module
+    name = f"tu-{NAMES[backbone]}"
     if not is_vit(backbone):
         sizes = {"decoder_pyramid_channels": 48, "decoder_segmentation_channels": 32}
-        model = smp.FPN(f"tu-{NAMES[backbone]}", encoder_weights=None, classes=NUM_CLASSES, **sizes)
-        return model
+        fpn: nn.Module = smp.FPN(name, encoder_weights=None, classes=NUM_CLASSES, **sizes)
+        return fpn
     model = smp.DPT(
-        f"tu-{NAMES[backbone]}",
+        name,
         encoder_weights=None,
         classes=NUM_CLASSES,
         decoder_readout="ignore",
@@ -58,7 +58,8 @@ def smp_model(backbone: str) -> nn.Module:
         decoder_fusion_channels=32,
     )
     swap(backbone, model.encoder.model)
-    return model
+    dpt: nn.Module = model
+    return dpt
 
 
 def upernet(backbone: str) -> nn.Module:
@@ -136,9 +137,11 @@ def draw(test: Composites, predicted: Mapping[str, Tensor]) -> Figure:
 
 
 TASK = Task(
-    name="Segmentation",
+    name="segmentation",
     epochs=4,
-    frameworks=(SMP, UPERNET),
+    num_pieces=(1, 3),
+    rows=dense_runs.dense_rows(SMP, UPERNET),
+    config=CONFIG,
     libraries=("timm", "segmentation-models-pytorch", "transformers", "torchmetrics"),
     columns=("mIoU", "accuracy of pixels"),
     fit=fit,
