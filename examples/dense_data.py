@@ -20,7 +20,7 @@ from torch import Tensor
 from image_folder import DataError, load, resize
 
 SIZE = 64  # pixels a side
-SIDES = (22, 34)  # of a piece, before its empty border is cut off
+SIDES = (22, 34)  # of a piece, in pixels
 THRESHOLD = 0.15  # of the brightest: what is darker is not part of a piece
 NUM_TRIES = 20  # to find room for a piece
 NUM_TRAIN_DIGITS = 1400
@@ -100,7 +100,9 @@ def _photo(name: str) -> Tensor:
     return torch.from_numpy(colours.copy()).permute(2, 0, 1)
 
 
-def compose(pieces: Pieces, count: int, *, seed: int, num_pieces: tuple[int, int] = (1, 3)) -> Composites:
+def compose(
+    pieces: Pieces, count: int, *, seed: int, num_pieces: tuple[int, int] = (1, 3), sides: tuple[int, int] = SIDES
+) -> Composites:
     """So many images, the same for the same seed.
 
     Args:
@@ -108,6 +110,7 @@ def compose(pieces: Pieces, count: int, *, seed: int, num_pieces: tuple[int, int
         count: How many images.
         seed: Of all that is drawn.
         num_pieces: Fewest and most in an image. Boxes do not overlap: a piece that finds no room is left out.
+        sides: Smallest and largest side of a piece, in pixels, before its empty border is cut off.
     """
     draw = np.random.default_rng(seed)
     by_label = {label: np.flatnonzero(np.array(pieces.labels) == label) for label in range(1, len(CLASSES))}
@@ -120,7 +123,7 @@ def compose(pieces: Pieces, count: int, *, seed: int, num_pieces: tuple[int, int
         for _ in range(draw.integers(num_pieces[0], num_pieces[1], endpoint=True)):
             label = int(draw.integers(1, len(CLASSES)))
             thing = pieces.things[draw.choice(by_label[label])]
-            colours, inside = _cut_out(thing, draw)
+            colours, inside = _cut_out(thing, sides, draw)
             box = _find_room(inside, placed, draw)
             if box is None:
                 continue
@@ -145,9 +148,9 @@ def _background(photos: Sequence[Tensor], draw: np.random.Generator) -> Tensor:
     return crop.flip(-1) if draw.random() < 0.5 else crop
 
 
-def _cut_out(thing: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+def _cut_out(thing: Tensor, sides: tuple[int, int], draw: np.random.Generator) -> tuple[Tensor, Tensor]:
     """A piece in a colour, (3, h, w) in [0, 255], and where it is, (h, w) bool: no empty row or column at its edge."""
-    side = int(draw.integers(*SIDES, endpoint=True))
+    side = int(draw.integers(*sides, endpoint=True))
     values = resize(255 * thing[None, None], (side, side))[0, 0]
     inside = torch.from_numpy(binary_fill_holes((values > THRESHOLD * values.max()).numpy()))
     rows, columns = (inside.any(dim).nonzero().flatten() for dim in (1, 0))

@@ -27,7 +27,7 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProc
 import dense_runs
 import dense_segmentation
 from dense_data import CLASSES, SIZE, Composites, normalised
-from dense_models import CHANNELS, CONFIG, NAMES, is_vit, maps, train
+from dense_models import CHANNELS, CONFIG, NAMES, Recipe, is_vit, maps, train
 from dense_runs import Data, Key, Result, Task
 
 FASTER, RT_DETR = "torchvision Faster R-CNN", "transformers RT-DETR"
@@ -173,10 +173,10 @@ class RawRegions(dense_segmentation.RawPatches):
 BUILD: dict[str, Callable[[str], Any]] = {FASTER: Faster, RT_DETR: RTDetr}
 
 
-def fit(key: Key, data: Data, epochs: int, after_batch: Callable[[], object]) -> nn.Module:
+def fit(key: Key, data: Data, recipe: Recipe, after_batch: Callable[[], object]) -> nn.Module:
     if key.framework == dense_runs.RAW:
         model = RawRegions()
-        dense_segmentation.fit_model(model, key, data, epochs, after_batch)
+        dense_segmentation.fit_model(model, key, data, recipe, after_batch)
         return model
     model = BUILD[key.framework](key.backbone)
 
@@ -184,7 +184,7 @@ def fit(key: Key, data: Data, epochs: int, after_batch: Callable[[], object]) ->
         boxes, labels = ([of[i] for i in batch] for of in (data.train.boxes, data.train.labels))
         return model.loss(data.train.images[batch], boxes, labels)
 
-    train(model, loss, len(data.train), epochs=epochs, seed=key.seed, after_batch=after_batch)
+    train(model, loss, recipe, seed=key.seed, after_batch=after_batch)
     return model
 
 
@@ -230,8 +230,7 @@ def _rectangle(box: Sequence[float], label: int) -> Rectangle:
 
 TASK = Task(
     name="detection",
-    epochs=3,
-    num_pieces=(1, 3),
+    recipe=Recipe(epochs=3),
     rows=dense_runs.dense_rows(FASTER, RT_DETR),
     config=CONFIG,
     libraries=("timm", "torchvision", "transformers", "torchmetrics", "pycocotools"),

@@ -24,7 +24,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 import dense_runs
 from dense_data import CLASSES, SIZE, Composites, normalised
-from dense_models import train
+from dense_models import Recipe, train
 from dense_runs import Data, Key, Result, Task
 from dense_segmentation import draw
 from spatial_decay import ViT
@@ -97,7 +97,12 @@ def names(data: Composites) -> Tensor:
 
 
 def train_classifier(
-    options: ViTOptions, data: Composites, *, epochs: int, seed: int, after_batch: Callable[[], object] = lambda: None
+    options: ViTOptions,
+    data: Composites,
+    recipe: Recipe,
+    *,
+    seed: int,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> ViT:
     """A ViT that has seen the pieces' names, never a mask; frozen."""
     model = ViT(len(CLASSES) - 1, 3, **(SMALL | options))
@@ -107,15 +112,15 @@ def train_classifier(
     def loss(batch: Sequence[int]) -> Tensor:
         return F.cross_entropy(model(normalised(data.images[batch])), labels[batch], label_smoothing=LABEL_SMOOTHING)
 
-    train(model, loss, len(data), epochs=epochs, seed=seed, after_batch=after_batch)
+    train(model, loss, recipe, seed=seed, after_batch=after_batch)
     return model.requires_grad_(requires_grad=False)
 
 
-def fit(key: Key, data: Data, epochs: int, after_batch: Callable[[], object]) -> LinearHead:
+def fit(key: Key, data: Data, recipe: Recipe, after_batch: Callable[[], object]) -> LinearHead:
     model = None
     if key.framework == FROZEN:
         options = VARIANTS[key.backbone]
-        model = train_classifier(options, data.train, epochs=epochs, seed=key.seed, after_batch=after_batch)
+        model = train_classifier(options, data.train, recipe, seed=key.seed, after_batch=after_batch)
     head = LinearHead(model)
     head.fit(data.train.images, patch_masks(data.train.masks))
     return head
@@ -138,8 +143,7 @@ def measure(key: Key, model: Any, test: Composites) -> tuple[float, float]:
 
 TASK = Task(
     name="features",
-    epochs=8,
-    num_pieces=(1, 1),
+    recipe=Recipe(images=2000, epochs=8, batch_size=16, learning_rate=2e-3),
     rows=((dense_runs.RAW, "raw patches"), *((FROZEN, name) for name in VARIANTS)),
     config={"ViT": SMALL, "variants": VARIANTS},
     libraries=("scikit-learn", "torchmetrics"),
@@ -148,6 +152,7 @@ TASK = Task(
     measure=measure,
     predict=predict,
     draw=draw,
+    composites={"num_pieces": (1, 1), "sides": (44, 62)},  # from smaller pieces it learns no names in this time
 )
 
 

@@ -1,6 +1,7 @@
 """Small backbones for the dense examples, by names that timm knows, and the one way in which all models are trained."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -14,8 +15,6 @@ import spatial_decay.integrations.timm  # its models get their names
 from dense_data import SIZE
 from spatial_decay.models.sdt_h import SDTHOptions
 
-BATCH_SIZE = 8
-LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
 
 CHANNELS = (16, 32, 64, 64)  # of the maps
@@ -98,12 +97,26 @@ def maps(backbone: str) -> nn.Module:
     return SimplePyramid(model, CHANNELS)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How much is trained; the same for all rows of a table."""
+
+    images: int = 1500
+    epochs: int = 4
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+
+    @property
+    def steps(self) -> int:
+        """Batches in all."""
+        return self.epochs * -(-self.images // self.batch_size)
+
+
 def train(
     model: nn.Module,
     loss_of: Callable[[Sequence[int]], Tensor],
-    num_images: int,
+    recipe: Recipe,
     *,
-    epochs: int,
     seed: int,
     after_batch: Callable[[], object] = lambda: None,
 ) -> None:
@@ -112,20 +125,20 @@ def train(
     Args:
         model: All of it is trained.
         loss_of: The loss on images of these numbers.
-        num_images: How many there are.
-        epochs: How often each is seen.
+        recipe: How.
         seed: Of the order.
         after_batch: Called after each.
     """
     generator = torch.Generator().manual_seed(seed)
     kept = [name for name, _ in model.named_parameters() if "pos_embed" in name or ".decay." in name]
     groups = param_groups_weight_decay(model, WEIGHT_DECAY, kept)
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
-    steps = epochs * -(-num_images // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
+    )
     model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(num_images, generator=generator).split(BATCH_SIZE):
+    for _ in range(recipe.epochs):
+        for batch in torch.randperm(recipe.images, generator=generator).split(recipe.batch_size):
             optimizer.zero_grad()
             loss_of(batch.tolist()).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -5,7 +5,7 @@ import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import dense_models
 from dense_data import Composites, compose, load_pieces
+from dense_models import Recipe
 from image_folder import DataError
 from run_log import Log, LogError, stamp, write_whole
 from seeds import mean_and_spread
@@ -65,16 +66,16 @@ class Task:
     """A dense task: how one of its models is trained and measured."""
 
     name: str
-    epochs: int  # unless the command line says another number
-    num_pieces: tuple[int, int]  # fewest and most in an image
+    recipe: Recipe
     rows: Sequence[tuple[str, str]]  # framework and backbone
     config: Mapping[str, Any]  # what the results depend on besides
     libraries: Sequence[str]  # whose versions are kept
     columns: tuple[str, str]  # what first and second are
-    fit: Callable[[Key, Data, int, Callable[[], object]], torch.nn.Module]  # with epochs, and what is called a batch
+    fit: Callable[[Key, Data, Recipe, Callable[[], object]], torch.nn.Module]  # and what is called after each batch
     measure: Callable[[Key, torch.nn.Module, Composites], tuple[float, float]]
     predict: Callable[[Key, torch.nn.Module, torch.Tensor], Any]  # of the images shown; goes through torch.save
     draw: Callable[[Composites, Mapping[str, Any]], Any]  # a figure, of rows by name
+    composites: Mapping[str, Any] = field(default_factory=dict)  # keywords of compose
 
 
 def dense_rows(*frameworks: str) -> list[tuple[str, str]]:
@@ -82,11 +83,11 @@ def dense_rows(*frameworks: str) -> list[tuple[str, str]]:
     return [(RAW, "raw patches"), *((f, backbone) for f in frameworks for backbone in dense_models.NAMES)]
 
 
-def parse_arguments(task: str, epochs: int, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(task: str, recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Dense {task} of composites, trained in miniature.")
     parser.add_argument("--data", type=Path, required=True, help="folder with the four files of Fashion-MNIST")
-    parser.add_argument("--images", type=count, default=1500, help="to train on (default: 1500)")
-    parser.add_argument("--epochs", type=count, default=epochs, help=f"default: {epochs}")
+    parser.add_argument("--images", type=count, default=recipe.images, help=f"to train on (default: {recipe.images})")
+    parser.add_argument("--epochs", type=count, default=recipe.epochs, help=f"default: {recipe.epochs}")
     parser.add_argument("--seeds", type=count, default=3, help="how many, from 0 on (default: 3)")
     parser.add_argument("--threads", type=count, help="of torch; 1 if the CPU is shared (default: torch's own)")
     name = f"outputs/dense_{task}"
@@ -104,15 +105,16 @@ def count(text: str) -> int:
     return int(text)
 
 
-def configuration(task: Task, epochs: int) -> dict[str, Any]:
+def configuration(task: Task, recipe: Recipe) -> dict[str, Any]:
     """What results depend on, but the data."""
-    batch = {"batch size": dense_models.BATCH_SIZE, "learning rate": dense_models.LEARNING_RATE}
-    return {"epochs": epochs, **batch, **task.config}
+    how = {"epochs": recipe.epochs, "batch size": recipe.batch_size, "learning rate": recipe.learning_rate}
+    return how | dict(task.config)
 
 
 def main(task: Task, argv: Sequence[str] | None) -> dict[Key, Result]:
     """Run the command line of one task; the results of all rows and seeds."""
-    arguments = parse_arguments(task.name, task.epochs, argv)
+    arguments = parse_arguments(task.name, task.recipe, argv)
+    recipe = replace(task.recipe, images=arguments.images, epochs=arguments.epochs)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
@@ -120,14 +122,14 @@ def main(task: Task, argv: Sequence[str] | None) -> dict[Key, Result]:
         counts = (arguments.images, NUM_TEST)
         data = Data(
             *(
-                compose(part, number, seed=seed, num_pieces=task.num_pieces)
+                compose(part, number, seed=seed, **task.composites)
                 for seed, (part, number) in enumerate(zip(pieces, counts, strict=True))
             )
         )
-        config = configuration(task, arguments.epochs)
+        config = configuration(task, recipe)
         config |= {"train": data.train.fingerprint, "test": data.test.fingerprint}
         log = Log(arguments.output, config, Key, Result)
-        results = _run(task, data, arguments, log)
+        results = _run(task, data, recipe, arguments.seeds, log)
     except (DataError, LogError) as error:
         raise SystemExit(f"error: {error}") from error
     table = format_table(task, results)
@@ -142,13 +144,12 @@ def main(task: Task, argv: Sequence[str] | None) -> dict[Key, Result]:
     return results
 
 
-def _run(task: Task, data: Data, arguments: argparse.Namespace, log: Log[Key, Result]) -> dict[Key, Result]:
+def _run(task: Task, data: Data, recipe: Recipe, seeds: int, log: Log[Key, Result]) -> dict[Key, Result]:
     """Seed by seed, so that where time ends all rows have as many; models without decay last."""
-    keys = [Key(*row, seed) for seed in range(arguments.seeds) for row in task.rows]
+    keys = [Key(*row, seed) for seed in range(seeds) for row in task.rows]
     keys.sort(key=lambda key: key.backbone == "ViT")
-    batches = arguments.epochs * -(-arguments.images // dense_models.BATCH_SIZE)
     done = log.results()
-    with tqdm(total=batches * sum(key not in done for key in keys), unit="batch", mininterval=10) as progress:
+    with tqdm(total=recipe.steps * sum(key not in done for key in keys), unit="batch", mininterval=10) as progress:
         for key in keys:
             with log.claim(key.name) as is_ours:
                 if not is_ours or key in log.results():
@@ -156,7 +157,7 @@ def _run(task: Task, data: Data, arguments: argparse.Namespace, log: Log[Key, Re
                 progress.set_description(key.name)
                 start = time.process_time()
                 torch.manual_seed(key.seed)
-                model = task.fit(key, data, arguments.epochs, progress.update)
+                model = task.fit(key, data, recipe, progress.update)
                 seconds = time.process_time() - start
                 shown = task.predict(key, model, data.test.images[:NUM_SHOWN])
                 write_whole(_shown_path(log, key), partial(torch.save, shown))

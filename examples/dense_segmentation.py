@@ -21,7 +21,7 @@ from transformers import TimmBackboneConfig, UperNetConfig, UperNetForSemanticSe
 
 import dense_runs
 from dense_data import CLASSES, Composites, normalised
-from dense_models import CONFIG, NAMES, is_vit, swap, train
+from dense_models import CONFIG, NAMES, Recipe, is_vit, swap, train
 from dense_runs import Data, Key, Result, Task
 
 NUM_CLASSES = len(CLASSES)
@@ -89,19 +89,19 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def fit(key: Key, data: Data, epochs: int, after_batch: Callable[[], object]) -> nn.Module:
+def fit(key: Key, data: Data, recipe: Recipe, after_batch: Callable[[], object]) -> nn.Module:
     model = BUILD[key.framework](key.backbone)
-    fit_model(model, key, data, epochs, after_batch)
+    fit_model(model, key, data, recipe, after_batch)
     return model
 
 
-def fit_model(model: nn.Module, key: Key, data: Data, epochs: int, after_batch: Callable[[], object]) -> None:
+def fit_model(model: nn.Module, key: Key, data: Data, recipe: Recipe, after_batch: Callable[[], object]) -> None:
     """Train a model that gives logits, or transformers' output with them."""
 
     def loss(batch: Sequence[int]) -> Tensor:
         return F.cross_entropy(logits(model, data.train.images[batch]), data.train.masks[batch])
 
-    train(model, loss, len(data.train), epochs=epochs, seed=key.seed, after_batch=after_batch)
+    train(model, loss, recipe, seed=key.seed, after_batch=after_batch)
 
 
 @torch.no_grad()
@@ -138,8 +138,7 @@ def draw(test: Composites, predicted: Mapping[str, Tensor]) -> Figure:
 
 TASK = Task(
     name="segmentation",
-    epochs=4,
-    num_pieces=(1, 3),
+    recipe=Recipe(epochs=4),
     rows=dense_runs.dense_rows(SMP, UPERNET),
     config=CONFIG,
     libraries=("timm", "segmentation-models-pytorch", "transformers", "torchmetrics"),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import dense_runs
+from dense_models import Recipe
 from dense_runs import Key, Result
 from run_log import Log
 from tests.examples.test_dense_data import write_fashion
@@ -59,7 +60,7 @@ def test_table():
 )
 def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        dense_runs.parse_arguments("segmentation", 1, arguments)
+        dense_runs.parse_arguments("segmentation", Recipe(), arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -180,7 +181,9 @@ def test_training_never_sees_a_mask_and_the_classifier_stays_frozen(example, fas
     for masks in (train.masks, torch.zeros_like(train.masks)):
         torch.manual_seed(0)
         blank = type(train)(train.images, masks, train.boxes, train.labels)
-        models.append(features.train_classifier(features.VARIANTS["LocAtViT (both)"], blank, epochs=1, seed=0))
+        models.append(
+            features.train_classifier(features.VARIANTS["LocAtViT (both)"], blank, Recipe(images=20, epochs=1), seed=0)
+        )
     states = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert not models[0].training
@@ -209,7 +212,7 @@ def test_the_guide_has_the_results_that_are_kept(task, example, tmp_path):
     page = (ROOT / "docs" / "guides" / "dense.md").read_text(encoding="utf-8")
     folder, module = ROOT / "docs" / "results" / f"dense_{task}", example(task)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    here = dense_runs.configuration(module.TASK, module.TASK.epochs)
+    here = dense_runs.configuration(module.TASK, module.TASK.recipe)
     assert {name: config[name] for name in here} == json.loads(json.dumps(here))
     shutil.copytree(folder, tmp_path / "kept")  # a log makes folders of its own
     results = Log(tmp_path / "kept", config, Key, Result).results()

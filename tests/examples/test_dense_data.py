@@ -76,7 +76,7 @@ def test_a_hole_belongs_to_the_piece():
     thing = torch.zeros(28, 28)
     thing[4:24, 8:20] = 1
     thing[10:14, 12:16] = 0
-    colours, inside = dense_data._cut_out(thing, np.random.default_rng(0))
+    colours, inside = dense_data._cut_out(thing, (30, 30), np.random.default_rng(0))
     assert inside.all()
     assert colours.shape == (3, *inside.shape)
     assert inside.shape[0] > inside.shape[1]
