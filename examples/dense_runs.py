@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import dense_models
+import photo
 from dense_data import Composites, compose, load_pieces
 from dense_models import Recipe
 from image_folder import DataError
@@ -140,7 +141,7 @@ def main(task: Task, argv: Sequence[str] | None) -> dict[Key, Result]:
         for framework, backbone in task.rows
         if (path := _shown_path(log, Key(framework, backbone, 0))).exists()
     }
-    task.draw(data.test, shown).savefig(arguments.output / "predictions.png", dpi=100)
+    photo.save(task.draw(data.test, shown), arguments.output / "predictions.png")
     return results
 
 
