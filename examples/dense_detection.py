@@ -210,7 +210,7 @@ def draw(test: Composites, predicted: Mapping[str, list[Boxes]]) -> Figure:
     figure = Figure((1.5 * len(columns) + 0.2, 1.5 * dense_runs.NUM_SHOWN + 1), layout="constrained")
     axes = figure.subplots(dense_runs.NUM_SHOWN, len(columns), squeeze=False)
     for column, (name, of_images) in enumerate(columns.items()):
-        axes[0, column].set_title(name.replace(" ", "\n", 1), fontsize=8)
+        axes[0, column].set_title(name, fontsize=7)
         for ax, image, found in zip(axes[:, column], test.images, of_images, strict=False):
             ax.imshow(image.permute(1, 2, 0).numpy())
             ax.set(xticks=[], yticks=[])

@@ -128,7 +128,7 @@ def draw(test: Composites, predicted: Mapping[str, Tensor]) -> Figure:
         for ax, masks in zip(axes[row, 1:], columns.values(), strict=True):
             heat = ax.imshow(masks[row].numpy(), cmap=COLOURS, vmin=-0.5, vmax=NUM_CLASSES - 0.5)
     for ax, name in zip(axes[0], ("image", *columns), strict=True):
-        ax.set_title(name.replace(" ", "\n", 1), fontsize=8)
+        ax.set_title(name, fontsize=7)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     bar = figure.colorbar(heat, ax=axes, ticks=range(NUM_CLASSES), fraction=0.02)
