@@ -210,7 +210,7 @@ def test_a_linear_head_learns_a_linear_rule_of_each_patch(example):
 def test_the_guide_has_the_results_that_are_kept(task, example, tmp_path):
     """Its tables are those of the CSVs, which were made with the configuration that the code has."""
     page = (ROOT / "docs" / "guides" / "dense.md").read_text(encoding="utf-8")
-    folder, module = ROOT / "docs" / "results" / f"dense_{task}", example(task)
+    folder, module = ROOT / "examples" / "results" / f"dense_{task}", example(task)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     here = dense_runs.configuration(module.TASK, module.TASK.recipe)
     assert {name: config[name] for name in here} == json.loads(json.dumps(here))
