@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "spatial_decay"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-SLOW = {"guides/export.md", "gallery.md"}  # three exports; a figure for each plot
+SLOW = {"gallery.md", "guides/dense.md", "guides/export.md"}  # a figure for each plot; four frameworks; three exports
 SHOWN = doctest.OutputChecker()  # `...` stands for any text, and where lines are broken does not matter
 
 
