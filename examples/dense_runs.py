@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import dense_models
 import photo
+from command_line import at_least, folder
 from dense_data import Composites, compose, load_pieces
 from dense_models import Recipe
 from image_folder import DataError
@@ -87,23 +88,15 @@ def dense_rows(*frameworks: str) -> list[tuple[str, str]]:
 def parse_arguments(task: str, recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Dense {task} of composites, trained in miniature.")
     parser.add_argument("--data", type=Path, required=True, help="folder with the four files of Fashion-MNIST")
-    parser.add_argument("--images", type=count, default=recipe.images, help=f"to train on (default: {recipe.images})")
-    parser.add_argument("--epochs", type=count, default=recipe.epochs, help=f"default: {recipe.epochs}")
-    parser.add_argument("--seeds", type=count, default=3, help="how many, from 0 on (default: 3)")
-    parser.add_argument("--threads", type=count, help="of torch; 1 if the CPU is shared (default: torch's own)")
+    parser.add_argument(
+        "--images", type=at_least(1), default=recipe.images, help=f"to train on (default: {recipe.images})"
+    )
+    parser.add_argument("--epochs", type=at_least(1), default=recipe.epochs, help=f"default: {recipe.epochs}")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="how many, from 0 on (default: 3)")
+    parser.add_argument("--threads", type=at_least(1), help="of torch; 1 if the CPU is shared (default: torch's own)")
     name = f"outputs/dense_{task}"
-    parser.add_argument("--output", type=Path, default=Path(name), help=f"folder; goes on there (default: {name})")
-    arguments = parser.parse_args(argv)
-    if arguments.output.exists() and not arguments.output.is_dir():
-        parser.error(f"argument --output: must be a folder, or not be there yet: got the file {arguments.output}")
-    return arguments
-
-
-def count(text: str) -> int:
-    """A number from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1: got {text!r}")
-    return int(text)
+    parser.add_argument("--output", type=folder, default=Path(name), help=f"folder; goes on there (default: {name})")
+    return parser.parse_args(argv)
 
 
 def configuration(task: Task, recipe: Recipe) -> dict[str, Any]:
