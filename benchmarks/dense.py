@@ -57,8 +57,8 @@ def make_call(name: str, contender: str, which: str, height: int, width: int) ->
             return maps_of(image)
 
     def step() -> None:
-        model.zero_grad()
         torch.stack([x.square().mean() for x in maps_of(image)]).sum().backward()
+        model.zero_grad()  # behind it: what stands before the next call is no gradient
 
     return forward if which == PASSES[0] else step
 
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 
 ABOUT = f"""`ratio` is to the first contender in the same round: median (quartiles). `peak MB` (10^6 bytes) is above the
-weights and the image: maps, gradients and scratch. `{IN_ITS_PLACE}`: the model as it is, rows and columns included,
+weights and the image: maps, all gradients and scratch. `{IN_ITS_PLACE}`: the model as it is, rows and columns included,
 with nothing added to the scores.
 `{CHECKPOINTING}`: with set_grad_checkpointing, a block's insides are computed again in the backward pass.
 Forward is in eval mode without autograd; with backward, in training mode, without an optimiser."""

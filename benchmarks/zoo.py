@@ -183,7 +183,12 @@ def read(folder: Path) -> list[dict[str, str]]:
     rows: dict[str, dict[str, str]] = {}
     for path in folder.rglob("results.csv"):
         with path.open(encoding="utf-8") as file:
-            rows |= {row["model"]: row for row in csv.DictReader(file)}
+            new = {row["model"]: row for row in csv.DictReader(file)}
+        if twice := sorted({*rows} & {*new}):
+            raise ValueError(
+                f"{folder} must have each model once: {', '.join(twice)} stand twice. Remove one's folder."
+            )
+        rows |= new
     return [rows[name] for name in PUBLISHED if name in rows]
 
 
@@ -218,8 +223,10 @@ def write(found: dict[str, str]) -> None:
     """Put the tables between the markers of their pages."""
     for name, table in found.items():
         begin, end = f"<!-- begin: {name}, by python -m benchmarks.zoo --write -->", "<!-- end -->"
-        before, _, rest = PAGES[name].read_text(encoding="utf-8").partition(begin)
-        _, _, after = rest.partition(end)
+        before, found_begin, rest = PAGES[name].read_text(encoding="utf-8").partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not (found_begin and found_end):
+            raise ValueError(f"{PAGES[name]} must have the line {begin}, and {end} behind it: got neither or one.")
         PAGES[name].write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}", encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ Fashion-MNIST, 60,000 + 10,000 photographs of 28 x 28 pixels, is read from --dat
 and how folders of your own must look. Three studies:
 
     tables      a plain ViT with each decay of Tables 3, 4 and 5, and a small SDT-H with each of Tables 3 and 4
-    sizes       plain ViTs with four kinds of positions and six decays, tested at other sizes than the one trained on:
+    sizes       plain ViTs with four kinds of positions and up to nine decays, tested at sizes other than their own:
                 as they are, with the distances of the size trained on, and after training the gates alone
                 (without gates: the norms)
     transfer    a plain ViT that is trained already, and trained on: as it is, or with a decay that begins near nothing

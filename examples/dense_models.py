@@ -28,7 +28,7 @@ SMALL: SDTHOptions = {
 }
 VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3, "mlp_ratio": 2}
 
-NAMES = {"SDT-H": "sdt_h_mini", "RMT": "rmt_mini", "ViT, swapped": "vit_mini", "ViT": "vit_mini"}
+NAMES = {"SDT-H": "mini_sdt_h", "RMT": "mini_rmt", "ViT, swapped": "mini_vit", "ViT": "mini_vit"}
 """Rows -> what timm.create_model takes."""
 
 CONFIG: dict[str, Any] = {"SDT-H, RMT": SMALL, "ViT": VIT}
@@ -36,23 +36,23 @@ CONFIG: dict[str, Any] = {"SDT-H, RMT": SMALL, "ViT": VIT}
 
 
 @register_model  # type: ignore[untyped-decorator]
-def sdt_h_mini(**options: Any) -> nn.Module:
+def mini_sdt_h(**options: Any) -> nn.Module:
     return timm.create_model("sdt_h_tiny", **(SMALL | options))
 
 
 @register_model  # type: ignore[untyped-decorator]
-def rmt_mini(**options: Any) -> nn.Module:
+def mini_rmt(**options: Any) -> nn.Module:
     return timm.create_model("rmt_tiny", **(SMALL | options))
 
 
 @register_model  # type: ignore[untyped-decorator]
-def vit_mini(**options: Any) -> nn.Module:
+def mini_vit(**options: Any) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **(VIT | options))
 
 
 def is_vit(backbone: str) -> bool:
     """Whether all maps of this row have one stride."""
-    return NAMES[backbone] == "vit_mini"
+    return NAMES[backbone] == "mini_vit"
 
 
 def swap(backbone: str, model: nn.Module) -> None:

@@ -21,6 +21,8 @@ def are_plain(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or is_jit_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return False
+    if torch._C._are_functorch_transforms_active():  # these may be whole, and what they meet may not
+        return False
     functorch = torch._C._functorch
     for x in tensors:
         if type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor():

@@ -63,23 +63,29 @@ class _Filters(Conv2d):
     """A depthwise convolution whose wide filters get their gradient in parts, where that is faster."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = autocast_dtype(x.device) or x.dtype
-        if not _pays(x, weight, dtype):
+        given = [x, weight] if bias is None else [x, weight, bias]
+        lowered = autocast_dtype(x.device)
+        dtype = lowered or x.dtype
+        dtypes = {dtype, *(t.dtype for t in given)}  # of several, PyTorch says what it does
+        if not dtypes <= _FAST or (len(dtypes) > 1 and lowered is None) or not _pays(*given):
             return super()._conv_forward(x, weight, bias)
         return _InParts.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _pays(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether oneDNN has no fast gradient of the filters: on the CPU, for those wider than 3, channels last.
+_FAST = {torch.float32, torch.bfloat16}
+
+
+def _pays(x: Tensor, weight: Tensor, *bias: Tensor) -> bool:
+    """Whether oneDNN has no fast gradient of the filters: on the CPU, for those wider than 3, on maps of some rows.
 
     At 200 x 336 tokens of 64 channels, float32, one thread, that of 5 x 5 takes 190 ms and that of 5 x 3 takes 6.
     """
     return (
         torch.is_grad_enabled()
         and weight.requires_grad
-        and are_readable(x, weight)  # before what is asked of sizes
-        and weight.shape[-1] > 3
-        and dtype in (torch.float32, torch.bfloat16)
+        and are_readable(x, weight, *bias)  # before what is asked of sizes
+        and 3 < weight.shape[-1] <= 13
+        and x.shape[-2] > 1
         and forward_ad._current_level < 0
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     )

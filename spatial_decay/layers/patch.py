@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from spatial_decay.layers.initial import fill_skipped
 from spatial_decay.layout import GridSize
 from spatial_decay.precision import check_like_weights
+from spatial_decay.values import are_readable
 
 __all__ = ["STEM_STRIDES", "ConvStem", "Downsample", "PatchEmbed", "check_images", "size_in_patches"]
 
@@ -79,7 +80,9 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> a map (B, ceil(H / stride), ceil(W / stride), dim), contiguous."""
-        if x.is_cpu:  # 0.5 to 0.9 of the time of the whole stem; how it is on GPUs has not been measured
+        if x.is_cpu and (
+            torch.compiler.is_compiling() or are_readable(x)
+        ):  # 0.5 to 0.9 of the time of the whole stem; how it is on GPUs has not been measured
             x = x.contiguous(memory_format=torch.channels_last)
         return self.proj(x).permute(0, 2, 3, 1).contiguous()
 

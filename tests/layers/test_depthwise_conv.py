@@ -65,3 +65,29 @@ def test_what_needs_no_gradient_gets_none():
     assert x.grad is not None
     conv.conv.weight.requires_grad_(False)
     assert torch.func.jvp(lambda x: conv(x, Grid(3, 4)), (x,), (x,))[1].shape == x.shape
+
+
+def test_transforms_see_pytorchs_own():
+    conv, x = DepthwiseConv(4, 5), torch.randn(2, 12, 4)
+    scales = torch.tensor([1.0, 2.0])
+    found = torch.func.vmap(lambda scale: conv(x, Grid(3, 4)) * scale)(scales)  # neither x nor weights are batched
+    torch.testing.assert_close(found, torch.stack([conv(x, Grid(3, 4)) * scale for scale in scales]))
+
+    def loss(weights, x):
+        return torch.func.functional_call(conv, weights, (x[None], Grid(3, 4))).square().sum()
+
+    weights = dict(conv.named_parameters())
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    for i, tokens in enumerate(x):
+        one = torch.autograd.grad(loss(weights, tokens), [*weights.values()])
+        for name, grad in zip(weights, one, strict=True):
+            torch.testing.assert_close(each[name][i], grad)
+
+
+def test_dtypes_that_differ_are_left_to_pytorch():
+    conv, x = DepthwiseConv(4, 5), torch.randn(1, 12, 4)
+    for other in (torch.float64, torch.bfloat16):
+        with pytest.raises(RuntimeError):
+            conv(x.to(other), Grid(3, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv.double()(x.double(), Grid(3, 4)).dtype == torch.float64

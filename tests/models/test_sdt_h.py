@@ -227,3 +227,18 @@ def test_impossible_images_are_refused(x, error, says):
 def test_impossible_options_are_refused(overrides, error, says):
     with pytest.raises(error, match=says):
         small(**overrides)
+
+
+def test_images_and_their_gradients_under_vmap():
+    model = sd.sdt_h_tiny(3, depths=1, embed_dims=8, num_heads=1, projection_dim=8).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.func.vmap(lambda image: model(image[None])[0])(images), model(images))
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    weights = dict(model.named_parameters())
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images)
+    name = "stages.0.blocks.0.attn.decay.gate_h.weight"
+    for i, image in enumerate(images):
+        torch.testing.assert_close(each[name][i], torch.autograd.grad(loss(weights, image), weights[name])[0])
