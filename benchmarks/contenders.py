@@ -230,7 +230,8 @@ def with_mask(case: Case, attend: Callable[..., Tensor], device: torch.device) -
         if case.kind == "bidirectional":  # Table 4: the backward scan is the forward one of the gates in reverse
             return [(path_mask(gates[0]) + path_mask(gates[1].flip(-1)).flip(-1, -2)) / 2]
         if minus_half_squares is not None:
-            return [gaussian_mask(gaussian_numbers(gates), minus_half_squares)]
+            numbers = gaussian_numbers(tuple(gate[..., num_prefix:] for gate in gates))
+            return [F.pad(gaussian_mask(numbers, minus_half_squares), (num_prefix, 0, num_prefix, 0))]
         if distance is None:
             return [path_mask(gates[0])]
         strength = gates[0] * (ALPHA[case.kind] / 2)
