@@ -110,15 +110,17 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         for key in passes
     }
     print("memory is measured, each in a process of its own; now the times", flush=True)
+    table = None
     try:
         for key in passes:
             rows += (new := measure(*key, size, 1 if arguments.quick else arguments.rounds, peaks[key]))
             print(f"\n{format_table(new)}", flush=True)
+        if arguments.profile:
+            table = profile_step(arguments.profile, size)
     finally:
         BACKENDS.pop(IN_ITS_PLACE, None)
     write_results(arguments.output, "Backbones at the size of detection", ABOUT, rows, where, by=["model", "pass"])
-    if arguments.profile:
-        table = profile_step(arguments.profile, size)
+    if table is not None:
         print(table)
         (arguments.output / "profile.txt").write_text(table, encoding="utf-8")
     return rows
