@@ -194,10 +194,11 @@ def read(folder: Path) -> list[dict[str, str]]:
 
 def tables(rows: Sequence[dict[str, str]]) -> dict[str, str]:
     """By name: of classifiers, of backbones for latents, and of the memory of training."""
-    columns = "| model | parameters (M) | GFLOPs | published | {} | time over DeiT-tiny's |\n" + "|---" * 6 + "|"
+    columns = "| model | parameters (M) | GFLOPs | published | {} | {} a second | time over DeiT-tiny's |\n"
+    columns += "|---" * 7 + "|"
     lines = {
-        "classifiers": [columns.format("top-1, by")],
-        "latents": [columns.format("FID")],
+        "classifiers": [columns.format("top-1, by", "images")],
+        "latents": [columns.format("FID", "latents")],
         "memory": ["| model | MB an image | with checkpointing |\n|---|---|---|"],
     }
     for row in rows:
@@ -210,6 +211,7 @@ def tables(rows: Sequence[dict[str, str]]) -> dict[str, str]:
             f"{float(row['GFLOPs']):.2f}",
             ", ".join(size for size in (published.millions, published.gflops) if size) or "-",
             f"{published.result}{by}" if published.result else "-",
+            f"{float(row['images/s']):.1f}",
             "1" if name == FLOOR else "{:.2f} ({:.2f} to {:.2f})".format(*_ratio(row)),
         ]
         lines["latents" if is_latent else "classifiers"].append(f"| {' | '.join(cells)} |")
