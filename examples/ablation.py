@@ -41,7 +41,7 @@ from image_folder import LabelledImages
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 QUICK = Recipe(
-    vit_images=10000,
+    vit_images=8000,
     vit_epochs=3,
     sdt_h_images=2000,
     sdt_h_epochs=2,
