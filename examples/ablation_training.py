@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from ablation_models import is_gate
@@ -78,7 +79,10 @@ def fit(
     rates = learning_rates(phase.learning_rate, steps).to(device)
     # All that changes from step to step is a tensor, for the graph.
     turn, rate, total = torch.zeros(1, dtype=torch.long, device=device), rates[0].clone(), rates.new_zeros(())
-    optimizer = _adamw(model, rate, phase.weight_decay)
+    # No weight decay on positions, nor on gates: there it pulls towards a stronger decay.
+    kept = [name for name, _ in model.named_parameters() if name.endswith("pos_embed") or is_gate(name)]
+    groups = param_groups_weight_decay(model, phase.weight_decay, no_weight_decay_list=kept)
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True, capturable=rate.is_cuda)
 
     def step() -> None:
         batch = order.index_select(0, turn)[0]
@@ -104,18 +108,6 @@ def fit(
         call()
         after_batch(batch_size)
     return total.item() / an_epoch
-
-
-def _adamw(model: nn.Module, rate: Tensor, weight_decay: float) -> torch.optim.AdamW:
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    # No weight decay on what is no matrix, on positions, nor on gates: there it pulls towards a stronger decay.
-    kept = {name for name, p in trained if p.ndim < 2 or name.endswith("pos_embed") or is_gate(name)}
-    groups = [
-        {"params": [p for name, p in trained if name not in kept], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if name in kept], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=rate.is_cuda)
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:

@@ -5,7 +5,6 @@ photographs that come with scikit-image and scikit-learn. Training and test imag
 Nothing is downloaded but Fashion-MNIST: image_folder.py says where its four files may be. Needs the extra [dense].
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,16 @@ import numpy as np
 import skimage.data
 import torch
 from scipy.ndimage import binary_fill_holes
-from sklearn.datasets import load_digits, load_sample_image
+from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from image_folder import DataError, load, resize
+from digits import load_all, split_indices
+from image_folder import DataError, checksum, load, resize
 
 SIZE = 64  # pixels a side
 SIDES = (22, 34)  # of a piece, in pixels
 THRESHOLD = 0.15  # of the brightest: what is darker is not part of a piece
 NUM_TRIES = 20  # to find room for a piece
-NUM_TRAIN_DIGITS = 1400
 
 FASHION = {1: "trouser", 2: "pullover", 7: "sneaker", 8: "bag"}
 CLASSES = ("background", *FASHION.values(), "digit")
@@ -57,10 +56,7 @@ class Composites:
     @property
     def fingerprint(self) -> str:
         """Tells one set from another."""
-        crc = 0
-        for tensor in (self.images, self.masks, *self.boxes):
-            crc = zlib.crc32(tensor.numpy().tobytes(), crc)
-        return f"{len(self)} images, CRC {crc:08x}"
+        return f"{len(self)} images, {checksum(self.images, self.masks, *self.boxes)}"
 
 
 def load_pieces(folder: Path) -> tuple[Pieces, Pieces]:
@@ -78,9 +74,8 @@ def load_pieces(folder: Path) -> tuple[Pieces, Pieces]:
             f"{folder} must hold Fashion-MNIST, grey images of 10 classes: got {fashion.train.pixels.shape[1]} "
             f"channels and {fashion.num_classes} classes."
         )
-    digits = torch.as_tensor(load_digits().images, dtype=torch.float32) / 16
-    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
-    scans = digits[order].split([NUM_TRAIN_DIGITS, len(digits) - NUM_TRAIN_DIGITS])
+    digits, _ = load_all()
+    scans = [digits[part, 0] for part in split_indices(len(digits))]
     splits = []
     for part, part_scans, names in zip((fashion.train, fashion.test), scans, (TRAIN_PHOTOS, TEST_PHOTOS), strict=True):
         wanted = torch.isin(part.labels, torch.tensor([*FASHION]))

@@ -130,8 +130,7 @@ def train(
         after_batch: Called after each.
     """
     generator = torch.Generator().manual_seed(seed)
-    kept = [name for name, _ in model.named_parameters() if "pos_embed" in name or ".decay." in name]
-    groups = param_groups_weight_decay(model, WEIGHT_DECAY, kept)
+    groups = param_groups_weight_decay(model, WEIGHT_DECAY)  # of all but biases and norms
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1

@@ -77,10 +77,16 @@ class LabelledImages:
     @cached_property
     def fingerprint(self) -> str:
         """Tells one data set from another."""
-        crc = 0
-        for tensor in (self.train.pixels, self.train.labels, self.test.pixels, self.test.labels):
-            crc = zlib.crc32(tensor.cpu().numpy().tobytes(), crc)
-        return f"{len(self.train)}+{len(self.test)} images, CRC {crc:08x}"
+        crc = checksum(self.train.pixels, self.train.labels, self.test.pixels, self.test.labels)
+        return f"{len(self.train)}+{len(self.test)} images, {crc}"
+
+
+def checksum(*tensors: Tensor) -> str:
+    """Of their values, one after the other."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.cpu().numpy().tobytes(), crc)
+    return f"CRC {crc:08x}"
 
 
 def load(folder: Path, size: int) -> LabelledImages:

@@ -1,7 +1,5 @@
 """Composites: what is known of them by construction, and what a folder that cannot be used says."""
 
-import gzip
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch
 import dense_data
 from dense_data import CLASSES, SIZE, Composites, Pieces
 from image_folder import DataError
+from tests.examples.test_image_folder import write_idx
 
 NUM_TRAIN, NUM_TEST = 40, 20
 
@@ -21,8 +20,7 @@ def write_fashion(folder, *, num_classes=10, side=28):
         images[:, 10:14, 12:16] = 0
         labels = np.arange(count, dtype=np.uint8) % num_classes
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-            (folder / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+            write_idx(folder / f"{name}-{kind}-ubyte.gz", array)
     return folder
 
 
