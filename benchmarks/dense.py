@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import IN_ITS_PLACE, _Plain
+from benchmarks.models import IN_ITS_PLACE, Plain
 from benchmarks.report import Row, command_line, format_table, machine, timing_columns, write_results
-from benchmarks.timing import Call, interleaved, peak_memory
+from benchmarks.timing import Call, interleaved, operator_table, peak_memory
 from spatial_decay import models, sdt_h_tiny
 from spatial_decay.ops import BACKENDS
 
@@ -35,7 +35,7 @@ CONTENDERS = {
 
 def build(name: str, contender: str) -> tuple[nn.Module, Callable[[Tensor], list[Tensor]]]:
     """A backbone with its first weights, and its maps of an image."""
-    BACKENDS.setdefault(IN_ITS_PLACE, _Plain())  # behind the others, so that auto does not see them
+    BACKENDS.setdefault(IN_ITS_PLACE, Plain())  # behind the others, so that auto does not see them
     torch.manual_seed(0)
     if contender in PEERS:
         timm = importlib.import_module("timm")
@@ -86,10 +86,7 @@ def profile_step(name: str, size: tuple[int, int]) -> str:
     """torch.profiler's table of a pass with gradients of one of ours, by operator."""
     step = make_call(name, "auto", PASSES[1], *size)
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-    table: str = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
-    return table
+    return operator_table(step, CPU)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import gaussian_mask
 from benchmarks.report import DTYPES, Row, command_line, format_table, machine, timing_columns, write_results
-from benchmarks.timing import Call, busy_seconds, interleaved, reasons
+from benchmarks.timing import Call, busy_seconds, interleaved, operator_table, reasons
 from spatial_decay import models, sdt_h_tiny, sdt_p_small, swap_attention
 from spatial_decay.decay import GaussianDecay, dense
 from spatial_decay.layers.kinds import DecayLike
@@ -38,7 +38,7 @@ NUM_CLASSES = 1000
 BACKENDS_OF = {"cpu": "auto,native,tiled", "cuda": "auto,triton,sdpa,math"}
 
 
-class _Plain:
+class Plain:
     """A backend that leaves the decay out: the price of gates, rows and columns, and nothing added to the scores."""
 
     def unsupported_reasons(self, inputs: Inputs) -> list[str]:  # noqa: ARG002
@@ -50,7 +50,7 @@ class _Plain:
         return F.scaled_dot_product_attention(*inputs.sequences(), scale=inputs.scale)
 
 
-class _Authors(_Plain):
+class _Authors(Plain):
     """The formulas step by step, as the authors' code has them: all L x L pairs, in memory.
 
     RMT: mask, sum, softmax, product. LocAtViT: an exponential for each query and key, then SDPA with that mask.
@@ -201,14 +201,7 @@ def profile_step(images: Tensor, dtype: torch.dtype, *, quick: bool) -> str:
     build = builders("sdt_h_tiny", images.shape[-1], ["auto"], quick=quick)["auto"]
     step = make_call("sdt_h_tiny", build, PASSES[1], images, dtype)
     step()
-    on_cuda = images.is_cuda
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_cuda
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        if on_cuda:
-            torch.cuda.synchronize(images.device)
-    sort_by = "self_cuda_time_total" if on_cuda else "self_cpu_time_total"
-    return profile.key_averages().table(sort_by=sort_by, row_limit=20, max_name_column_width=60)
+    return operator_table(step, images.device)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
@@ -236,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
     rows: list[Row] = []
     BACKENDS[IN_ITS_PLACE], BACKENDS[AUTHORS] = (
-        _Plain(),
+        Plain(),
         _Authors(),
     )  # behind the others, so that auto does not see them
     try:

@@ -21,6 +21,7 @@ __all__ = [
     "busy_seconds",
     "captured",
     "interleaved",
+    "operator_table",
     "peak_memory",
     "reasons",
     "relative_error",
@@ -122,6 +123,19 @@ def busy_seconds(call: Call, device: torch.device) -> float | None:
         call()
         torch.cuda.synchronize(device)
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
+def operator_table(call: Call, device: torch.device) -> str:
+    """torch.profiler's table of one call, by operator, those first that take the most time."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    sort_by = f"self_{device.type}_time_total"
+    table: str = profile.key_averages().table(sort_by=sort_by, row_limit=20, max_name_column_width=60)
+    return table
 
 
 def captured(call: Call, device: torch.device) -> Call:
