@@ -53,14 +53,14 @@ QUICK = Recipe(
     learning_rate=2e-3,
 )
 FULL = Recipe(
-    vit_images=60000,
-    vit_epochs=10,
+    vit_images=12000,
+    vit_epochs=50,
     sdt_h_images=12000,
-    sdt_h_epochs=10,
+    sdt_h_epochs=30,
     gate_images=2000,
     test_images=10000,
     size_images=2000,
-    further_epochs=2,
+    further_epochs=5,
     batch_size=200,
     learning_rate=3e-3,
 )

@@ -69,7 +69,7 @@ class LabelledImages:
     @cached_property
     def mean_std(self) -> tuple[float, float]:
         """Of the training images' values in [0, 1], over all pixels and channels."""
-        counts = torch.bincount(self.train.pixels.flatten(), minlength=256).double()
+        counts = torch.bincount(self.train.pixels.flatten(), minlength=256).double().cpu()
         values = torch.arange(256).double() / 255
         mean = (counts @ values / counts.sum()).item()
         return mean, (counts @ (values - mean).square() / counts.sum()).sqrt().item()
