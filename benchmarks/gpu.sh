@@ -15,7 +15,7 @@ for part in "$@"; do
   echo "== $part, $(date +%T)"
   case $part in
     tests)
-      python -m pytest -m gpu tests/ops || failed=1
+      python -m pytest -m gpu tests/ops tests/examples/test_ablation.py || failed=1
       python -m pytest tests/ops/test_triton*.py -m "not gpu and not slow" || failed=1
       python -m tests.ops.random_calls --device cuda --calls 100 --backends auto triton sdpa math || failed=1 ;;
     attention) # the GPU's time alone

@@ -236,6 +236,17 @@ def test_gates_alone_are_trained(data):
     }
 
 
+@pytest.mark.gpu
+def test_a_step_in_a_graph_trains_as_on_the_cpu(data):
+    losses = []
+    for device in ("cpu", "cuda"):
+        there = data.to(torch.device(device))
+        model = models.build(Variant("vit", "learned", "full"), there, SIZED, seed=0)
+        phase = Phase(5, 1e-3, 4)
+        losses.append(training.fit(model, there, there.train, phase, seed=0, size=8, after_batch=lambda count: None))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # float32, 25 steps
+
+
 def test_the_order_begins_with_tables_3_and_4_and_seeds_come_one_after_another():
     runs = plan(("tables", "sizes"), SIZED, seeds=2)
     assert [r.name for r in runs[:6]] == [
