@@ -2,14 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ablation_log import Key, Result, write_whole
+from ablation_models import Positions
 from ablation_runs import (
     GATES,
     LONGER,
@@ -57,6 +57,16 @@ ARMS = {
     "swap, gates": "`full` swapped in, the gates alone",
     "swap, gates and LoRA": "`full` swapped in, gates and LoRA",
 }
+
+
+WAYS = {
+    "training": "as trained",
+    REFERENCE: "distances in steps of the size\ntrained on (dashed: no decay)",
+    "tuned": "one epoch of gates alone\n(without decay: of norms)",
+}
+"""Rows of the picture of sizes: how a model goes to another."""
+SHORT: dict[Positions, tuple[str, ...]] = dict.fromkeys(("none", "learned", "rope"), SPREAD["learned"])
+"""What of SPREAD the short picture shows."""
 
 
 def accuracies(
@@ -148,49 +158,55 @@ def plot_differences(results: Mapping[Key, Result], *, size: int) -> Figure:
     return figure
 
 
-def plot_sizes(results: Mapping[Key, Result], *, size: int) -> Figure:
+def plot_sizes(
+    results: Mapping[Key, Result],
+    *,
+    size: int,
+    spread: Mapping[Positions, Sequence[str]] = SPREAD,
+    ways: Sequence[str] = tuple(WAYS),
+) -> Figure:
     """Accuracy against size: a column for each kind of positions, a row for each way of going to another size."""
-    rows = {
-        "training": "as trained",
-        REFERENCE: "distances in steps of the size\ntrained on (dashed: no decay)",
-        "tuned": "one epoch of gates alone\n(without decay: of norms)",
-    }
-    figure = Figure((2.9 * len(SPREAD) + 2.6, 7.8), layout="constrained")
-    axes = figure.subplots(len(rows), len(SPREAD), sharex=True, sharey=True)
-    colours = {decay: f"C{i}" for i, decay in enumerate(SPREAD["none"])}
+    decays = list(dict.fromkeys(decay for shown in spread.values() for decay in shown))
+    colours = {decay: f"C{i}" for i, decay in enumerate(decays)}
+    figure = Figure((2.9 * len(spread) + 2.6, 2.35 * len(ways) + 0.75), layout="constrained")
+    axes = figure.subplots(len(ways), len(spread), sharex=True, sharey=True, squeeze=False)
     sizes = sorted({key.size for key in results})
-    for column, (positions, decays) in enumerate(SPREAD.items()):
-        for ax, after in zip(axes[:, column], rows, strict=True):
-            for decay in decays:
-                if wanted := TUNED.get(decay) if after == "tuned" else after:
-                    _plot_curve(ax, results, positions, decay, wanted, size, color=colours[decay], label=decay)
-            if after == REFERENCE:  # what has no distances, to compare
-                _plot_curve(ax, results, positions, "none", "training", size, color=colours["none"], linestyle="--")
+    for column, (positions, shown) in enumerate(spread.items()):
+        for ax, way in zip(axes[:, column], ways, strict=True):
+            for decay in shown:
+                after, style = TUNED.get(decay) if way == "tuned" else way, "-"
+                if way == REFERENCE and decay == "none":  # it has no distances, and is there to compare
+                    after, style = "training", "--"
+                if after:
+                    curve = _curve(results, positions, decay, after, size)
+                    _plot_curve(ax, curve, color=colours[decay], linestyle=style, label=decay)
             ax.set(xticks=sizes)
             ax.grid(alpha=0.3)
         axes[0, column].set_title(POSITIONS[positions])
         axes[-1, column].set_xlabel("size of the test images (pixels)")
-    for ax, name in zip(axes[:, 0], rows.values(), strict=True):
-        ax.set_ylabel(f"{name}\naccuracy (%)")
+    for ax, way in zip(axes[:, 0], ways, strict=True):
+        ax.set_ylabel(f"{WAYS[way]}\naccuracy (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", title="decay")
     return figure
 
 
-def _plot_curve(
-    ax: Axes, results: Mapping[Key, Result], positions: str, decay: str, after: str, size: int, **style: Any
-) -> None:
-    """Means over the seeds, and a band of one standard deviation; from the size trained on."""
-    sizes = sorted({key.size for key in results})
-    curve = {other: [*accuracies(results, "vit", positions, decay, after, other).values()] for other in sizes}
-    curve[size] = [*accuracies(results, "vit", positions, decay, "training", size).values()]
-    curve = {other: values for other, values in curve.items() if values}
+def _curve(results: Mapping[Key, Result], positions: str, decay: str, after: str, size: int) -> dict[int, list[float]]:
+    """Accuracies of all seeds by size, from the size trained on."""
+    curve = {size: [*accuracies(results, "vit", positions, decay, "training", size).values()]}
+    for other in sorted({key.size for key in results} - {size}):
+        curve[other] = [*accuracies(results, "vit", positions, decay, after, other).values()]
+    return {other: values for other, values in sorted(curve.items()) if values}
+
+
+def _plot_curve(ax: Axes, curve: Mapping[int, Sequence[float]], *, color: str, linestyle: str, label: str) -> None:
+    """Means over the seeds, and a band of one standard deviation."""
     if len(curve) < 2:
         return
     means = [statistics.mean(values) for values in curve.values()]
     spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in curve.values()]
-    ax.plot([*curve], means, marker=".", **style)
+    ax.plot([*curve], means, marker=".", color=color, linestyle=linestyle, label=label)
     low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-    ax.fill_between([*curve], low, high, color=style["color"], alpha=0.12, linewidth=0)
+    ax.fill_between([*curve], low, high, color=color, alpha=0.12, linewidth=0)
 
 
 def describe(results: Mapping[Key, Result]) -> str:
@@ -228,6 +244,7 @@ def write(results: Mapping[Key, Result], folder: Path, *, size: int) -> list[Pat
     figures = {"tables.png": plot_differences(results, size=size)}
     if any(key.size != size for key in results):
         figures["sizes.png"] = plot_sizes(results, size=size)
+        figures["sizes-short.png"] = plot_sizes(results, size=size, spread=SHORT, ways=(REFERENCE,))
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=150)
     print(text)
