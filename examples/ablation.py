@@ -1,6 +1,6 @@
 """Does the decay help? The paper's Tables 3, 4 and 5 on small photographs, other resolutions, and trained models.
 
-    python examples/ablation.py                          # a first look at the tables: 2 seeds, 20 minutes on two cores
+    python examples/ablation.py                          # a first look at the tables: 2 seeds, 12 minutes on two cores
     python examples/ablation.py --data photos            # another place than Debian's, or images of your own
     python examples/ablation.py --full                   # 3 seeds of trainings that are long enough: hours
     python examples/ablation.py --full tables sizes transfer    # all that there is

@@ -50,6 +50,8 @@ TABLES: dict[str, dict[str, str]] = {
 
 MODELS = {("vit", "learned"): "plain ViT", ("sdt_h", ""): "SDT-H"}
 POSITIONS = {"none": "no positions", "learned": "learned, interpolated", "rope": "RoPE", "sincos": "sines and cosines"}
+AS_NONE = {REFERENCE: "training", GATES: NORMS, NORMS: NORMS}
+"""How a model without decay goes to another size, with which the other ways are compared."""
 ARMS = {
     "training": "before",
     "further": "trained on as it is",
@@ -109,20 +111,26 @@ def format_longer(results: Mapping[Key, Result], *, size: int) -> str:
 
 
 def format_sizes(results: Mapping[Key, Result]) -> str:
-    """Accuracy by size as Markdown, a row for each kind of positions, decay and way of going there."""
+    """By size as Markdown, a row for each kind of positions, decay and way of going there: accuracies, differences."""
     sizes = sorted({key.size for key in results})
-    lines = [
-        f"| positions | decay | tested | {' | '.join(map(str, sizes))} |",
-        "|---" * (3 + len(sizes)) + "|",
-    ]
+    accuracy, difference = (
+        [f"| positions | {title} | tested | {' | '.join(map(str, sizes))} |", "|---" * (3 + len(sizes)) + "|"]
+        for title in ("decay", "decay, - none [95 %]")
+    )
     for positions, decays in SPREAD.items():
         for decay in decays:
-            for after in ("training", REFERENCE, GATES, NORMS):
-                found = [[*accuracies(results, "vit", positions, decay, after, size).values()] for size in sizes]
+            for after in ("training", *AS_NONE):
+                cells = [POSITIONS[positions], f"`{decay}`", "as it is" if after == "training" else after]
+                found = [accuracies(results, "vit", positions, decay, after, size) for size in sizes]
+                without = AS_NONE.get(after, after)
+                none = [accuracies(results, "vit", positions, "none", without, size) for size in sizes]
                 if any(found[1:]):
-                    cells = [POSITIONS[positions], f"`{decay}`", "as it is" if after == "training" else after]
-                    lines.append(f"| {' | '.join([*cells, *map(mean_and_spread, found)])} |")
-    return "\n".join(lines)
+                    values = [mean_and_spread([*by_seed.values()]) for by_seed in found]
+                    accuracy.append(f"| {' | '.join([*cells, *values])} |")
+                if any(found[1:]) and decay != "none":
+                    values = [str(paired_difference(*pair) or "-") for pair in zip(found, none, strict=True)]
+                    difference.append(f"| {' | '.join([*cells, *values])} |")
+    return "\n".join(accuracy) + "\n\n" + "\n".join(difference)
 
 
 def format_transfer(results: Mapping[Key, Result], *, size: int) -> str:
