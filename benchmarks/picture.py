@@ -40,7 +40,7 @@ _LABELS = {
 }
 _NUMBERED = ("native", "triton")
 _NUMBER: dict[str, Any] = {"color": _ACCENT, "fontsize": 10, "fontweight": "bold", "zorder": 6}
-_LEAST, _TICKS = 0.28, (0.5, 1, 1.5, 2, 3, 5, 8, 12, 20, 40, 80)
+_TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 8, 12, 20, 40, 80)
 
 
 def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -51,24 +51,25 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     shapes = list(dict.fromkeys((str(row["kind"]), str(row["B, N, grid, d"])) for row in rows))
     drawn = {row["contender"] for row in rows if row["ratio"] and row["contender"] in _STYLES}
-    most = max([3.0, *(1.15 * float(row["ratio"]) for row in rows if row["contender"] in drawn and row["ratio"])])
+    ratios = [float(row["ratio"]) for row in rows if row["contender"] in drawn and row["ratio"]]
+    least, most = min([0.28, *(0.45 * ratio for ratio in ratios)]), max([3.0, *(1.15 * ratio for ratio in ratios)])
     # 900 pixels of a README are 9 inches here: a point is 1.4 of them. Drawn twice as fine.
     figure = Figure(figsize=(9.0, 1.7 + 0.36 * len(shapes)), layout="constrained", facecolor=_PAPER, dpi=200)
     panels = figure.subplots(1, len(PASSES), squeeze=False, sharey=True)[0]
     for which, ax in zip(PASSES, panels, strict=True):
-        ax.axvspan(_LEAST, 1.0, color=_FASTER, linewidth=0, zorder=0)
+        ax.axvspan(least, 1.0, color=_FASTER, linewidth=0, zorder=0)
         ax.axvline(1.0, color=_INK, linewidth=1.6, zorder=1)
         for name in (name for name in _STYLES if name in drawn):
             of_name = [row for row in rows if row["contender"] == name and row["pass"] == which and row["ratio"]]
-            ratios = [float(row["ratio"]) for row in of_name]
+            found = [float(row["ratio"]) for row in of_name]
             lines = [shapes.index((str(row["kind"]), str(row["B, N, grid, d"]))) for row in of_name]
-            ax.scatter(ratios, lines, label=_LABELS.get(name, name), **_STYLES[name])
-            for ratio, line in zip(ratios, lines, strict=True) if name in _NUMBERED else []:
+            ax.scatter(found, lines, label=_LABELS.get(name, name), **_STYLES[name])
+            for ratio, line in zip(found, lines, strict=True) if name in _NUMBERED else []:
                 side = {"ha": "right", "xytext": (-8, 0)} if ratio < 1 else {"ha": "left", "xytext": (8, 0)}
                 ax.annotate(f"{ratio:.2f}", (ratio, line), textcoords="offset points", va="center", **side, **_NUMBER)
         ax.set_title(which, fontsize=11, color=_INK)
-        ax.set(xscale="log", xlim=(_LEAST, most), ylim=(len(shapes) - 0.5, -0.5), facecolor=_PAPER)
-        ax.xaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if tick < most]))
+        ax.set(xscale="log", xlim=(least, most), ylim=(len(shapes) - 0.5, -0.5), facecolor=_PAPER)
+        ax.xaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if least < tick < most]))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.set_yticks(range(len(shapes)), [_title(*shape) for shape in shapes])

@@ -181,6 +181,17 @@ def test_attention(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "ratio.png").read_bytes()
 
 
+def test_every_ratio_lies_inside_the_picture():
+    rows = [
+        {"kind": "full", "B, N, grid, d": "1, 2, 3x3, 8", "pass": which, "contender": name, "ratio": ratio}
+        for which in contenders.PASSES
+        for name, ratio in (("native", 0.1), ("mask eager", 50.0))
+    ]
+    for ax in picture.picture(rows).axes:
+        low, high = ax.get_xlim()
+        assert low < 0.1 < 50 < high
+
+
 @pytest.mark.parametrize("kind", ["full", "1d", "bidirectional", "gaussian", "squared", "decomposed"])
 def test_what_others_write_gives_the_same(kind):
     size = Grid(3, 4, num_prefix_tokens=1 if kind in ("full", "gaussian", "squared") else 0)
