@@ -107,7 +107,7 @@ def avoid_reasons(inputs: Inputs) -> list[str]:
         return ["on cpu it runs in Triton's interpreter, which is for tests"]
     if inputs.is_exporting:
         return ["torch.export: the program would need this package"]
-    return ["without a decay PyTorch's own kernels are faster"] if inputs.decay is None else []
+    return ["without a decay PyTorch's own kernels do as well"] if inputs.decay is None else []
 
 
 def attention(inputs: Inputs, *, tunes: bool = False) -> Tensor:
