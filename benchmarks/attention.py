@@ -4,7 +4,7 @@
     python -m benchmarks.attention --dtype bfloat16 --kinds full,gaussian
     python -m benchmarks.attention --device cuda --dtype bfloat16 --cold-cache
 
-On two idle cores the first takes some 4 minutes. This holds both sides, PyTorch and the native kernel, to the
+On two idle cores the first takes some 5 minutes. This holds both sides, PyTorch and the native kernel, to the
 instruction set of older processors:
 
     ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.attention

@@ -3,19 +3,15 @@
 # picture with them. In an environment with the package, its kernel, and its extras [test] and [viz].
 #
 #   bash benchmarks/cpu.sh            # everything
-#   bash benchmarks/cpu.sh attention  # or some of: attention squared bfloat16 avx2 memory models dense
+#   bash benchmarks/cpu.sh attention  # or some of: attention bfloat16 avx2 memory models dense
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results="benchmarks/results/cpu-$(date +%F)"
-[ $# -gt 0 ] || set -- attention squared bfloat16 avx2 memory models dense
+[ $# -gt 0 ] || set -- attention bfloat16 avx2 memory models dense
 for part in "$@"; do
   case $part in
     attention)
       python -m benchmarks.attention --output "$results/attention" ;;
-    squared)  # the kind that backend lowrank takes; in bfloat16 for its errors alone
-      python -m benchmarks.attention --kinds squared --output "$results/attention-squared"
-      python -m benchmarks.attention --kinds squared --dtype bfloat16 --rounds 1 --no-compile \
-        --output "$results/attention-squared-bfloat16" ;;
     bfloat16)  # by whatever both sides have for it, AMX too
       python -m benchmarks.attention --dtype bfloat16 --no-compile --output "$results/attention-bfloat16" ;;
     avx2)  # both sides as on older processors; oneDNN is what PyTorch computes bfloat16 by. The kernel that
@@ -31,7 +27,7 @@ for part in "$@"; do
     dense)
       python -m benchmarks.dense --profile sdt_h_tiny --output "$results/dense" ;;
     *)
-      echo "parts are attention, squared, bfloat16, avx2, memory, models and dense: got $part" >&2
+      echo "parts are attention, bfloat16, avx2, memory, models and dense: got $part" >&2
       exit 2 ;;
   esac
 done

@@ -4,7 +4,7 @@
     python -m benchmarks.models --profile     # and where the time of a training step goes, by operator
     python -m benchmarks.models --models sdt_h_tiny,sdt_p_small --backends auto,sdpa,flex
 
-On two idle cores the first takes some 4 minutes. timm's vit_tiny_patch16_224, where timm is installed, gets its decay
+On two idle cores the first takes some 5 minutes. timm's vit_tiny_patch16_224, where timm is installed, gets its decay
 by swap_attention and is held against itself. bfloat16 is under autocast.
 """
 
