@@ -4,6 +4,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +69,8 @@ def interleaved(
     """Time the calls side by side, so that a machine that slows down slows all of them down.
 
     Args:
-        calls: By name. Each is timed once in every round; the order rotates from round to round.
+        calls: By name. Each is timed once in every round; the order is another one in each round, and
+            always the same ones: who comes right after a relative finds more in the caches.
         floor: Name of the call that the others are compared with.
         rounds: That count.
         device: Where the work is done.
@@ -89,8 +91,7 @@ def interleaved(
     for i in range(warmup + rounds):
         if i == warmup + rounds_of_slow:
             names = [name for name in names if summary(seconds[name], seconds[floor]).ratio <= slow]
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+        for name in random.Random(i).sample(names, len(names)):
             elapsed = _seconds(calls[name], repeats[name], device, flush)
             if i >= warmup:
                 seconds[name].append(elapsed)

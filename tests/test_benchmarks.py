@@ -63,11 +63,15 @@ def test_files(tmp_path):
     assert "## 1d\n\n| contender |" in text
 
 
-def test_rounds_are_interleaved_and_rotated():
+def test_rounds_are_interleaved_in_changing_order():
     seen = []
     calls = {name: lambda name=name: seen.append(name) for name in "abc"}
-    found = timing.interleaved(calls, "a", rounds=2, device=torch.device("cpu"), warmup=1, min_seconds=0)
-    assert "".join(seen) == "aabbcc" + "abc" + "bca" + "cab"  # two each to see how long it takes
+    found = timing.interleaved(calls, "a", rounds=7, device=torch.device("cpu"), warmup=1, min_seconds=0)
+    assert "".join(seen[:6]) == "aabbcc"  # two each to see how long it takes
+    rounds = ["".join(seen[i : i + 3]) for i in range(6, len(seen), 3)]
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"}
+    assert len(rounds) == 8
+    assert all({names[place] for names in rounds} == {*"abc"} for place in range(3))
     assert found["a"].ratio == 1
     assert all(t.low <= t.ratio <= t.high for t in found.values())
 
