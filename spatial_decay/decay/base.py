@@ -42,7 +42,13 @@ class PairwiseDecay(ABC):
     of the L tokens; B may be 1 where images share the numbers. `dense` and `score_mod` do the rest. Prefix tokens and
     others that lie nowhere have no position: nothing is added to any score that they take part in, whatever `pairwise`
     says of them.
+
+    Attributes:
+        has_channels: Whether the class itself says its `channels`, so that backend `lowrank` may run it: a subclass may
+            say more in its `pairwise`.
     """
+
+    has_channels: ClassVar[bool] = False
 
     layout: Layout
 
@@ -57,6 +63,7 @@ class PairwiseDecay(ABC):
         super().__init_subclass__()
         if "__repr__" not in vars(cls):  # before dataclass gives it one with all the values
             cls.__repr__ = PairwiseDecay.__repr__  # type: ignore[method-assign]
+        cls.has_channels = "channels" in vars(cls)
 
     def __repr__(self) -> str:
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
@@ -81,15 +88,6 @@ class PairwiseDecay(ABC):
         Returns:
             Nats, in the shape to which all broadcast.
         """
-
-    @classmethod
-    def has_channels(cls) -> bool:
-        """Whether this class itself says its `channels`: a subclass may say more in its `pairwise`.
-
-        Returns:
-            True where backend `lowrank` may run it.
-        """
-        return "channels" in vars(cls)
 
     def channels(self) -> tuple[Tensor, Tensor]:
         """Channels of queries and of keys whose products are the decay, for the few decays that have such.

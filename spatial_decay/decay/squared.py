@@ -1,5 +1,6 @@
 """Decay with the squared distance (`squared`): as content-aware as SDT Eq. 8-9, and a product of a few channels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -93,11 +94,12 @@ class SquaredDecay(FactoredDecay):
         axes = tuple((p - ((p * one).sum(-1, keepdim=True) / count).round()) * one for p in axes)
         r, zero = squared_distance(*axes), torch.zeros_like(one)
         none, minus_twice = [zero] * len(axes), [-2 * p for p in axes]
+        queries = [one, zero, zero, r, *axes, *none], [zero, r, one, zero, *none, *axes]
+        keys = [zero, one, r, zero, *none, *minus_twice], [r, zero, zero, one, *minus_twice, *none]
+        return _channels(a, *queries, num_prefix), _channels(a, *keys, num_prefix)
 
-        def of_side(with_a: list[Tensor], without: list[Tensor]) -> Tensor:
-            slope, constant = (F.pad(torch.stack(x, -1), (0, 0, num_prefix, 0)) for x in (with_a, without))
-            return torch.addcmul(constant, a[..., None], slope)
 
-        queries = of_side([one, zero, zero, r, *axes, *none], [zero, r, one, zero, *none, *axes])
-        keys = of_side([zero, one, r, zero, *none, *minus_twice], [r, zero, zero, one, *minus_twice, *none])
-        return queries, keys
+def _channels(a: Tensor, slope: Sequence[Tensor], constant: Sequence[Tensor], num_prefix: int) -> Tensor:
+    """constant + a * slope, (B, N, L, channels), with zeros for prefix tokens."""
+    slopes, constants = (F.pad(torch.stack(list(x), -1), (0, 0, num_prefix, 0)) for x in (slope, constant))
+    return torch.addcmul(constants, a[..., None], slopes)

@@ -12,8 +12,6 @@ and a low part there. The output is then as exact as with a mask. The gate's gra
 the gradient of each channel.
 """
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,12 +29,12 @@ _WIDE = 64  # rows or columns, up to which "auto" takes it: rounding grows with 
 def unsupported_reasons(inputs: Inputs) -> list[str]:
     """It needs a decay that has channels, a scale by which these can be divided, and what `sdpa` needs."""
     decay, reasons = inputs.decay, []
-    if decay is None or not decay.has_channels():
+    if decay is None or not decay.has_channels:
         what = "no decay" if decay is None else type(decay).__name__
         reasons.append(f"{what} (needs a decay with channels, as SquaredDecay is)")
     if inputs.scale == 0:
         reasons.append("scale=0 (needs another: what is added is divided by it)")
-    return reasons + sdpa.unsupported_reasons(replace(inputs, decay=None))
+    return reasons + sdpa.unsupported_reasons(_without_decay(inputs, inputs.q, inputs.k, inputs.v))
 
 
 def avoid_reasons(inputs: Inputs) -> list[str]:
@@ -65,7 +63,12 @@ def attention(inputs: Inputs) -> Tensor:
     padding = -(q.shape[-1] + of_queries.shape[-1]) % _MULTIPLE
     q, k = (_beside(x, channels, padding) for x, channels in ((q, of_queries), (k, of_keys)))
     v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-    return sdpa.attention(replace(inputs, q=q, k=k, v=v, decay=None))[..., : inputs.head_dim]
+    return sdpa.attention(_without_decay(inputs, q, k, v))[..., : inputs.head_dim]
+
+
+def _without_decay(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+    """The rest as it is; torch 2.6 traces no dataclasses.replace."""
+    return Inputs(q, k, v, None, inputs.attn_mask, inputs.dropout_p, inputs.scale)
 
 
 def _beside(x: Tensor, channels: Tensor, padding: int) -> Tensor:

@@ -38,8 +38,9 @@ class StandIn:
         bound = named(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, kwargs or {})
         mask = bound.pop("attn_mask")
         mask.num_calls += 1
-        bound |= {"attn_mask": mask.attn_mask, "num_text_tokens": mask.num_text_tokens}
-        return mask.attn.spatial_decay.attend_as_host(mask.tokens, **bound)
+        return mask.attn.spatial_decay.attend_as_host(
+            mask.tokens, **bound, attn_mask=mask.attn_mask, num_text_tokens=mask.num_text_tokens
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
