@@ -1,6 +1,10 @@
 """The diffusion example with a tiny model: training that is paired over kinds, sampling, judging, going on by runs."""
 
+import itertools
+import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,6 +242,16 @@ def test_judge_tells_classes_and_real_images_from_others(judge, data, tmp_path, 
     assert all(score.distance > 2 * real.distance for score in [*references.values()][1:])
     monkeypatch.setattr(diffusion_judge.training, "fit", None)  # it is read from its file, not trained again
     assert diffusion_judge.Judge(data, tmp_path).score(data.test) == real
+
+
+def test_the_table_of_the_documentation_is_that_of_the_committed_log(tmp_path):
+    folder = Path(diffusion.__file__).parent / "results" / "diffusion"
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    results = diffusion.Log(tmp_path, config, Key, Result).results()
+    assert {(key.decay, key.seed) for key in results} == set(itertools.product(diffusion.COMPARED, range(3)))
+    written = (folder / "results.md").read_text(encoding="utf-8").splitlines()
+    assert {*diffusion.format_table(results, {}).splitlines()} <= {*written}
 
 
 def test_table():
