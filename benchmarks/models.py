@@ -207,8 +207,7 @@ def profile_step(images: Tensor, dtype: torch.dtype, *, quick: bool) -> str:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the command line; the rows of results.csv."""
     parser = command_line(__doc__.splitlines()[0], "models", rounds=5)
-    default = ",".join(name for name in MODELS if name != "sdt_p_small")
-    parser.add_argument("--models", default=default, help=f"comma-separated, of {', '.join(MODELS)}")
+    parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated, of {', '.join(MODELS)}")
     parser.add_argument("--backends", help="comma-separated; where it is not given, those that matter on the device")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=224)

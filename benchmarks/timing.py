@@ -1,6 +1,7 @@
 """How the benchmarks measure: interleaved rounds, ratios to a floor, peak memory, errors against float64."""
 
 import ctypes
+import itertools
 import math
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ Call = Callable[[], Any]
 
 _PROCESS = Path("/proc/self")  # Linux's account of the process that reads it
 _CACHE_FLUSH_BYTES = 256 << 20  # several times any GPU's L2
+_FEW = 4  # contenders, 24 orders
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ def interleaved(
     """Time the calls side by side, so that a machine that slows down slows all of them down.
 
     Args:
-        calls: By name. Each is timed once in every round; the order is another one in each round, and
-            always the same ones: who comes right after a relative finds more in the caches.
+        calls: By name. Each is timed once in every round; the order changes from round to round, for
+            who comes right after a relative finds more in the caches; it is the same in each run.
         floor: Name of the call that the others are compared with.
         rounds: That count.
         device: Where the work is done.
@@ -91,11 +93,18 @@ def interleaved(
     for i in range(warmup + rounds):
         if i == warmup + rounds_of_slow:
             names = [name for name in names if summary(seconds[name], seconds[floor]).ratio <= slow]
-        for name in random.Random(i).sample(names, len(names)):
+        for name in _order(names, i):
             elapsed = _seconds(calls[name], repeats[name], device, flush)
             if i >= warmup:
                 seconds[name].append(elapsed)
     return {name: summary(seconds[name], seconds[floor][: len(seconds[name])]) for name in calls}
+
+
+def _order(names: Sequence[str], i: int) -> Sequence[str]:
+    """Of round i: few names in each of their orders in turn, more at random."""
+    if len(names) > _FEW:
+        return random.Random(i).sample(names, len(names))
+    return list(itertools.permutations(names))[i % math.factorial(len(names))]
 
 
 def _seconds(call: Call, repeats: int, device: torch.device, flush: Tensor) -> float:

@@ -63,8 +63,9 @@ def swap_attention(
             before making the optimizer.
         decay: Kind of decay, see SpatialDecayMask: a name, a value such as kinds.Full(gate_bias_init=0.0), which starts
             with a strong one, or a mapping. Options that are left out are those of a quiet start, with next to no
-            decay: gates have a trained bias that begins at 6 for `full`, and at 9 for the kinds that add up along a
-            path. The fixed kinds and `gaussian` have no gates, and no quiet start.
+            decay: gates have a trained bias that begins at 6 for `full`, at 7 for `squared`, and at 9 for the kinds
+            that add up along a path; the rates of `learned` begin as weak. The fixed kinds, `alibi` and `gaussian` have
+            no quiet start.
         lpe_kernel_size: Add an LPE, see SpatialDecayAttention; it starts at random.
         gate_rank: Add an output gate, see SpatialDecayAttention; it starts near one.
         layers: Which of the attention modules that can take a decay, by number in the order of the model, negative
