@@ -227,10 +227,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     where = machine(device, arguments.dtype) | {"images": f"{batch_size} of {size} x {size}"}
     print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
     rows: list[Row] = []
-    BACKENDS[IN_ITS_PLACE], BACKENDS[AUTHORS] = (
-        Plain(),
-        _Authors(),
-    )  # behind the others, so that auto does not see them
+    # Behind the others, so that auto does not see them.
+    BACKENDS.update({IN_ITS_PLACE: Plain(), AUTHORS: _Authors()})
     try:
         for name in names:
             for which in PASSES:

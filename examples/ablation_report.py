@@ -50,8 +50,8 @@ TABLES: dict[str, dict[str, str]] = {
 
 MODELS = {("vit", "learned"): "plain ViT", ("sdt_h", ""): "SDT-H"}
 POSITIONS = {"none": "no positions", "learned": "learned, interpolated", "rope": "RoPE", "sincos": "sines and cosines"}
-AS_NONE = {REFERENCE: "training", GATES: NORMS, NORMS: NORMS}
-"""How a model without decay goes to another size, with which the other ways are compared."""
+AS_NONE = {"training": "training", REFERENCE: "training", GATES: NORMS, NORMS: NORMS}
+"""Ways to another size -> how the model without decay went there that each is compared with."""
 ARMS = {
     "training": "before",
     "further": "trained on as it is",
@@ -119,15 +119,15 @@ def format_sizes(results: Mapping[Key, Result]) -> str:
     )
     for positions, decays in SPREAD.items():
         for decay in decays:
-            for after in ("training", *AS_NONE):
-                cells = [POSITIONS[positions], f"`{decay}`", "as it is" if after == "training" else after]
+            for after, without in AS_NONE.items():
                 found = [accuracies(results, "vit", positions, decay, after, size) for size in sizes]
-                without = AS_NONE.get(after, after)
-                none = [accuracies(results, "vit", positions, "none", without, size) for size in sizes]
-                if any(found[1:]):
-                    values = [mean_and_spread([*by_seed.values()]) for by_seed in found]
-                    accuracy.append(f"| {' | '.join([*cells, *values])} |")
-                if any(found[1:]) and decay != "none":
+                if not any(found[1:]):
+                    continue
+                cells = [POSITIONS[positions], f"`{decay}`", "as it is" if after == "training" else after]
+                values = [mean_and_spread([*by_seed.values()]) for by_seed in found]
+                accuracy.append(f"| {' | '.join([*cells, *values])} |")
+                if decay != "none":
+                    none = [accuracies(results, "vit", positions, "none", without, size) for size in sizes]
                     values = [str(paired_difference(*pair) or "-") for pair in zip(found, none, strict=True)]
                     difference.append(f"| {' | '.join([*cells, *values])} |")
     return "\n".join(accuracy) + "\n\n" + "\n".join(difference)

@@ -109,7 +109,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, attn_mask: Tensor
 
 
 @_forward.register_fake
-def _(q, *others):  # type: ignore[no-untyped-def]
+def _(q, *others):  # type: ignore[no-untyped-def]  # as torch calls it
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
@@ -130,16 +130,16 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, q, k, v, numbers, *others):  # type: ignore[no-untyped-def]
+def _(grad, q, k, v, numbers, *others):  # type: ignore[no-untyped-def]  # as torch calls it
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, numbers))
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # as torch calls it
     *tensors, ctx.scale, ctx.grid, ctx.factor, ctx.sign, ctx.hides_later = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]  # as torch calls it
     gradients = _backward(grad, *ctx.saved_tensors, ctx.scale, ctx.grid, ctx.factor, ctx.sign, ctx.hides_later)
     return *gradients, None, None, None, None, None, None
 

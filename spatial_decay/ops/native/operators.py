@@ -62,16 +62,16 @@ backward = torch.library.custom_op(
 
 
 @forward.register_fake
-def _(q, *others):  # type: ignore[no-untyped-def]
+def _(q, *others):  # type: ignore[no-untyped-def]  # as torch calls it
     return empty_heads(q), _empty_rows(q)
 
 
 @backward.register_fake
-def _(grad, out, rows, q, k, v, formula, numbers, *others):  # type: ignore[no-untyped-def]
+def _(grad, out, rows, q, k, v, formula, numbers, *others):  # type: ignore[no-untyped-def]  # as torch calls it
     return empty_heads(q), empty_heads(q), empty_heads(q), numbers.new_empty(numbers.shape)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # as torch calls it
     q, k, v, ctx.formula, numbers, mask, mask_tops, positions, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, q, k, v, numbers, mask, mask_tops, positions)
@@ -83,7 +83,7 @@ def _differentiate(ctx: Any, grad: Tensor, differentiate: Any) -> tuple[Tensor |
     return dq, dk, dv, None, dnumbers, None, None, None, None, None, None
 
 
-def _refuse(ctx, *gradients):  # type: ignore[no-untyped-def]
+def _refuse(ctx, *gradients):  # type: ignore[no-untyped-def]  # as torch calls it
     raise NotImplementedError("backend 'native' has no second derivatives. Use backend='math', which has them.")
 
 
@@ -95,13 +95,13 @@ class _Attention(torch.autograd.Function):
     """The same for tensors that nobody traces: a registered operator costs 90 us a call with gradients, this 25."""
 
     @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]  # as torch calls it
         output = _forward(*inputs)
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
-    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]  # as torch calls it
         # With create_graph the operator, whose own gradient raises; what it would be is not silently 0. The operator
         # too for gradients that are traced or come in batches (is_grads_batched).
         is_plain = not torch.is_grad_enabled() and are_readable(grad)

@@ -103,22 +103,22 @@ short_backward = _operator("triton_short_backward", _short_backward, f"Tensor gr
 
 
 @forward.register_fake
-def _(q, *others):  # type: ignore[no-untyped-def]
+def _(q, *others):  # type: ignore[no-untyped-def]  # as torch calls it
     return empty_heads(q), _empty_lse(q)
 
 
 @short_forward.register_fake
-def _(q, *others):  # type: ignore[no-untyped-def]
+def _(q, *others):  # type: ignore[no-untyped-def]  # as torch calls it
     return empty_heads(q)
 
 
 @backward.register_fake
-def _(grad, out, lse, *inputs):  # type: ignore[no-untyped-def]
+def _(grad, out, lse, *inputs):  # type: ignore[no-untyped-def]  # as torch calls it
     return _fake_gradients(*inputs)
 
 
 @short_backward.register_fake
-def _(grad, *inputs):  # type: ignore[no-untyped-def]
+def _(grad, *inputs):  # type: ignore[no-untyped-def]  # as torch calls it
     return _fake_gradients(*inputs)
 
 
@@ -126,7 +126,7 @@ def _fake_gradients(q: Tensor, k: Tensor, v: Tensor, formula: str, numbers: Tens
     return empty_heads(q), empty_heads(q), empty_heads(q), torch.empty(numbers.shape, device=numbers.device)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # as torch calls it
     q, k, v, ctx.formula, numbers, key_mask, positions, *ctx.options = inputs
     results = output if isinstance(output, tuple) else ()  # O and lse
     if results:
@@ -142,11 +142,11 @@ def _differentiate(ctx: Any, grad: Tensor, long: Any, short: Any) -> tuple[Tenso
     return dq, dk, dv, None, dnumbers, None, None, None, None, None
 
 
-def _differentiate_traced(ctx, grad, *_):  # type: ignore[no-untyped-def]
+def _differentiate_traced(ctx, grad, *_):  # type: ignore[no-untyped-def]  # as torch calls it
     return _differentiate(ctx, grad, backward, short_backward)
 
 
-def _refuse(ctx, *gradients):  # type: ignore[no-untyped-def]
+def _refuse(ctx, *gradients):  # type: ignore[no-untyped-def]  # as torch calls it
     raise NotImplementedError("backend 'triton' has no second derivatives. Use backend='math', which has them.")
 
 
@@ -160,13 +160,13 @@ class _Attention(torch.autograd.Function):
     """The same for tensors that nobody traces: a registered operator costs 60 us more a call with gradients."""
 
     @staticmethod
-    def forward(ctx, is_short, *inputs):  # type: ignore[no-untyped-def]
+    def forward(ctx, is_short, *inputs):  # type: ignore[no-untyped-def]  # as torch calls it
         output = (_short_forward if is_short else _forward)(*inputs)
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
-    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]  # as torch calls it
         # With create_graph the operator, whose own gradient raises; what it would be is not silently 0. The operator
         # too for gradients that are traced or come in batches (is_grads_batched).
         is_plain = not torch.is_grad_enabled() and are_plain(grad)
