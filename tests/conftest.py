@@ -15,7 +15,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     # When it is imported, Triton decides whether its own functions run in its interpreter. Whether ours do is decided
     # when they are imported, which is in ops/test_triton.py alone; tests/ptx imports both once more.
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language  # noqa: F401
+    import triton.language  # noqa: F401  for what it does on import, see above
 
     del os.environ["TRITON_INTERPRET"]
 

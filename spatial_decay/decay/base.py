@@ -62,10 +62,11 @@ class PairwiseDecay(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "__repr__" not in vars(cls):  # before dataclass gives it one with all the values
-            cls.__repr__ = PairwiseDecay.__repr__  # type: ignore[method-assign]
+            cls.__repr__ = PairwiseDecay.__repr__  # type: ignore[method-assign]  # on purpose
         cls.has_channels = "channels" in vars(cls)
 
     def __repr__(self) -> str:
+        # Decays are dataclasses.
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
         options = {name: values[name] for name in values if name not in (*tensors, "layout")}

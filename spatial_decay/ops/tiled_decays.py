@@ -108,6 +108,7 @@ class Gaussian(_OnGrid):
     def of_grid(self, i: slice, j: slice) -> None:
         """Sequences share nothing."""
 
+    # Other decays read all of them.
     def write(self, s: slice, i: slice, j: slice, f: Tensor | None, out: Tensor) -> None:  # noqa: ARG002
         """M of a block into out, (s, i, j)."""
         self.outer(self.rows[s, i].mul(self.amplitude[s, i]), self.columns[s, i], out)
@@ -118,6 +119,7 @@ class Gaussian(_OnGrid):
         torch.mul(rows[..., :, None], columns[..., None, :], out=maps)
         out[..., : self.num_prefix] = 0
 
+    # Other decays read all of them.
     def differentiate(self, s: slice, i: slice, f: Tensor | None, ds: Tensor, dt: Tensor, scratch: Tensor) -> None:  # noqa: ARG002
         """Write to dt what dS of a block, (s, i, L), says of it; ds and scratch are spent."""
         self.outer(self.rows[s, i], self.columns[s, i], scratch)

@@ -8,7 +8,7 @@ nothing to close. They take their colours from matplotlib's style, a dark one to
 """
 
 try:
-    import matplotlib  # noqa: F401
+    import matplotlib  # noqa: F401  only to see that it is there
 except ImportError as error:
     raise ImportError(
         'spatial_decay.viz needs matplotlib 3.8 or newer. Install it: pip install "spatial-decay[viz]"'

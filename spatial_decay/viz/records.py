@@ -160,6 +160,7 @@ class LayerRecord:
 
         def part(decay: PairwiseDecay, first: Tensor) -> Any:
             tensors = {name: value for name, value in vars(decay).items() if isinstance(value, Tensor)}
+            # Decays are dataclasses.
             return replace(decay, **{name: pick(x, first) for name, x in tensors.items()})  # type: ignore[type-var]
 
         def sequences(count: int) -> Tensor:  # of the rows or columns of the images

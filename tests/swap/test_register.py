@@ -205,7 +205,7 @@ def test_or_as_the_first_call_shows_it(wrong, message):
 class Deaf(Attention):
     """Its softmax gets no mask."""
 
-    def forward(self, x, bias=None):  # noqa: ARG002
+    def forward(self, x, bias=None):  # noqa: ARG002  its host passes it
         return super().forward(x)
 
 
