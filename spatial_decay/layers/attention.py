@@ -14,7 +14,7 @@ from spatial_decay.layers.kinds import DecayLike
 from spatial_decay.layers.mask import SpatialDecayMask
 from spatial_decay.layers.output_gate import OutputGate
 from spatial_decay.layers.rotary import RopeMode, RotaryEmbedding
-from spatial_decay.layout import Layout, LayoutLike
+from spatial_decay.layout import GridSize, Layout, LayoutLike
 from spatial_decay.ops import Backend, attention_weights
 from spatial_decay.precision import check_like_weights
 
@@ -27,6 +27,7 @@ class AttentionOptions(TypedDict, total=False):
     qkv_bias: bool
     qk_norm: bool
     rope: RopeMode
+    rope_reference_grid: GridSize | None
     lpe_kernel_size: int
     gate_rank: int
     attn_drop: float
@@ -49,6 +50,8 @@ class SpatialDecayAttention(AttentionCore):
         qkv_bias: Bias of the projection to q, k and v.
         qk_norm: LayerNorm of q and k over d, before the rotary embedding.
         rope: "axial", "flat" or "none", see RotaryEmbedding.
+        rope_reference_grid: (H, W) of the patch tokens trained on, for images of other sizes, see RotaryEmbedding.
+            None: off.
         lpe_kernel_size: Kernel of the depthwise convolution on V, odd; 0 turns LPE off.
         gate_rank: Rank of the output gate U; 0 turns it off.
         num_prefix_tokens: P, class and register tokens, first in the sequence.
@@ -74,6 +77,7 @@ class SpatialDecayAttention(AttentionCore):
         qkv_bias: bool = True,
         qk_norm: bool = False,
         rope: RopeMode = "axial",
+        rope_reference_grid: GridSize | None = None,
         lpe_kernel_size: int = 5,
         gate_rank: int = 16,
         num_prefix_tokens: int = 0,
@@ -93,7 +97,7 @@ class SpatialDecayAttention(AttentionCore):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm: nn.Module = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.rope = RotaryEmbedding(self.head_dim, rope)
+        self.rope = RotaryEmbedding(self.head_dim, rope, rope_reference_grid)
         self.decay = SpatialDecayMask(dim, num_heads, decay=decay, num_prefix_tokens=num_prefix_tokens)
         self.attention = DecayAttention(backend)
         self.attn_drop = attn_drop
@@ -109,8 +113,8 @@ class SpatialDecayAttention(AttentionCore):
         Args:
             x: Tokens (B, L, D) or a map (B, H, W, D), floating point.
             layout: (H, W) of the patch tokens, a Grid, or Positions of all L tokens that fill no grid. None: a map has
-                its own; tokens are taken as a square. Positions need lpe_kernel_size=0, rope "axial" or "none", and a
-                kind that takes them, see SpatialDecayMask.describe.
+                its own; tokens are taken as a square. Positions need lpe_kernel_size=0, rope "axial" or "none", no
+                rope_reference_grid, and a kind that takes them, see SpatialDecayMask.describe.
             attn_mask: Added to the decay: bool (True = may attend) or floating point, broadcastable to (B, N, L, L).
                 It masks attention only: LPE and other convolutions still see neighbours that it hides.
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatial_decay.layout import Layout
+from spatial_decay.layers.reference import as_reference_grid, step_ratio
+from spatial_decay.layout import GridSize, Layout
 from spatial_decay.precision import at_least_float32
 from spatial_decay.values import is_jit_tracing
 
@@ -24,15 +25,19 @@ class RotaryEmbedding(nn.Module):
     With n frequencies an axis, the m-th is 10000 ** (-m / (n - 1)), RMT's spacing. Prefix tokens are not turned.
     The paper does not say which of the two it means; "axial" knows both axes at any image size.
 
+    Angles that a model has not seen in training are the first thing that fails on larger images. With reference_grid,
+    (H0, W0), rows count H0 / H and columns W0 / W, so that all angles stay within those of the size trained on.
+
     Args:
         head_dim: d.
         mode: "axial", "flat" or "none".
+        reference_grid: (H0, W0) of the patch tokens trained on, for "axial". None: a step is a step on any grid.
 
     Raises:
-        ValueError: unknown mode; d not a multiple of 4 ("axial") or 2 ("flat").
+        ValueError: unknown mode; d not a multiple of 4 ("axial") or 2 ("flat"); a reference_grid with another mode.
     """
 
-    def __init__(self, head_dim: int, mode: RopeMode = "axial") -> None:
+    def __init__(self, head_dim: int, mode: RopeMode = "axial", reference_grid: GridSize | None = None) -> None:
         super().__init__()
         if mode not in get_args(RopeMode):
             raise ValueError(f"rope must be one of {', '.join(get_args(RopeMode))}: got {mode!r}.")
@@ -42,7 +47,13 @@ class RotaryEmbedding(nn.Module):
                 f"rope={mode!r} needs head_dim to be a multiple of {needed}: got head_dim = {head_dim}. "
                 "Change num_heads, or use rope='flat' (multiples of 2) or rope='none'."
             )
+        if reference_grid is not None and mode != "axial":
+            raise ValueError(
+                f"a reference grid of the rotary embedding needs rope='axial': got rope={mode!r} and "
+                f"{reference_grid!r}. Leave one of the two out."
+            )
         self.head_dim, self.mode = head_dim, mode
+        self.reference_grid = None if reference_grid is None else as_reference_grid(reference_grid)
 
     def forward(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, N, L, d) -> the same, turned; angles in float32 at least.
@@ -56,7 +67,7 @@ class RotaryEmbedding(nn.Module):
             q and k, in their own dtype.
 
         Raises:
-            ValueError: Positions in mode "flat", whose raster numbers need a whole grid.
+            ValueError: Positions in mode "flat", whose raster numbers need a whole grid, or with a reference_grid.
         """
         if self.mode == "none":
             return q, k
@@ -64,7 +75,8 @@ class RotaryEmbedding(nn.Module):
         return _turn(q, turns), _turn(k, turns)
 
     def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}, mode={self.mode!r}"
+        reference = "" if self.reference_grid is None else f", reference_grid={self.reference_grid}"
+        return f"head_dim={self.head_dim}, mode={self.mode!r}{reference}"
 
     def _angles(self, layout: Layout, like: Tensor) -> Tensor:
         """One for each token and pair of channels, (L, d/2); (B, 1, L, d/2) of Positions."""
@@ -73,8 +85,14 @@ class RotaryEmbedding(nn.Module):
         if self.mode == "flat":
             width = layout.as_grid("rope='flat'", "Use rope='axial' or 'none'.").width
             axes: tuple[Tensor, ...] = (h * width + w,)
-        else:
+        elif self.reference_grid is None:
             axes = (h, w)
+        else:
+            rows, columns = (
+                step_ratio(self.reference_grid, layout, (axis,), "a reference grid of the rotary embedding")
+                for axis in (0, 1)
+            )
+            axes = (h * rows, w * columns)
         num_frequencies = self.head_dim // (2 * len(axes))
         exponents = torch.linspace(0, 1, num_frequencies, device=like.device, dtype=dtype)
         frequencies = 10000.0**-exponents

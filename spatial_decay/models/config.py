@@ -48,7 +48,8 @@ def keeps_config(**defaults: Unpack[AttentionOptions]) -> Callable[[Callable[P, 
                 raise TypeError(f"{type(model).__name__}: {error}.") from None
             bound.apply_defaults()
             bound.arguments["options"] = options = all_defaults | bound.arguments["options"]
-            values = {name: as_json(bound.arguments[name]) for name in own} | options
+            everything = {name: bound.arguments[name] for name in own} | options
+            values = {name: as_json(value) for name, value in everything.items()}
             if _RUNNING in vars(model):  # this is a base class's __init__
                 init(*bound.args, **bound.kwargs)
                 return

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, TypeGuard, TypeVar, cast
 
-__all__ = ["PerStage", "num_stages", "per_stage"]
+__all__ = ["PerStage", "is_list", "num_stages", "per_stage"]
 
 T = TypeVar("T")
 PerStage: TypeAlias = T | Sequence[T]
@@ -15,7 +15,7 @@ def num_stages(**values: object) -> int:
     Raises:
         ValueError: they do not agree, there is none, or a value that is neither.
     """
-    lengths = {name: len(value) for name, value in values.items() if _is_list(value)}
+    lengths = {name: len(value) for name, value in values.items() if is_list(value)}
     for name, value in values.items():
         if lengths.get(name) == 0 or (isinstance(value, (str, Mapping)) and name != "decay"):
             raise ValueError(
@@ -32,8 +32,9 @@ def num_stages(**values: object) -> int:
 
 def per_stage(value: PerStage[T], count: int) -> list[T]:
     """One value a stage."""
-    return list(cast(Sequence[T], value)) if _is_list(value) else [cast(T, value)] * count
+    return list(cast(Sequence[T], value)) if is_list(value) else [cast(T, value)] * count
 
 
-def _is_list(value: object) -> TypeGuard[Sequence[object]]:
+def is_list(value: object) -> TypeGuard[Sequence[object]]:
+    """Whether a value is one for each stage."""
     return isinstance(value, Sequence) and not isinstance(value, str)

@@ -11,11 +11,12 @@ from typing_extensions import Unpack
 from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, SDTBlock
 from spatial_decay.layers.kinds import DecayLike, Kind, as_kind
 from spatial_decay.layers.patch import check_images
+from spatial_decay.layers.reference import shrunk
 from spatial_decay.layout import Grid
 from spatial_decay.models.backbone import Backbone, FeatureInfo, Groups, block_numbers
 from spatial_decay.models.common import check_whole, init_linear, run_block
 from spatial_decay.models.config import keeps_config
-from spatial_decay.models.per_stage import PerStage, num_stages, per_stage
+from spatial_decay.models.per_stage import PerStage, is_list, num_stages, per_stage
 from spatial_decay.models.registry import IMAGENET, ImageSettings, register
 
 __all__ = ["SDTH", "SIZES", "SDTHOptions", "sdt_h_base", "sdt_h_small", "sdt_h_tiny"]
@@ -57,7 +58,8 @@ class SDTH(Backbone):
         depths: Blocks, of each stage.
         num_heads: N, of each stage.
         mlp_ratios: Width of the MLP over D, of each stage.
-        decay: Kind of decay with its options, of each stage, see SpatialDecayMask.
+        decay: Kind of decay with its options, of each stage, see SpatialDecayMask. In one value for all stages
+            reference_grid is that of the first stage's map, and smaller in the others as their maps are.
         init_values: First value of LayerScale, of each stage; None leaves it out.
         global_pool: "avg", the mean over the map, or "", none: the head gives a map, and num_classes must be 0.
         drop_rate: Dropout before the classifier.
@@ -67,7 +69,7 @@ class SDTH(Backbone):
         output_stride: Pixels of the image a step of the last map at most, for segmentation: stages that would go beyond
             it keep the size of the stage before. Their weights are the same, but distances count in steps, which are
             smaller then: weights trained without it need training. None: each stage halves the size.
-        options: Keywords of SpatialDecayAttention, for all blocks.
+        options: Keywords of SpatialDecayAttention, for all blocks; rope_reference_grid is that of the first stage's map.
 
     Attributes:
         config: The arguments, JSON values, with a list for each stage's own: `SDTH(**model.config)` has the same
@@ -113,10 +115,6 @@ class SDTH(Backbone):
         check_whole(1, embed_dims=embed_dims, depths=depths, num_heads=num_heads, stem_stride=stem_stride)
         embed_dims, depths, num_heads = (per_stage(value, count) for value in (embed_dims, depths, num_heads))
         mlp_ratios, init_values = per_stage(mlp_ratios, count), per_stage(init_values, count)
-        decays: list[DecayLike] = per_stage(decay, count)
-        kinds = [as_kind(kind).resolved() for kind in decays]
-        lists = (embed_dims, depths, num_heads, mlp_ratios, [kind.config for kind in kinds], init_values)
-        self.config |= dict(zip(_PER_STAGE, lists, strict=True))
         self.embed_dims = tuple(embed_dims)
         self.num_features, self.head_hidden_size = embed_dims[-1], projection_dim or embed_dims[-1]
         strides = [stem_stride * 2**i for i in range(count)]
@@ -127,12 +125,21 @@ class SDTH(Backbone):
                     f"{output_stride!r}."
                 )
             strides = [min(stride, output_stride) for stride in strides]
+        shrinks = [stride // stem_stride for stride in strides]
+        decays: list[DecayLike] = per_stage(decay, count)
+        kinds = [as_kind(kind) for kind in decays]
+        if not is_list(decay):
+            kinds = [_of_stage(kind, shrink) for kind, shrink in zip(kinds, shrinks, strict=True)]
+        kinds = [kind.resolved() for kind in kinds]
+        lists = (embed_dims, depths, num_heads, mlp_ratios, [kind.config for kind in kinds], init_values)
+        self.config |= dict(zip(_PER_STAGE, lists, strict=True))
         self.feature_info = [
             FeatureInfo(module=f"stages.{i}", num_chs=dim, reduction=stride)
             for i, (dim, stride) in enumerate(zip(embed_dims, strides, strict=True))
         ]
 
         self.stem = ConvStem(in_chans, embed_dims[0], stride=stem_stride)
+        rope_grids = [shrunk(options.get("rope_reference_grid"), shrink) for shrink in shrinks]
         drop_paths = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
         ends = list(itertools.accumulate(depths))
         self.stages = nn.ModuleList(
@@ -145,7 +152,7 @@ class SDTH(Backbone):
                 decay=kinds[i],
                 drop_paths=drop_paths[ends[i] - depths[i] : ends[i]],
                 init_values=init_values[i],
-                **options,
+                **(options | AttentionOptions(rope_reference_grid=rope_grids[i])),
             )
             for i in range(len(depths))
         )
@@ -331,6 +338,12 @@ class SDTH(Backbone):
                 f"images must be at least {self.total_stride} x {self.total_stride}, the total stride: got "
                 f"{x.shape[2]} x {x.shape[3]}. Resize them, or build the model with a smaller stem_stride."
             )
+
+
+def _of_stage(kind: Kind, shrink: int) -> Kind:
+    """The kind with the reference grid of a stage whose map is so many times as small, where one was said."""
+    grid = getattr(kind, "reference_grid", None)
+    return kind if grid is None else as_kind(kind.config | {"reference_grid": shrunk(grid, shrink)})
 
 
 class _Stage(nn.Module):

@@ -157,3 +157,28 @@ def test_models_fill_it_for_the_gaussian_alone():
         assert model.config["decay"]["reference_grid"] == expected
     assert kinds.Gaussian().resolved(grid_size=(7, 8)).reference_grid == (7, 8)
     assert kinds.Gaussian(reference_grid=(2, 2)).resolved(grid_size=(7, 8)).reference_grid == (2, 2)
+
+
+def test_each_stage_has_its_own():
+    """One value for all stages is that of the first map; at the size trained on nothing changes."""
+    options = {"embed_dims": (16, 32, 32), "depths": (1, 1, 1), "num_heads": (2, 2, 2), "stem_stride": 1}
+    plain = sd.SDTH(3, **options, decay="full").eval()
+    model = sd.SDTH(3, **options, decay=kinds.Full(reference_grid=(7, 9)), rope_reference_grid=(7, 9)).eval()
+    grids = [(7, 9), (4, 5), (2, 3)]
+    assert [stage.blocks[0].attn.decay.kind.reference_grid for stage in model.stages] == grids
+    assert [stage.blocks[0].attn.rope.reference_grid for stage in model.stages] == grids
+    model.load_state_dict(plain.state_dict())
+    image = torch.randn(1, 3, 7, 9)
+    assert torch.equal(model(image), plain(image))
+    assert not torch.allclose(model(torch.randn(1, 3, 14, 18)), plain(torch.randn(1, 3, 14, 18)))
+    again = sd.SDTH(**json.loads(json.dumps(model.config)))
+    assert [stage.blocks[0].attn.decay.kind.reference_grid for stage in again.stages] == grids
+    assert [stage.blocks[0].attn.rope.reference_grid for stage in again.stages] == grids
+
+
+def test_a_vit_keeps_that_of_its_rotary_embedding():
+    model = sd.ViT(3, img_size=32, patch_size=8, dim=16, depth=1, num_heads=2, rope="axial", rope_reference_grid=(4, 4))
+    assert model.config["rope_reference_grid"] == [4, 4]
+    assert sd.ViT(**model.config).blocks[0].attn.rope.reference_grid == (4, 4)
+    with pytest.raises(ValueError, match="needs rope='axial': got rope='none'"):
+        sd.ViT(3, img_size=32, patch_size=8, dim=16, depth=1, num_heads=2, rope_reference_grid=(4, 4))

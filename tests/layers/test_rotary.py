@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spatial_decay.layers import RotaryEmbedding
-from spatial_decay.layout import Grid
+from spatial_decay.layout import Grid, Positions
 from tests import references
 
 
@@ -21,6 +21,28 @@ def test_equals_complex_rotation(mode, head_dim, num_prefix):
                     result = references.rotate(x[b, n, num_prefix + i].tolist(), i // 5, i % 5, 5, mode)
                     expected[b, n, num_prefix + i] = torch.tensor(result, dtype=torch.float64)
         torch.testing.assert_close(turned, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(3, 5), (6, 10), (4, 4), (1, 7)])
+def test_in_steps_of_a_reference_grid(size):
+    """Row h turns as row h * H0 / H of the grid trained on; there nothing changes."""
+    grid, reference = Grid(*size, 1), (3, 5)
+    q, k = torch.randn(2, 1, 2, grid.num_tokens, 8, dtype=torch.float64)
+    turned, _ = RotaryEmbedding(8, "axial", reference)(q, k, grid)
+    expected = q.clone()
+    for n in range(2):
+        for i in range(grid.num_patches):
+            h, w = i // grid.width * 3 / grid.height, i % grid.width * 5 / grid.width
+            rotated = references.rotate(q[0, n, 1 + i].tolist(), h, w, grid.width, "axial")
+            expected[0, n, 1 + i] = torch.tensor(rotated, dtype=torch.float64)
+    torch.testing.assert_close(turned, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(turned, RotaryEmbedding(8)(q, k, grid)[0]) == (size == reference)
+
+
+def test_a_reference_grid_needs_a_whole_grid():
+    positions, q = Positions(*torch.zeros(2, 1, 3)), torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match=r"a reference grid of the rotary embedding needs a whole grid.*h \* H0 / H"):
+        RotaryEmbedding(8, "axial", (3, 5))(q, q, positions)
 
 
 def test_sines_are_computed_once_for_both(monkeypatch):
@@ -58,3 +80,17 @@ def test_angles_stay_in_float32():
 def test_impossible_options_are_refused(head_dim, mode, says):
     with pytest.raises(ValueError, match=says):
         RotaryEmbedding(head_dim, mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "grid", "says"),
+    [
+        ("flat", (3, 5), r"needs rope='axial': got rope='flat' and \(3, 5\)"),
+        ("none", (3, 5), r"needs rope='axial': got rope='none' and \(3, 5\)"),
+        ("axial", 14, "reference_grid must be .*, two whole numbers >= 1: got 14"),
+        ("axial", (0, 5), r"two whole numbers >= 1: got \(0, 5\)"),
+    ],
+)
+def test_impossible_reference_grids_are_refused(mode, grid, says):
+    with pytest.raises(ValueError, match=says):
+        RotaryEmbedding(8, mode, grid)
