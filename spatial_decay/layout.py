@@ -47,6 +47,11 @@ class Layout(ABC):
         return None
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made from: each may have a gradient of its own, or be part of a transform."""
+        return ()
+
+    @property
     @abstractmethod
     def largest_step(self) -> float:
         """The largest distance along an axis that two tokens can have."""
@@ -400,6 +405,11 @@ class Positions(Layout):
     @property
     def known(self) -> Tensor | None:
         return self.has_position
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        known = self.has_position
+        return (self.h, self.w) if known is None else (self.h, self.w, known)
 
     @property
     def largest_step(self) -> float:

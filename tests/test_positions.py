@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import flex_attention
 
 import spatial_decay as sd
@@ -71,6 +72,70 @@ def test_the_compiled_kernel_of_flex():
 @pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
 def test_backends_agree_or_say_why_not(case, backend):
     check_backend(case, backend)
+
+
+def attend_at(h, w, heads, strength, *, build=sd.decay.ManhattanDecay, backend="auto"):
+    return decay_attention(*heads, build(strength, Positions(h, w)), backend=backend)
+
+
+def numbers_at_positions(dtype=torch.float32):
+    """h, w, q, k, v and the strength of a decay."""
+    h, w = 3 * torch.rand(2, 2, 7, dtype=dtype)
+    return h, w, torch.randn(3, 2, 2, 7, 8, dtype=dtype), -torch.rand(2, 2, 7, dtype=dtype)
+
+
+@pytest.mark.parametrize("of_one", [0, 1], ids=["h", "w"])
+@pytest.mark.parametrize("build", [sd.decay.ManhattanDecay, sd.decay.EuclideanDecay, sd.decay.SquaredDecay])
+def test_positions_have_gradients(build, of_one):
+    *axes, heads, strength = numbers_at_positions()
+    axes[of_one].requires_grad_()
+    found = {
+        backend: torch.autograd.grad(
+            attend_at(*axes, heads, strength, build=build, backend=backend).square().sum(), axes[of_one]
+        )[0]
+        for backend in ("auto", "math", "sdpa", *(["lowrank"] if build is sd.decay.SquaredDecay else []))
+    }
+    assert found["math"].any()
+    for gradient in found.values():
+        assert relative_error(gradient, found["math"].double()) < 1e-5
+    for backend in ("native", "tiled", "flex"):
+        with pytest.raises(NotImplementedError, match="the positions of tokens require grad"):
+            attend_at(*axes, heads, strength, build=build, backend=backend)
+    with torch.no_grad():
+        assert "require grad" not in sd.explain_backend(*heads, build(strength, Positions(*axes)))
+
+
+def test_positions_have_tangents_and_transforms():
+    h, w, heads, strength = numbers_at_positions(torch.float64)
+    tangent = torch.randn_like(h)
+
+    def output(h, backend="auto"):
+        return attend_at(h, w, heads, strength, backend=backend)
+
+    expected, of_tangent = torch.func.jvp(partial(output, backend="math"), (h,), (tangent,))
+    for dtype in (torch.float64, torch.float32):
+        heads, strength = heads.to(dtype), strength.to(dtype)
+        assert relative_error(torch.func.jvp(output, (h,), (tangent,))[1], of_tangent) < 1e-5
+        assert relative_error(torch.func.vmap(output)(h[None])[0], expected) < 1e-5
+        gradient = torch.func.grad(lambda h: output(h).square().sum())(h)
+        assert (gradient * tangent).sum().item() == pytest.approx((2 * expected * of_tangent).sum().item(), rel=1e-4)
+        with forward_ad.dual_level():
+            out = output(forward_ad.make_dual(h, tangent))
+            assert relative_error(forward_ad.unpack_dual(out).tangent, of_tangent) < 1e-5
+
+
+def test_positions_have_gradients_through_rotary_embedding_and_decay():
+    h, w = (3 * torch.rand(2, 2, 7)).requires_grad_()
+    layer = sd.SpatialDecayAttention(16, 2, rope="axial", lpe_kernel_size=0)
+    x = torch.randn(2, 7, 16)
+    gradients = []
+    for backend in ("auto", "math"):
+        layer.attention.backend = backend
+        for run in (layer, torch.compile(layer, fullgraph=True, backend="eager")):
+            gradients.append(torch.autograd.grad(run(x, layout=Positions(h, w)).square().sum(), (h, w)))
+    for found in gradients:
+        for got, expected in zip(found, gradients[-1], strict=True):
+            assert relative_error(got, expected.double()) < 1e-5
 
 
 def check_backend(case, backend):

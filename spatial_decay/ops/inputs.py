@@ -63,10 +63,14 @@ class Inputs:
         return q, k, v
 
     @property
+    def of_decay(self) -> tuple[Tensor, ...]:
+        """What the decay is made from: its numbers, and the tensors of where its tokens lie."""
+        return () if self.decay is None else (*self.decay.numbers, *self.decay.layout.tensors)
+
+    @property
     def needs_grad(self) -> bool:
         """Whether anything but attn_mask will get a gradient."""
-        numbers = () if self.decay is None else self.decay.numbers
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v, *numbers))
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v, *self.of_decay))
 
     @property
     def is_exporting(self) -> bool:
@@ -96,8 +100,7 @@ class Inputs:
 
     @property
     def _tensors(self) -> list[Tensor]:
-        numbers = () if self.decay is None else self.decay.numbers
-        return [x for x in (self.q, self.k, self.v, self.attn_mask, *numbers) if x is not None]
+        return [x for x in (self.q, self.k, self.v, self.attn_mask, *self.of_decay) if x is not None]
 
     def shared_reasons(self) -> list[str]:
         """What no backend can but `sdpa` and `math`."""
@@ -106,6 +109,9 @@ class Inputs:
             reasons.append(f"dropout_p={self.dropout_p} (needs 0)")
         if self.attn_mask is not None and self.attn_mask.requires_grad and torch.is_grad_enabled():
             reasons.append("attn_mask requires grad (needs one without)")
+        positions = () if self.decay is None else self.decay.layout.tensors
+        if any(x.requires_grad for x in positions) and torch.is_grad_enabled():
+            reasons.append("the positions of tokens require grad (needs some without)")
         if self.is_exporting and _is_in_onnx_export():
             reasons.append("torch.onnx.export traces, and ONNX has no such operator (needs PyTorch)")
         return reasons + self.transforms

@@ -17,8 +17,8 @@ __all__ = ["attention", "avoid_reasons", "row_multiple", "unsupported_reasons"]
 def unsupported_reasons(inputs: Inputs) -> list[str]:
     """Forward mode has no rule; on CUDA, something else than the mask must require a gradient."""
     reasons = inputs.forward_mode
-    q, k, v, decay = inputs.q, inputs.k, inputs.v, inputs.decay
-    masks = (() if decay is None else decay.numbers) + (() if inputs.attn_mask is None else (inputs.attn_mask,))
+    q, k, v = inputs.q, inputs.k, inputs.v
+    masks = inputs.of_decay + (() if inputs.attn_mask is None else (inputs.attn_mask,))
     mask_needs_grad = torch.is_grad_enabled() and any(mask.requires_grad for mask in masks)
     if q.is_cuda and mask_needs_grad and not any(x.requires_grad for x in (q, k, v)):
         # The kernel reads a log-sum-exp that the forward did not save (PyTorch issue 148476).

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from spatial_decay.decay import ManhattanDecay
 from spatial_decay.layout import Grid
 from spatial_decay.ops import decay_attention, sdpa
+from spatial_decay.ops.inputs import Inputs
 from tests.cases import CASES, TOLERANCE, TRAINED, case_id, make_gates, relative_error
 
 
@@ -50,9 +51,7 @@ def test_a_mask_that_alone_needs_a_gradient_does_not_go_to_cuda_kernels():
     )
 
     def reasons(q, v, decay):
-        return sdpa.unsupported_reasons(
-            SimpleNamespace(q=q, k=frozen, v=v, decay=decay, attn_mask=None, forward_mode=[])
-        )
+        return sdpa.unsupported_reasons(Inputs(q, frozen, v, decay=decay, attn_mask=None, dropout_p=0.0, scale=1.0))
 
     assert reasons(frozen, frozen, trained) == [
         "on cuda, only the decay requires grad (needs q, k or v to require grad too)"
