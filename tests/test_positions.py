@@ -128,14 +128,14 @@ def test_positions_have_gradients_through_rotary_embedding_and_decay():
     h, w = (3 * torch.rand(2, 2, 7)).requires_grad_()
     layer = sd.SpatialDecayAttention(16, 2, rope="axial", lpe_kernel_size=0)
     x = torch.randn(2, 7, 16)
-    gradients = []
-    for backend in ("auto", "math"):
-        layer.attention.backend = backend
-        for run in (layer, torch.compile(layer, fullgraph=True, backend="eager")):
-            gradients.append(torch.autograd.grad(run(x, layout=Positions(h, w)).square().sum(), (h, w)))
-    for found in gradients:
-        for got, expected in zip(found, gradients[-1], strict=True):
-            assert relative_error(got, expected.double()) < 1e-5
+
+    def gradients(run):
+        return torch.autograd.grad(run(x, layout=Positions(h, w)).square().sum(), (h, w))
+
+    found = gradients(layer), gradients(torch.compile(layer, fullgraph=True, backend="eager"))
+    layer.attention.backend = "math"
+    for expected, *others in zip(gradients(layer), *found, strict=True):
+        assert all(relative_error(other, expected.double()) < 1e-5 for other in others)
 
 
 def check_backend(case, backend):
