@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run_log import Log, LogError, write_whole
+from run_log import Log, LogError, require_finite, write_whole
 
 __all__ = ["Key", "LogError", "Result", "RunLog", "write_whole"]
 
@@ -27,11 +27,14 @@ class Result:
     """What came of it."""
 
     accuracy: float  # percent
-    loss: float  # mean of the last epoch, nats; of the training that was measured
+    loss: float  # mean of the last epoch, nats; of the training that was measured, nan without one
     seconds: float  # of training and measuring
     date: str
     torch: str
     machine: str
+
+    def __post_init__(self) -> None:
+        require_finite(accuracy=self.accuracy)
 
 
 class RunLog(Log[Key, Result]):

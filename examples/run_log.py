@@ -10,10 +10,12 @@ import csv
 import datetime
 import hashlib
 import json
+import math
 import os
 import platform
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 KeyT = TypeVar("KeyT", bound="DataclassInstance")
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
+
+REMEDY = "Give the same arguments and data, or choose another --output."
+MEND = "Mend or remove that line, or choose another --output."
 
 
 def stamp(device: torch.device | None = None) -> dict[str, str]:
@@ -40,6 +45,34 @@ class LogError(ValueError):
     """A log that this run cannot go on with."""
 
 
+class TrainingError(ValueError):
+    """A training that came to nothing."""
+
+
+def check_loss(name: str, loss: float) -> None:
+    """Before anything is kept of the training of that name.
+
+    Raises:
+        TrainingError: its loss is not finite.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss of {name} must be finite: got {loss}. Nothing of it is kept. Look at the images, or lower the "
+            "learning rate in the script."
+        )
+
+
+def require_finite(**values: float) -> None:
+    """For the fields of a result that must be numbers.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite: got {value}")
+
+
 class Log(Generic[KeyT, ResultT]):
     """Results by key, in a folder.
 
@@ -47,7 +80,7 @@ class Log(Generic[KeyT, ResultT]):
         folder: Made if it is not there.
         config: All that the results depend on but the key, JSON values.
         key: Dataclass of what was measured: strings and numbers.
-        result: Dataclass of what came of it: strings and numbers.
+        result: Dataclass of what came of it: strings and numbers. Its __post_init__ says which must be finite.
 
     Raises:
         LogError: the folder has results of another configuration, or a file that is not such a log.
@@ -77,10 +110,12 @@ class Log(Generic[KeyT, ResultT]):
         with self._alone():
             if key in self._read():
                 return
-            is_new = not self.path.exists() or not self.path.stat().st_size
+            content = self._whole_lines()
+            if self.path.exists() and self.path.read_bytes() != content:
+                write_whole(self.path, lambda part: part.write_bytes(content))
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
-                if is_new:
+                if not content:
                     writer.writerow(self.columns)
                 writer.writerow([self.hash, *asdict(key).values(), *asdict(result).values()])
                 file.flush()
@@ -89,11 +124,13 @@ class Log(Generic[KeyT, ResultT]):
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """True while this process alone has the run of that name; False where another one has it."""
+        lock = FileLock(self.folder / "locks" / name)
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
         try:
-            with FileLock(self.folder / "locks" / name, timeout=0):
-                yield True
-        except Timeout:
-            yield False
+            yield lock.is_locked
+        finally:
+            lock.release()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -105,47 +142,60 @@ class Log(Generic[KeyT, ResultT]):
         if not path.exists():
             return
         try:
-            theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(theirs, dict):
+                raise ValueError(f"it holds {type(theirs).__name__}, not dict")
         except ValueError as error:
-            raise LogError(f"{path} must be as it was written: {error}. {self._remedy}") from error
+            raise LogError(f"{path} must be as it was written: {error}. {REMEDY}") from error
         names = [name for name in {**self.config, **theirs} if self.config.get(name) != theirs.get(name)]
         if names:
             differ = "; ".join(f"{name}: {theirs.get(name)} there, {self.config.get(name)} here" for name in names)
-            raise LogError(
-                f"{self.folder} must have results of this configuration: got others, {differ}. {self._remedy}"
-            )
+            raise LogError(f"{self.folder} must have results of this configuration: got others, {differ}. {REMEDY}")
 
     def _read(self) -> dict[KeyT, ResultT]:
-        """A line that a killed process has left unfinished is cut off first."""
-        if not self.path.exists():
-            return {}
-        content = self.path.read_bytes()
-        if not content.endswith(b"\n"):
-            content = content[: content.rfind(b"\n") + 1]
-            write_whole(self.path, lambda part: part.write_bytes(content))
-        lines = list(csv.reader(content.decode("utf-8").splitlines()))
+        lines = list(csv.reader(self._whole_lines().decode("utf-8").splitlines()))
         if not lines:
             return {}
-        if lines[0] != self.columns or any(len(line) != len(self.columns) for line in lines):
+        if lines[0] != self.columns:
             wanted = ", ".join(self.columns)
-            raise LogError(f"{self.path} must have the columns {wanted}: got {lines[0]}. {self._remedy}")
+            raise LogError(f"{self.path} must have the columns {wanted}: got {', '.join(lines[0])}. {REMEDY}")
         results: dict[KeyT, ResultT] = {}
-        for line in lines[1:]:
+        for number, line in enumerate(lines[1:], 2):
+            if len(line) != len(self.columns):
+                raise LogError(
+                    f"{self.path} must have {len(self.columns)} fields in each line: got {len(line)} in line {number}. "
+                    f"{MEND}"
+                )
             row = dict(zip(self.columns, line, strict=True))
             if row["config"] != self.hash:
                 raise LogError(
-                    f"{self.path} must have results of this configuration, {self.hash}: got {row['config']}. "
-                    f"{self._remedy}"
+                    f"{self.path} must have results of this configuration, {self.hash}: got {row['config']}. {REMEDY}"
                 )
             try:
                 results[_parse(self.key, row)] = _parse(self.result, row)
             except ValueError as error:
-                raise LogError(f"{self.path} must have numbers where they belong: {error}. {self._remedy}") from error
+                raise LogError(
+                    f"{self.path} must have numbers where they belong: line {number}, {error}. {MEND}"
+                ) from error
         return results
 
-    @property
-    def _remedy(self) -> str:
-        return "Give the same arguments and data, or choose another --output."
+    def _whole_lines(self) -> bytes:
+        """What is in the CSV, but a last line that a killed process has left unfinished.
+
+        That is one with too few fields, or whose last one is empty or not closed. A whole one may lack its end, as some
+        editors save it.
+        """
+        content = self.path.read_bytes() if self.path.exists() else b""
+        start = content.rfind(b"\n") + 1
+        last = content[start:]
+        if not last:
+            return content
+        if start:
+            line = next(csv.reader([last.decode("utf-8", "replace")]))
+            is_cut = len(line) < len(self.columns) or not line[-1] or last.count(b'"') % 2
+        else:
+            is_cut = ",".join(self.columns).encode().startswith(last)
+        return content[:start] if is_cut else content + b"\n"
 
 
 def _parse(made: type, row: Mapping[str, str]) -> Any:
@@ -153,7 +203,14 @@ def _parse(made: type, row: Mapping[str, str]) -> Any:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The new file, or what was there before. Whoever writes it holds a lock, so that what is left over is replaced."""
-    part = path.with_name(path.name + ".incomplete")
-    write(part)
-    os.replace(part, path)
+    """The new file, or what was there before.
+
+    Several processes may write one file at a time: each writes under a name of its own, and the last to end is kept.
+    That name ends as the file's, by which savefig knows the format.
+    """
+    part = path.with_name(f"incomplete-{uuid.uuid4().hex}-{path.name}")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,16 +1,21 @@
 """The log of ablation.py: rows that outlive a kill, several writers, and results that must not be mixed."""
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 
 from ablation_log import Key, LogError, Result, RunLog
+from run_log import TrainingError, check_loss, write_whole
 
 CONFIG = {"epochs": 3, "sizes": (40, 56)}
 COLUMNS = "config,model,positions,decay,seed,after,size,accuracy,loss,seconds,date,torch,machine"
+ROW = "HASH,vit,learned,full,0,training,28,71.25,0.5,1.5,d,t,m"
 RESULT = Result(accuracy=71.25, loss=0.5, seconds=1.5, date="2026-11-26", torch="2.15", machine="x, 2 CPUs")
 
 
@@ -44,14 +49,19 @@ def test_wherever_a_row_is_cut_off_the_others_stay(tmp_path):
     one = log.path.read_bytes()
     log.add(key(1), RESULT)
     two = log.path.read_bytes()
-    header = len(COLUMNS) + 1
-    for length in (0, 1, header - 1, header, header + 9, len(one) - 1, len(one), len(one) + 1, len(two) - 1):
+    log.add(key(2), RESULT)
+    three = log.path.read_bytes()
+    header, machine = len(COLUMNS) + 1, len('"x, 2 CPUs"\n')
+    cuts = (0, 1, header - 2, header - 1, header, header + 9, len(one) - machine - 1, len(one) - machine, len(one) - 2)
+    for length in (*cuts, len(one) - 1, len(one), len(one) + 1, len(two) - machine, len(two) - 1):
         log.path.write_bytes(two[:length])
         kept = RunLog(tmp_path, CONFIG)
-        assert kept.results() == ({key(0): RESULT} if length >= len(one) else {})
-        kept.add(key(0), RESULT)
-        kept.add(key(1), RESULT)
-        assert kept.path.read_bytes() == two
+        num_whole = (length >= len(one) - 1) + (length >= len(two) - 1)  # a row is whole without its end
+        assert kept.results() == dict.fromkeys([key(0), key(1)][:num_whole], RESULT)
+        assert log.path.read_bytes() == two[:length]  # reading changes nothing
+        for seed in range(3):
+            kept.add(key(seed), RESULT)
+        assert kept.path.read_bytes() == three
 
 
 def test_another_configuration_is_refused_and_nothing_changed(tmp_path):
@@ -71,8 +81,11 @@ def test_another_configuration_is_refused_and_nothing_changed(tmp_path):
     ("content", "message"),
     [
         (b"a,b\n1,2\n", "must have the columns config, model"),
-        (COLUMNS.encode() + b"\n1,2\n", "must have the columns"),
-        (f"{COLUMNS}\nHASH,vit,learned,full,0,training,28,high,1,1,d,t,m\n".encode(), "must have numbers"),
+        (b"a,b", "must have the columns config, model, .*: got a, b. Give"),
+        (f"{COLUMNS}\n{ROW}\n1,2\n".encode(), "must have 13 fields in each line: got 2 in line 3. Mend"),
+        (f"{COLUMNS}\n{ROW}\n\n".encode(), "must have 13 fields in each line: got 0 in line 3. Mend"),
+        (f"{COLUMNS}\n{ROW.replace('71.25', 'high')}\n".encode(), "must have numbers .*: line 2, .*'high'. Mend"),
+        (f"{COLUMNS}\n{ROW.replace('71.25', 'nan')}\n".encode(), "line 2, accuracy must be finite: got nan. Mend"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
@@ -82,9 +95,22 @@ def test_other_files_are_refused(tmp_path, content, message):
         RunLog(tmp_path, CONFIG)
 
 
-def test_a_damaged_configuration_is_refused(tmp_path):
+def test_a_result_without_a_number_is_none():
+    with pytest.raises(ValueError, match="accuracy must be finite: got nan"):
+        replace(RESULT, accuracy=math.nan)
+    assert math.isnan(replace(RESULT, loss=math.nan).loss)  # of what was measured without a training
+
+
+def test_a_loss_that_is_no_number_is_an_error():
+    check_loss("vit-0", 0.5)
+    with pytest.raises(TrainingError, match="the loss of vit-0 must be finite: got nan. Nothing of it is kept"):
+        check_loss("vit-0", math.nan)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "null"])
+def test_a_damaged_configuration_is_refused(tmp_path, content):
     RunLog(tmp_path, CONFIG)
-    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(LogError, match="config.json must be as it was written"):
         RunLog(tmp_path, CONFIG)
 
@@ -100,6 +126,40 @@ def test_a_run_belongs_to_one_process(tmp_path):
         assert (first, second, other) == (True, False, True)
     with log.claim("vit-0") as again:
         assert again
+
+
+def test_a_lock_that_a_run_itself_waits_for_in_vain_is_named(tmp_path):
+    log = RunLog(tmp_path, CONFIG)
+    with pytest.raises(Timeout, match="of the run's own"), log.claim("vit-0"):
+        raise Timeout("of the run's own")
+    with log.claim("vit-0") as again:
+        assert again
+
+
+def test_a_file_that_two_write_at_a_time_is_the_last_ones(tmp_path):
+    path = tmp_path / "results.md"
+
+    def slow(part):
+        part.write_text("slow")
+        write_whole(path, lambda part: part.write_text("fast"))
+        assert path.read_text() == "fast"
+
+    write_whole(path, slow)
+    assert path.read_text() == "slow"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_file_that_cannot_be_written_stays_and_leaves_nothing_over(tmp_path):
+    path = tmp_path / "results.md"
+    path.write_text("before")
+
+    def full(part):
+        part.write_text("a par")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_whole(path, full)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("results.md", "before")]
 
 
 WRITER = """
