@@ -10,9 +10,9 @@ and how folders of your own must look. Three studies:
 
     tables      a plain ViT with each decay of Tables 3, 4 and 5, and a small SDT-H with each of Tables 3 and 4
     sizes       plain ViTs with four kinds of positions and up to nine decays, tested at sizes other than their own:
-                as they are, with the distances of the size trained on, and after training the gates alone
-                (without gates: the norms)
-    transfer    a plain ViT that is trained already, and trained on: as it is, or with a decay that begins near nothing
+                as they are, with positions and distances in steps of the size trained on, and after training the
+                gates alone (without gates: the norms); and the images resized to the size trained on
+    transfer    a plain ViT that is trained already, and trained on: as it is, or with a decay swapped in
 
 Each result is a row in OUTPUT/runs.csv as soon as it is there. The same command goes on where it was, and may run twice
 at a time on one OUTPUT: one for each core, with --threads 1. Tables and pictures are made of what is there.
@@ -35,9 +35,10 @@ import ablation_training as training
 import image_folder
 from ablation_log import Key, LogError, Result, RunLog
 from ablation_models import Recipe
-from ablation_runs import Lab, Run, Study, plan
+from ablation_runs import LORA_RANK, TRANSFERS, Lab, Run, Study, plan, transfers
 from command_line import at_least, folder
 from image_folder import LabelledImages
+from spatial_decay.layers.kinds import as_kind
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 QUICK = Recipe(
@@ -74,6 +75,9 @@ def describe_config(recipe: Recipe, data: LabelledImages) -> dict[str, Any]:
         **asdict(recipe),
         **{name: getattr(training, name) for name in rates},
         **{name: getattr(models, name) for name in ("VIT", "SDT_H")},
+        "decays": {name: as_kind(like).resolved().config for name, like in models.DECAYS.items()},
+        "transfers": {name: as_kind(like).resolved().config for name, like in TRANSFERS.items()},
+        "LORA_RANK": LORA_RANK,
         "data": data.fingerprint,
     }
 
@@ -136,16 +140,20 @@ def main(argv: Sequence[str] | None = None) -> dict[Key, Result]:
         other_sizes=tuple(arguments.other_sizes),
         patch_size=arguments.patch_size,
     )
+    if arguments.report and not (arguments.output / "runs.csv").exists():
+        raise SystemExit(f"--report needs results in {arguments.output}: got none. Run the command without it first.")
+    if "transfer" in arguments.studies and len(transfers()) < len(TRANSFERS):
+        print(f"Left out for want of peft: {', '.join({*TRANSFERS} - {*transfers()})}. pip install peft")
     try:
         data = image_folder.load(arguments.data, arguments.size)
         log = RunLog(arguments.output, describe_config(recipe, data))
+        runs = plan(arguments.studies, recipe, seeds=arguments.seeds or NUM_SEEDS[arguments.full])
+        if not arguments.report:
+            work(runs, data.to(torch.device(arguments.device)), recipe, log)
     except (image_folder.DataError, LogError) as error:
         raise SystemExit(str(error)) from error
-    runs = plan(arguments.studies, recipe, seeds=arguments.seeds or NUM_SEEDS[arguments.full])
-    if not arguments.report:
-        work(runs, data.to(torch.device(arguments.device)), recipe, log)
     results = log.results()
-    written = report.write(results, arguments.output, size=recipe.size)
+    written = report.write(results, arguments.output, recipe)
     print(f"results: {', '.join(map(str, [log.path, *written]))}")
     return results
 

@@ -126,18 +126,43 @@ def _fix_positions(variant: Variant, model: sd.ViT) -> None:
         model.pos_embed.zero_()
 
 
-def at_size(variant: Variant, model: nn.Module, size: int) -> sd.ViT:
-    """A copy for images of another size: learned positions are interpolated, sines and cosines those of its grid."""
+def at_size(
+    variant: Variant, model: nn.Module, size: int, recipe: Recipe, *, scales_positions: bool, scales_decay: bool
+) -> sd.ViT:
+    """A copy for images of another size; learned positions are interpolated in any case.
+
+    Args:
+        variant: What the model is.
+        model: It, trained.
+        size: Of the images.
+        recipe: For the size trained on.
+        scales_positions: Sines and cosines are interpolated, and the angles of RoPE in steps of the grid trained on.
+            Else both go on as they began, to places that the model has never seen.
+        scales_decay: The same of distances, for kinds that have a reference_grid.
+    """
     assert isinstance(model, sd.ViT)
     config, state = dict(model.config), model.state_dict()
-    if variant.positions != "learned":
+    if scales_decay:
+        config["decay"] = reference_decay(variant, recipe) or config["decay"]
+    if scales_positions and variant.positions == "rope":
+        config["rope_reference_grid"] = _grid_of(recipe)
+    is_interpolated = variant.positions == "learned" or (scales_positions and variant.positions == "sincos")
+    if not is_interpolated:
         config["img_size"] = size
         del state["pos_embed"]
     other = sd.ViT(**config).to(model.pos_embed.device)
-    other.load_state_dict(state, strict=variant.positions == "learned")
-    if variant.positions != "learned":
+    other.load_state_dict(state, strict=is_interpolated)
+    if not is_interpolated:
         _fix_positions(variant, other)
+    other.pos_embed.requires_grad = variant.positions == "learned"
     return other
+
+
+def has_steps(variant: Variant, recipe: Recipe) -> bool:
+    """Whether a plain ViT has positions or distances that can be told in steps of the size trained on, or not."""
+    if variant.decay == "rows, columns: none":  # rates near 0 stay near 0
+        return variant.positions in ("rope", "sincos")
+    return variant.positions in ("rope", "sincos") or reference_decay(variant, recipe) is not None
 
 
 def reference_decay(variant: Variant, recipe: Recipe) -> DecayLike | None:
@@ -145,8 +170,12 @@ def reference_decay(variant: Variant, recipe: Recipe) -> DecayLike | None:
     kind = as_kind(DECAYS[variant.decay])
     if variant.model != "vit" or "reference_grid" not in kind.options():
         return None
+    return as_kind(kind.config | {"reference_grid": _grid_of(recipe)})
+
+
+def _grid_of(recipe: Recipe) -> tuple[int, int]:
     side = recipe.size // recipe.patch_size
-    return as_kind(kind.config | {"reference_grid": (side, side)})
+    return side, side
 
 
 def is_gate(name: str) -> bool:

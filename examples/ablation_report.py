@@ -3,13 +3,14 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ablation_log import Key, Result, write_whole
-from ablation_models import Positions
+from ablation_models import Positions, Recipe
 from ablation_runs import (
     GATES,
     LONGER,
@@ -17,13 +18,14 @@ from ablation_runs import (
     NORMS,
     REFERENCE,
     RELATIVES,
+    RESIZED,
     SCALES,
     SPREAD,
     TRANSFERS,
     TUNED,
     TWICE,
 )
-from seeds import mean_and_spread, paired_difference
+from seeds import Difference, mean_and_spread, paired_difference
 
 TABLES: dict[str, dict[str, str]] = {
     "Table 3, gating": {"none": "No decay", "fixed": "Spatial Decay", "full": "Ours (full)"},
@@ -49,24 +51,33 @@ TABLES: dict[str, dict[str, str]] = {
 """The paper's tables, and what it has not: decays -> their names there."""
 
 MODELS = {("vit", "learned"): "plain ViT", ("sdt_h", ""): "SDT-H"}
-POSITIONS = {"none": "no positions", "learned": "learned, interpolated", "rope": "RoPE", "sincos": "sines and cosines"}
-AS_NONE = {"training": "training", REFERENCE: "training", GATES: NORMS, NORMS: NORMS}
-"""Ways to another size -> how the model without decay went there that each is compared with."""
+POSITIONS = {"none": "no positions", "learned": "learned", "rope": "RoPE", "sincos": "sines and cosines"}
+WAYS = {
+    "training": "as it is",
+    REFERENCE: "in steps of the size trained on",
+    GATES: "gates trained there",
+    NORMS: "norms trained there",
+    RESIZED: "images resized",
+}
+"""How a model, or the images, are made ready for another size."""
+AS_NONE = {GATES: NORMS}
+"""Ways that the model without decay has not -> its own that they are compared with."""
+STRUCTURE = "rows, columns: none"
+ALONG_AXES = ("rows, columns: fixed", "decomposed")
 ARMS = {
     "training": "before",
-    "further": "trained on as it is",
-    "swap, all weights": "`full` swapped in, all weights",
-    "swap, gates": "`full` swapped in, the gates alone",
-    "swap, gates and LoRA": "`full` swapped in, gates and LoRA",
+    "further": "trained further without a swap",
+    "swap, all weights": "`full` swapped in, all weights trained",
+    "swap, open gates": "the same, with gates that begin open",
+    "swap, gates": "`full` swapped in, the gates alone trained",
+    "swap, gates and LoRA": "`full` swapped in, gates and LoRA trained",
 }
-
-
-WAYS = {
+CURVES = {
     "training": "as trained",
-    REFERENCE: "distances in steps of the size\ntrained on (dashed: no decay)",
+    REFERENCE: "positions and distances in\nsteps of the size trained on\n(dashed: no decay)",
     "tuned": "one epoch of gates alone\n(without decay: of norms)",
 }
-"""Rows of the picture of sizes: how a model goes to another."""
+"""Rows of the picture of sizes."""
 SHORT: dict[Positions, tuple[str, ...]] = dict.fromkeys(("none", "learned", "rope"), SPREAD["learned"])
 """What of SPREAD the short picture shows."""
 
@@ -83,9 +94,20 @@ def accuracies(
     }
 
 
+def difference(
+    results: Mapping[Key, Result], positions: str, decay: str, other: str, after: str, size: int
+) -> Difference | None:
+    """Of plain ViTs with two decays that have gone to a size in the same way; who has no such way is as trained."""
+    ours = accuracies(results, "vit", positions, decay, after, size)
+    theirs = accuracies(results, "vit", positions, other, AS_NONE.get(after, after), size)
+    if not theirs and after == REFERENCE:  # nothing in it counts steps
+        theirs = accuracies(results, "vit", positions, other, "training", size)
+    return paired_difference(ours, theirs)
+
+
 def format_tables(results: Mapping[Key, Result], *, size: int) -> str:
     """The paper's Tables 3, 4 and 5 as Markdown."""
-    heads = " | ".join(f"{model} (%) | - none [95 %]" for model in MODELS.values())
+    heads = " | ".join(f"{model} (%) | difference to none [95 %]" for model in MODELS.values())
     blocks = []
     for title, rows in TABLES.items():
         lines = [f"| {title} | decay | {heads} |", "|---|---|---|---|---|---|"]
@@ -93,8 +115,8 @@ def format_tables(results: Mapping[Key, Result], *, size: int) -> str:
             cells = [name, f"`{decay}`"]
             for model, positions in MODELS:
                 none, ours = (accuracies(results, model, positions, kind, "training", size) for kind in ("none", decay))
-                difference = paired_difference(ours, none) if decay != "none" else None
-                cells += [mean_and_spread([*ours.values()]), str(difference or "-")]
+                found = paired_difference(ours, none) if decay != "none" else None
+                cells += [mean_and_spread([*ours.values()]), str(found or "-")]
             lines.append(f"| {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -110,36 +132,42 @@ def format_longer(results: Mapping[Key, Result], *, size: int) -> str:
     return "\n".join(lines)
 
 
-def format_sizes(results: Mapping[Key, Result]) -> str:
-    """By size as Markdown, a row for each kind of positions, decay and way of going there: accuracies, differences."""
+def format_sizes(results: Mapping[Key, Result], *, size: int) -> str:
+    """By size as Markdown: accuracies, differences to no decay, and what of `decomposed` is its decay."""
     sizes = sorted({key.size for key in results})
-    accuracy, difference = (
+    accuracy, to_none, to_structure = (
         [f"| positions | {title} | tested | {' | '.join(map(str, sizes))} |", "|---" * (3 + len(sizes)) + "|"]
-        for title in ("decay", "decay, - none [95 %]")
+        for title in ("decay", "decay, difference to none [95 %]", f"decay, difference to {STRUCTURE} [95 %]")
     )
     for positions, decays in SPREAD.items():
         for decay in decays:
-            for after, without in AS_NONE.items():
-                found = [accuracies(results, "vit", positions, decay, after, size) for size in sizes]
-                if not any(found[1:]):
+            for after, way in WAYS.items():
+                found = {other: accuracies(results, "vit", positions, decay, after, other) for other in sizes}
+                if not any(values for other, values in found.items() if other != size):
                     continue
-                cells = [POSITIONS[positions], f"`{decay}`", "as it is" if after == "training" else after]
-                values = [mean_and_spread([*by_seed.values()]) for by_seed in found]
-                accuracy.append(f"| {' | '.join([*cells, *values])} |")
+                cells = [POSITIONS[positions], f"`{decay}`", way]
+                accuracy.append(_row(*cells, *(mean_and_spread([*values.values()]) for values in found.values())))
                 if decay != "none":
-                    none = [accuracies(results, "vit", positions, "none", without, size) for size in sizes]
-                    values = [str(paired_difference(*pair) or "-") for pair in zip(found, none, strict=True)]
-                    difference.append(f"| {' | '.join([*cells, *values])} |")
-    return "\n".join(accuracy) + "\n\n" + "\n".join(difference)
+                    to_none.append(
+                        _row(*cells, *(difference(results, positions, decay, "none", after, other) for other in sizes))
+                    )
+                gained = [difference(results, positions, decay, STRUCTURE, after, other) for other in sizes]
+                if decay in ALONG_AXES and any(gained):
+                    to_structure.append(_row(*cells, *gained))
+    return "\n\n".join("\n".join(lines) for lines in (accuracy, to_none, to_structure) if len(lines) > 2)
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(str(cell or '-') for cell in cells)} |"
 
 
 def format_transfer(results: Mapping[Key, Result], *, size: int) -> str:
     """What the swap added, as Markdown."""
     found = {arm: accuracies(results, "vit", "learned", "none", arm, size) for arm in ARMS}
-    lines = ["| a plain ViT | accuracy (%) | - trained on as it is [95 %] |", "|---|---|---|"]
+    lines = [f"| a plain ViT | accuracy (%) | difference to {ARMS['further']} [95 %] |", "|---|---|---|"]
     for arm, name in ARMS.items():
-        difference = paired_difference(found[arm], found["further"]) if arm != "further" else None
-        lines.append(f"| {name} | {mean_and_spread([*found[arm].values()])} | {difference or '-'} |")
+        added = paired_difference(found[arm], found["further"]) if arm != "further" else None
+        lines.append(f"| {name} | {mean_and_spread([*found[arm].values()])} | {added or '-'} |")
     return "\n".join(lines)
 
 
@@ -152,12 +180,12 @@ def plot_differences(results: Mapping[Key, Result], *, size: int) -> Figure:
         none = accuracies(results, model, positions, "none", "training", size)
         for y, decay in enumerate(rows):
             ours = accuracies(results, model, positions, decay, "training", size)
-            if (difference := paired_difference(ours, none)) is None:
+            if (found := paired_difference(ours, none)) is None:
                 continue
             seeds = [ours[seed] - none[seed] for seed in ours if seed in none]
             ax.plot(seeds, [y] * len(seeds), ".", color="C0", alpha=0.5)
-            margin = difference.margin if math.isfinite(difference.margin) else 0
-            ax.errorbar(difference.mean, y, xerr=margin, fmt="o", color="C0", capsize=4)
+            margin = found.margin if math.isfinite(found.margin) else 0
+            ax.errorbar(found.mean, y, xerr=margin, fmt="o", color="C0", capsize=4)
         ax.axvline(0, color="grey", linewidth=1)
         ax.set(title=title, xlabel="accuracy less that without decay (points)", yticks=range(len(rows)))
         ax.set_yticklabels(rows)
@@ -171,7 +199,7 @@ def plot_sizes(
     *,
     size: int,
     spread: Mapping[Positions, Sequence[str]] = SPREAD,
-    ways: Sequence[str] = tuple(WAYS),
+    ways: Sequence[str] = tuple(CURVES),
 ) -> Figure:
     """Accuracy against size: a column for each kind of positions, a row for each way of going to another size."""
     decays = list(dict.fromkeys(decay for shown in spread.values() for decay in shown))
@@ -183,8 +211,8 @@ def plot_sizes(
         for ax, way in zip(axes[:, column], ways, strict=True):
             for decay in shown:
                 after, style = TUNED.get(decay) if way == "tuned" else way, "-"
-                if way == REFERENCE and decay == "none":  # it has no distances, and is there to compare
-                    after, style = "training", "--"
+                if way == REFERENCE and decay == "none":
+                    style = "--"
                 if after:
                     curve = _curve(results, positions, decay, after, size)
                     _plot_curve(ax, curve, color=colours[decay], linestyle=style, label=decay)
@@ -193,16 +221,19 @@ def plot_sizes(
         axes[0, column].set_title(POSITIONS[positions])
         axes[-1, column].set_xlabel("size of the test images (pixels)")
     for ax, way in zip(axes[:, 0], ways, strict=True):
-        ax.set_ylabel(f"{WAYS[way]}\naccuracy (%)")
+        ax.set_ylabel(f"{CURVES[way]}\naccuracy (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", title="decay")
     return figure
 
 
 def _curve(results: Mapping[Key, Result], positions: str, decay: str, after: str, size: int) -> dict[int, list[float]]:
-    """Accuracies of all seeds by size, from the size trained on."""
+    """Accuracies of all seeds by size, from the size trained on; of what counts no steps, as trained."""
     curve = {size: [*accuracies(results, "vit", positions, decay, "training", size).values()]}
     for other in sorted({key.size for key in results} - {size}):
-        curve[other] = [*accuracies(results, "vit", positions, decay, after, other).values()]
+        found = accuracies(results, "vit", positions, decay, after, other)
+        if not found and after == REFERENCE:
+            found = accuracies(results, "vit", positions, decay, "training", other)
+        curve[other] = [*found.values()]
     return {other: values for other, values in sorted(curve.items()) if values}
 
 
@@ -217,43 +248,49 @@ def _plot_curve(ax: Axes, curve: Mapping[int, Sequence[float]], *, color: str, l
     ax.fill_between([*curve], low, high, color=color, alpha=0.12, linewidth=0)
 
 
-def describe(results: Mapping[Key, Result]) -> str:
-    """What the numbers stand on, in one paragraph."""
+def describe(results: Mapping[Key, Result], recipe: Recipe) -> str:
+    """What the numbers stand on, in two paragraphs."""
     dates = sorted({result.date for result in results.values()})
     versions = ", ".join(sorted({result.torch for result in results.values()}))
     machines = "; ".join(sorted({result.machine for result in results.values()}))
     hours = sum(result.seconds for result in results.values()) / 3600
     return (
-        f"Accuracy on test images after the last epoch, in percent: mean ± standard deviation (number of seeds). "
-        f"Differences are taken seed by seed: first weights, order and flips are the same; with their mean's 95 % "
-        f"interval (Student's t), where there are two seeds or more. {len(results)} results, whose times add up to "
-        f"{hours:.1f} hours, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {versions}, {machines}."
+        f"Plain ViTs: {recipe.vit_images:,} images x {recipe.vit_epochs} epochs; SDT-H: {recipe.sdt_h_images:,} x "
+        f"{recipe.sdt_h_epochs}. Tested on {recipe.test_images:,} images, at other sizes on {recipe.size_images:,}; "
+        f"gates or norms alone were trained on {recipe.gate_images:,} of the other size (or as many as there are). "
+        f"{len(results)} results, whose times add up to {hours:.1f} hours, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {versions}, {machines}.\n\n"
+        "Accuracy after the last epoch, in percent: mean ± standard deviation (number of seeds). Differences are taken "
+        "seed by seed, from the same first weights, order and flips: their mean and its 95 % interval (Student's t), "
+        "where there are two seeds or more. An interval speaks of other seeds, not of other images. One in twenty does "
+        "not hold the true value, and those of two seeds are often far too wide and at times far too narrow."
     )
 
 
-def format_all(results: Mapping[Key, Result], *, size: int) -> str:
+def format_all(results: Mapping[Key, Result], recipe: Recipe) -> str:
     """results.md, of what is there."""
-    parts = [describe(results), format_tables(results, size=size)]
+    size = recipe.size
+    parts = [describe(results, recipe), format_tables(results, size=size)]
     if any(key.after == TWICE for key in results):
         parts.append(format_longer(results, size=size))
     if any(key.size != size for key in results):
-        parts.append(format_sizes(results))
+        parts.append(format_sizes(results, size=size))
     if any(key.after in TRANSFERS for key in results):
         parts.append(format_transfer(results, size=size))
     return "\n\n".join(parts) + "\n"
 
 
-def write(results: Mapping[Key, Result], folder: Path, *, size: int) -> list[Path]:
-    """results.md and the pictures, of what is there; the caller's process alone should do it."""
+def write(results: Mapping[Key, Result], folder: Path, recipe: Recipe) -> list[Path]:
+    """results.md and the pictures, of what is there."""
     if not results:
         return []
-    text = format_all(results, size=size)
+    text, size = format_all(results, recipe), recipe.size
     write_whole(folder / "results.md", lambda part: part.write_text(text, encoding="utf-8"))
     figures = {"tables.png": plot_differences(results, size=size)}
     if any(key.size != size for key in results):
         figures["sizes.png"] = plot_sizes(results, size=size)
         figures["sizes-short.png"] = plot_sizes(results, size=size, spread=SHORT, ways=(REFERENCE,))
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=150)
+        write_whole(folder / name, partial(figure.savefig, dpi=150, format="png"))
     print(text)
     return [folder / name for name in ("results.md", *figures)]

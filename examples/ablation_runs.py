@@ -13,7 +13,7 @@ from torch import nn
 import ablation_models as models
 import ablation_training as training
 import spatial_decay as sd
-from ablation_log import Key, Result, RunLog
+from ablation_log import Key, LogError, Result, RunLog
 from ablation_models import Positions, Recipe, Variant
 from ablation_training import Phase
 from image_folder import Images, LabelledImages
@@ -31,7 +31,7 @@ SPREAD: dict[Positions, tuple[str, ...]] = {
         *("none", "fixed", "full", "decomposed", "rows, columns: none", "rows, columns: fixed"),
         *("alibi", "learned", "squared"),
     ),
-    "learned": ("none", "fixed", "full", "decomposed"),
+    "learned": ("none", "fixed", "full", "decomposed", "rows, columns: none", "rows, columns: fixed"),
     "rope": ("none", "fixed", "full", "decomposed"),
     "sincos": ("none", "fixed", "full", "decomposed"),
 }
@@ -42,8 +42,17 @@ NORMS = "norms"
 TUNED = {"full": GATES, "decomposed": GATES, "none": NORMS}
 """Decays -> what alone is trained at other sizes. Without gates it is the norms, about as many weights, to compare."""
 REFERENCE = "reference grid"
+RESIZED = "resized"
 TWICE = "twice as long"
-TRANSFERS = ("further", "swap, all weights", "swap, gates", "swap, gates and LoRA")
+QUIET = sd.kinds.Full(gate_bias_init=6.0)  # as swap_attention begins in a trained model, with next to no decay
+TRANSFERS: dict[str, DecayLike] = {
+    "further": "none",
+    "swap, all weights": QUIET,
+    "swap, open gates": "full",
+    "swap, gates": QUIET,
+    "swap, gates and LoRA": QUIET,
+}
+"""How a trained model is trained further -> the decay that it has then."""
 LORA_RANK = 4
 
 
@@ -87,17 +96,18 @@ def plan(studies: Sequence[Study], recipe: Recipe, *, seeds: int) -> list[Run]:
                 for decay in decays:
                     variant = Variant("vit", positions, decay)
                     want(seed, variant, "training", here + elsewhere)
-                    if models.reference_decay(variant, recipe) is not None:
+                    if models.has_steps(variant, recipe):
                         want(seed, variant, REFERENCE, elsewhere)
+                    if decay == "none":
+                        want(seed, variant, RESIZED, elsewhere)
         if "tables" in studies:
             for decay in (*SCALES, *RELATIVES):
                 want(seed, Variant("vit", "learned", decay), "training", here)
             for decay in MECHANISMS:
                 want(seed, Variant("sdt_h", "", decay), "training", here)
         if "transfer" in studies:
-            for arm in TRANSFERS:
-                if "LoRA" not in arm or importlib.util.find_spec("peft"):
-                    want(seed, Variant("vit", "learned", "none"), arm, here)
+            for arm in transfers():
+                want(seed, Variant("vit", "learned", "none"), arm, here)
     for seed in range(seeds):
         if "sizes" in studies:
             for positions in SPREAD:
@@ -107,6 +117,11 @@ def plan(studies: Sequence[Study], recipe: Recipe, *, seeds: int) -> list[Run]:
             for decay in LONGER:
                 want(seed, Variant("vit", "learned", decay), TWICE, here)
     return runs
+
+
+def transfers() -> list[str]:
+    """Those of TRANSFERS that can be made here: LoRA needs peft."""
+    return [arm for arm in TRANSFERS if "LoRA" not in arm or importlib.util.find_spec("peft")]
 
 
 class Lab:
@@ -133,6 +148,7 @@ class Lab:
             model.load_state_dict(torch.load(path, map_location=self.data.device, weights_only=True))
         else:
             loss = self._fit(model, self._images(run), self._phase(self._epochs(run)), run)
+            self._check_same(run, trained, loss)
             write_whole(path, lambda part: torch.save(model.state_dict(), part))
             self._add(run, trained, model, loss, start)
         for key in missing:
@@ -158,7 +174,11 @@ class Lab:
             trained = 2 * self._epochs(run) * len(self._images(run))
         elif key.after in TRANSFERS:
             trained = self.recipe.further_epochs * len(self._images(run))
-        return self._cost_of_test(run, key.size) * (4 * trained + len(self._tested(key.size)))
+        return self._cost_of_test(run, self._seen(key)) * (4 * trained + len(self._tested(key.size)))
+
+    def _seen(self, key: Key) -> int:
+        """The size at which the model sees the images."""
+        return self.recipe.size if key.after == RESIZED else key.size
 
     def _cost_of_test(self, run: Run, size: int) -> int:
         """Of testing one image; training takes four times as long. As measured, roughly."""
@@ -183,13 +203,12 @@ class Lab:
         elif key.after == TWICE:
             model = models.build(run.variant, self.data, self.recipe, seed=run.seed)
             loss = self._fit(model, self._images(run), self._phase(2 * self._epochs(run)), run)
-        elif key.after == REFERENCE:
-            decay = models.reference_decay(run.variant, self.recipe)
-            told = models.build(run.variant, self.data, self.recipe, seed=run.seed, decay=decay)
-            told.load_state_dict(model.state_dict())
-            model = models.at_size(run.variant, told, key.size)
-        else:
-            model = models.at_size(run.variant, model, key.size)
+        elif key.after != RESIZED:
+            model = models.at_size(
+                *(run.variant, model, key.size, self.recipe),
+                scales_positions=key.after != "training",
+                scales_decay=key.after == REFERENCE,
+            )
         if key.after in (GATES, NORMS):
             models.train_only(model, models.is_gate if key.after == GATES else models.is_norm)
             phase = Phase(1, training.GATES_RATE, training.GATES_BATCH)
@@ -198,9 +217,7 @@ class Lab:
 
     def _train_further(self, run: Run, arm: str, trained: nn.Module) -> tuple[nn.Module, float]:
         """As many further steps for each arm, on the same images in the same order."""
-        # As swap_attention begins in a trained model, with next to no decay.
-        decay: DecayLike = "none" if arm == "further" else sd.kinds.Full(gate_bias_init=6.0)
-        model: nn.Module = models.build(run.variant, self.data, self.recipe, seed=run.seed, decay=decay)
+        model: nn.Module = models.build(run.variant, self.data, self.recipe, seed=run.seed, decay=TRANSFERS[arm])
         model.load_state_dict(trained.state_dict(), strict=False)
         rate = self.recipe.learning_rate / 4
         if arm == "swap, gates":
@@ -225,12 +242,25 @@ class Lab:
             model, self.data, images, phase, seed=run.seed, size=size, after_batch=lambda n: self.progress(n * cost)
         )
 
+    def _check_same(self, run: Run, trained: Key, loss: float) -> None:
+        """A model whose weights are lost is trained again: what the log has of it must be of the same weights."""
+        before = self.log.results().get(trained)
+        if before is not None and before.loss != round(loss, 5):
+            raise LogError(
+                f"{self.log.folder} must have weights/{run.name}.pt, or be of a machine that trains it to the same "
+                f"again: got a loss of {before.loss} there, {loss:.5f} here. Bring the file back, or choose another "
+                "--output."
+            )
+
     def _add(self, run: Run, key: Key, model: nn.Module, loss: float, start: float) -> None:
         """Test, and write the row."""
-        cost = self._cost_of_test(run, key.size)
+        cost = self._cost_of_test(run, self._seen(key))
         images = self._tested(key.size)
         accuracy = training.accuracy(
-            model, self.data, images, size=key.size, after_batch=lambda n: self.progress(n * cost)
+            *(model, self.data, images),
+            size=key.size,
+            seen=self._seen(key),
+            after_batch=lambda n: self.progress(n * cost),
         )
         result = Result(
             accuracy=round(accuracy, 4),

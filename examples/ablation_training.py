@@ -120,12 +120,20 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, data: LabelledImages, images: Images, *, size: int, after_batch: Callable[[int], object]
+    model: nn.Module,
+    data: LabelledImages,
+    images: Images,
+    *,
+    size: int,
+    seen: int,
+    after_batch: Callable[[int], object],
 ) -> float:
-    """In percent."""
+    """In percent, on images of a size; where the model sees them at another one, they are resized a second time."""
     model.eval()
     correct = torch.zeros((), dtype=torch.long, device=images.labels.device)
     for pixels, labels in zip(images.pixels.split(TEST_BATCH), images.labels.split(TEST_BATCH), strict=True):
-        correct += (model(prepare(pixels, data, size)).argmax(-1) == labels).sum()
+        if seen != size:
+            pixels = resize(pixels, (size, size)).round().to(torch.uint8)
+        correct += (model(prepare(pixels, data, seen)).argmax(-1) == labels).sum()
         after_batch(len(labels))
     return 100 * correct.item() / len(images)

@@ -69,7 +69,7 @@ class SDTH(Backbone):
         output_stride: Pixels of the image a step of the last map at most, for segmentation: stages that would go beyond
             it keep the size of the stage before. Their weights are the same, but distances count in steps, which are
             smaller then: weights trained without it need training. None: each stage halves the size.
-        options: Keywords of SpatialDecayAttention, for all blocks; rope_reference_grid is that of the first stage's map.
+        options: Keywords of SpatialDecayAttention, for all blocks; its rope_reference_grid is the first map's.
 
     Attributes:
         config: The arguments, JSON values, with a list for each stage's own: `SDTH(**model.config)` has the same

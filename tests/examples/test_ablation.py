@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +56,9 @@ def few(monkeypatch):
     monkeypatch.setattr(ablation_runs, "SCALES", ("full, alpha 0.2",))
     monkeypatch.setattr(ablation_runs, "RELATIVES", ("alibi",))
     monkeypatch.setattr(ablation_runs, "LONGER", ("none",))
-    monkeypatch.setattr(ablation_runs, "TRANSFERS", ("further", "swap, gates"))
+    arms = {arm: ablation_runs.TRANSFERS[arm] for arm in ("further", "swap, gates")}
+    for module in (ablation, ablation_runs, report):
+        monkeypatch.setattr(module, "TRANSFERS", arms)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,23 @@ def test_lost_weights_are_trained_again_to_the_same_numbers(photos, tmp_path):
     assert numbers(tmp_path) == before
 
 
+@pytest.mark.usefixtures("few")
+def test_weights_that_cannot_be_trained_again_to_the_same_are_missed(photos, tmp_path):
+    """A log that came without them must not be mixed of two trainings."""
+    run(photos, tmp_path, "transfer")
+    (path,) = (tmp_path / "weights").iterdir()
+    path.unlink()
+    log = tmp_path / "runs.csv"
+    header, trained, *_ = log.read_text(encoding="utf-8").splitlines()
+    loss = trained.split(",")[header.split(",").index("loss")]
+    log.write_text(f"{header}\n{trained.replace(loss, '0.5')}\n", encoding="utf-8")  # as on another machine
+    before = log.read_bytes()
+    with pytest.raises(SystemExit, match=r"must have weights/vit-learned-none-0.pt, or .*: got a loss of 0.5 there"):
+        run(photos, tmp_path, "transfer")
+    assert log.read_bytes() == before
+    assert not path.exists()
+
+
 def test_what_another_process_is_making_is_left_to_it(photos, tmp_path):
     (tmp_path / "locks").mkdir()
     log = ablation.RunLog(tmp_path, ablation.describe_config(SIZED, ablation.image_folder.load(photos, 8)))
@@ -155,12 +174,14 @@ def test_what_another_process_is_making_is_left_to_it(photos, tmp_path):
 
 
 def test_report_alone_trains_nothing(photos, tmp_path):
-    assert run(photos, tmp_path, "--report") == {}
-    assert not (tmp_path / "results.md").exists()
+    with pytest.raises(SystemExit, match="--report needs results in .*: got none. Run the command without it first"):
+        run(photos, tmp_path / "none", "--report")
+    assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.usefixtures("few")
 def test_other_images_are_refused(photos, tmp_path):
-    run(photos, tmp_path, "--report")
+    run(photos, tmp_path, "transfer")
     other = tmp_path / "other"
     other.mkdir()
     write_fashion(other, num_train=31)
@@ -215,12 +236,38 @@ def test_positions(positions, data):
     assert bool(added.any()) == (positions in ("learned", "sincos"))
     assert model.config["rope"] == ("axial" if positions == "rope" else "none")
     images = torch.randn(2, 3, 12, 12)
-    elsewhere = models.at_size(variant, model, 12)
+    elsewhere = models.at_size(variant, model, 12, SIZED, scales_positions=False, scales_decay=False)
     if positions == "sincos":
         grid = sd.models.sdt_p.sincos_positions(8, sd.Grid(3, 3))
         assert torch.equal(elsewhere.pos_embed[0], grid)
     else:
         torch.testing.assert_close(elsewhere(images), model(images))
+    scaled = models.at_size(variant, model, 12, SIZED, scales_positions=True, scales_decay=False)
+    if positions == "rope":
+        assert scaled.blocks[0].attn.rope.reference_grid == (2, 2)
+        assert not torch.allclose(scaled(images), model(images))
+    else:  # the model interpolates what is added to its tokens
+        torch.testing.assert_close(scaled(images), model(images))
+    assert scaled.blocks[0].attn.decay.kind.reference_grid is None
+    decayed = models.at_size(variant, model, 12, SIZED, scales_positions=True, scales_decay=True)
+    assert decayed.blocks[0].attn.decay.kind.reference_grid == (2, 2)
+    there = torch.randn(2, 3, 8, 8)  # at the size trained on nothing changes
+    torch.testing.assert_close(decayed(there), model(there))
+    assert all(other.pos_embed.requires_grad == (positions == "learned") for other in (elsewhere, scaled, decayed))
+
+
+def test_images_are_resized_before_the_model_sees_them(data):
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x.flatten(1)[:, :3]
+
+    training.accuracy(Spy(), data, data.test, size=12, seen=8, after_batch=lambda count: None)
+    assert seen[0].shape == (10, 3, 8, 8)
+    assert not torch.equal(seen[0], training.prepare(data.test.pixels, data, 8))
+    torch.testing.assert_close(seen[0], training.prepare(data.test.pixels, data, 8), rtol=0, atol=2.5)
 
 
 def test_gates_alone_are_trained(data):
@@ -265,8 +312,8 @@ def test_the_tables_of_the_documentation_are_those_of_the_committed_log(tmp_path
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     results = ablation.RunLog(tmp_path, config).results()
-    written = (folder / "results.md").read_text(encoding="utf-8")
-    assert report.format_all(results, size=config["size"]) == written
+    recipe = Recipe(**{field.name: config[field.name] for field in fields(Recipe)})
+    assert report.format_all(results, recipe) == (folder / "results.md").read_text(encoding="utf-8")
 
 
 def result(accuracy):
