@@ -6,10 +6,13 @@ each with or without .gz, in the folder itself or in FashionMNIST/raw below it, 
 torchvision.datasets.FashionMNIST(folder, download=True) puts them; the Debian package dataset-fashion-mnist has them
 too. Or one folder for each class, as torchvision's ImageFolder reads it:
 
-train/CLASS/NAME.png  test/CLASS/NAME.png    (val/ does for test/)
+train/CLASS/NAME.png  test/CLASS/NAME.png    (val/ does for test/; an image may lie in a folder below CLASS)
+
+What is transparent becomes white. Images of more than 8 bits a channel are refused: nothing says which value is white.
 """
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")  # Pillow's, of 8 bits a channel or less
 NUM_NAMED = 5  # files in an error
 
 
@@ -116,6 +120,11 @@ def _finish(train: Images, test: Images, *, num_classes: int) -> LabelledImages:
     """In an order that mixes the classes, the same for every run."""
     if beyond := int((test.labels >= num_classes).sum()):
         raise DataError(f"test labels must be below {num_classes}, as those for training are: {beyond} are not.")
+    if train.pixels.min() == train.pixels.max():
+        raise DataError(
+            f"training images must show something: got {int(train.pixels.min())} in every pixel of all {len(train)}. "
+            "Look at the files."
+        )
     mixed = []
     for part in (train, test):
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
@@ -166,7 +175,10 @@ def _read_class_folders(folder: Path, size: int) -> LabelledImages:
     broken, is_grey = _look(path for lists in files.values() for paths in lists for path in paths)
     if broken:
         rest = f" and {len(broken) - NUM_NAMED} more" if len(broken) > NUM_NAMED else ""
-        raise DataError(f"images must be whole: cannot read {'; '.join(broken[:NUM_NAMED])}{rest}. Remove them.")
+        raise DataError(
+            f"images must be whole, and of mode {', '.join(MODES)}: got {'; '.join(broken[:NUM_NAMED])}{rest}. "
+            "Convert or remove them."
+        )
     parts = []
     for lists in files.values():
         pixels = torch.cat([_read_image(path, size, is_grey=is_grey) for paths in lists for path in paths])
@@ -175,25 +187,28 @@ def _read_class_folders(folder: Path, size: int) -> LabelledImages:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    files = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
     if not files:
         raise DataError(f"{folder} must hold images ({', '.join(SUFFIXES)}): got none.")
     return files
 
 
 def _look(paths: Iterable[Path]) -> tuple[list[str], bool]:
-    """Names of images that cannot be read, with the reason, and whether all others are grey."""
+    """Names of images that cannot be taken, with the reason, and whether all others are grey."""
     modes: set[str] = set()
     faults = [_fault(path, modes) for path in paths]
-    return [fault for fault in faults if fault], modes <= {"1", "L"}
+    return [fault for fault in faults if fault], modes <= {"1", "L", "LA"}
 
 
 def _fault(path: Path, modes: set[str]) -> str | None:
     try:
         with Image.open(path) as image:
             image.load()
+            if image.mode not in MODES:
+                raise ValueError(f"mode {image.mode}")
             modes.add(image.mode)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:  # Pillow's
         return f"{path} ({error})"
     return None
 
@@ -201,8 +216,16 @@ def _fault(path: Path, modes: set[str]) -> str | None:
 def _read_image(path: Path, size: int, *, is_grey: bool) -> Tensor:
     """(1, C, size, size)."""
     with Image.open(path) as image:
-        pixels = torch.from_numpy(np.array(image.convert("L" if is_grey else "RGB")))
+        pixels = torch.from_numpy(np.array(_on_white(image).convert("L" if is_grey else "RGB")))
     return _to_square(pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1)[None], size)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Pillow's convert would leave what lies under the transparency, black as a rule."""
+    if not image.mode.endswith("A") and "transparency" not in image.info:
+        return image
+    drawn = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn)
 
 
 def _to_square(pixels: Tensor, size: int) -> Tensor:

@@ -135,9 +135,60 @@ def test_broken_images_are_named(photos):
     whole = (photos / "train" / "cats" / "0.png").read_bytes()
     (photos / "train" / "dogs" / "cut.png").write_bytes(whole[:40])
     (photos / "test" / "cats" / "text.jpg").write_text("no image")
-    with pytest.raises(DataError, match=r"images must be whole: cannot read .*cut.png .*text.jpg") as raised:
+    with pytest.raises(DataError, match=r"images must be whole, .*: got .*cut.png .*text.jpg .*\. Convert") as raised:
         image_folder.load(photos, 8)
     assert "0.png" not in str(raised.value)
+
+
+def test_images_that_are_too_large_are_named(photos, monkeypatch):
+    Image.new("L", (20, 20)).save(photos / "train" / "dogs" / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r": got \S*large.png \(Image size \(400 pixels\) exceeds"):
+        image_folder.load(photos, 8)
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_images_of_more_than_8_bits_are_named(photos, name):
+    """Their values are in [0, 65535], or in no known range: as 8 bits nearly all of them would be white."""
+    pixels = np.arange(96).reshape(12, 8) * 600
+    deep = pixels.astype(np.uint16) if name == "deep.png" else pixels.astype(np.float32)
+    Image.fromarray(deep).save(photos / "test" / "cats" / name)
+    with pytest.raises(DataError, match=rf"of mode 1, L, .*: got \S*{name} \(mode (I;16|I|F)\)\. Convert"):
+        image_folder.load(photos, 8)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGBA", 3), ("LA", 1), ("L", 1), ("P", 3)])
+def test_what_is_transparent_is_white(photos, mode, channels):
+    """A drawing in grey 40 in the upper half, and black that cannot be seen below."""
+    drawn = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    drawn.paste((40, 40, 40, 255), (0, 0, 8, 4))
+    drawn = drawn.convert(mode)
+    options = {} if mode.endswith("A") else {"transparency": drawn.getpixel((0, 7))}  # the value that is not seen
+    drawn.save(photos / "test" / "cats" / "drawn.png", **options)
+    pixels = image_folder.load(photos, 8).test.pixels
+    assert pixels.shape == (5, channels, 8, 8)
+    (found,) = [image for image in pixels if image.float().std() > 0]
+    assert (found[:, :4] == 40).all()
+    assert (found[:, 4:] == 255).all()
+
+
+def test_images_that_show_nothing_are_refused(tmp_path):
+    write_fashion(tmp_path)
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.full((30, 8, 8), 255, np.uint8))
+    with pytest.raises(DataError, match="must show something: got 255 in every pixel of all 30. Look"):
+        image_folder.load(tmp_path, 8)
+
+
+def test_images_in_folders_below_a_class_are_its_own(photos):
+    before = image_folder.load(photos, 8)
+    cats = photos / "train" / "cats"
+    for name in ("z", "a.png"):  # a folder may have any name
+        (cats / name / "2026").mkdir(parents=True)
+        Image.new("L", (8, 8), 50).save(cats / name / "2026" / "0.PNG")
+    data = image_folder.load(photos, 8)
+    assert len(data.train) == len(before.train) + 2
+    assert data.train.labels[(data.train.pixels == 50).flatten(1).all(1)].tolist() == [0, 0]
+    assert data.fingerprint == image_folder.load(photos, 8).fingerprint
 
 
 def test_empty_and_odd_class_folders_are_named(photos):
