@@ -307,8 +307,9 @@ def test_the_order_begins_with_tables_3_and_4_and_seeds_come_one_after_another()
     assert len({*keys}) == len(keys)
 
 
-def test_the_tables_of_the_documentation_are_those_of_the_committed_log(tmp_path):
-    folder = Path(ablation.__file__).parent / "results" / "ablation"
+@pytest.mark.parametrize("name", ["ablation", "ablation_default"])
+def test_the_tables_of_the_documentation_are_those_of_the_committed_log(name, tmp_path):
+    folder = Path(ablation.__file__).parent / "results" / name
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     results = ablation.RunLog(tmp_path, config).results()
