@@ -15,7 +15,8 @@ Needs the extra [demo].
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,68 +24,65 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.schedulers import DDIMScheduler, DDPMScheduler
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import ablation_training
 import diffusion_judge
 import image_folder
 from ablation import DEBIAN
 from command_line import at_least, folder, number
 from diffusion_judge import Judge, Score
+from diffusion_report import COMPARED, NUM_SHOWN, ROWS, Key, Result, describe, format_table, plot_samples
 from image_folder import Images, LabelledImages
-from run_log import Log, LogError, stamp, write_whole
-from seeds import mean_and_spread, paired_difference
+from run_log import Log, LogError, TrainingError, check_loss, stamp, write_whole
 from spatial_decay import SDTP
-from spatial_decay.layers.kinds import KINDS, KindName
+from spatial_decay.layers.kinds import KINDS
 from spatial_decay.models.sdt_p import SDTPOptions
 
 SIZE = 28  # of the images, in pixels; others are resized
 PATCH_SIZE = 4
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.0
+WARMUP = 0.1  # share of all steps
 EMA_DECAY = 0.995
 SAMPLER_STEPS = 20  # divides 1000, or DDIM lands beside its own timesteps
 NUM_JUDGED = 2000  # images, as many of each class
-NUM_SHOWN = 10  # of each class in the picture
-COMPARED: tuple[KindName, ...] = ("none", "fixed", "full")
-ROWS = list(dict.fromkeys((*COMPARED, *KINDS)))
 
-SMALL: SDTPOptions = {"dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2, "gate_rank": 8, "learn_sigma": False}
+SMALL: SDTPOptions = {
+    "dim": 64,
+    "depth": 4,
+    "num_heads": 4,
+    "mlp_ratio": 2,
+    "gate_rank": 8,
+    "class_dropout_prob": 0.1,
+    "learn_sigma": False,
+}
 
 # v-prediction: at the last timestep this schedule leaves nothing of the image, and no image follows from its noise.
 NOISE = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-
-
-@dataclass(frozen=True)
-class Key:
-    """A run."""
-
-    decay: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of it."""
-
-    accuracy: float  # percent, see Score
-    distance: float  # see Score
-    loss: float  # mean of the last tenth of the steps
-    cpu_seconds: float  # of training
-    date: str
-    torch: str
-    diffusers: str
-    machine: str
+# Clipped on the way, a guided image no longer fits the noise that the sampler keeps.
+SAMPLER: dict[str, Any] = {"timestep_spacing": "trailing", "clip_sample": False}
 
 
 def describe_config(arguments: argparse.Namespace, data: LabelledImages) -> dict[str, Any]:
     """All that results depend on but the kind and the seed."""
-    here = ("SIZE", "PATCH_SIZE", "BATCH_SIZE", "LEARNING_RATE", "EMA_DECAY", "SAMPLER_STEPS", "NUM_JUDGED", "SMALL")
-    judge = {"features": diffusion_judge.NUM_FEATURES, **asdict(diffusion_judge.PHASE)}
+    here = (
+        *("SIZE", "PATCH_SIZE", "BATCH_SIZE", "LEARNING_RATE", "WEIGHT_DECAY", "WARMUP", "EMA_DECAY"),
+        *("SAMPLER", "SAMPLER_STEPS", "NUM_JUDGED", "SMALL"),
+    )
+    noise = ("num_train_timesteps", "beta_schedule", "prediction_type")
+    judge = {
+        "features": diffusion_judge.NUM_FEATURES,
+        **asdict(diffusion_judge.PHASE),
+        "label_smoothing": ablation_training.LABEL_SMOOTHING,
+        "warmup": ablation_training.WARMUP,
+    }
     return {
         **{name: globals()[name] for name in here},
+        "NOISE": {name: NOISE.config[name] for name in noise},
         "steps": arguments.steps,
         "guidance": arguments.guidance,
         "judge": judge,
@@ -106,10 +104,14 @@ def build(decay: str, data: LabelledImages, *, seed: int) -> SDTP:
 def train(
     model: SDTP, images: Images, *, steps: int, seed: int, after_step: Callable[[], object]
 ) -> tuple[SDTP, list[float]]:
-    """Train one model on images (n, C, SIZE, SIZE); the average of its weights, and the loss of each step."""
+    """Train one model on images (n, C, SIZE, SIZE); the average of its weights, and the loss of each step.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=WARMUP)
     model.train()
     losses = []
     torch.manual_seed(seed)  # images, noise and dropped labels: the same for every kind
@@ -125,6 +127,7 @@ def train(
         schedule.step()
         ema.update_parameters(model)
         losses.append(loss.item())
+        check_loss(f"step {len(losses)}", losses[-1])
         after_step()
     averaged = ema.module
     assert isinstance(averaged, SDTP)
@@ -135,8 +138,7 @@ def train(
 def sample(model: SDTP, labels: Tensor, *, guidance: float, seed: int) -> Tensor:
     """Draw one image of each label, (n, C, SIZE, SIZE) in [-1, 1]; guidance 1 is none."""
     model.eval()
-    # Clipped on the way, a guided image no longer fits the noise that the sampler keeps.
-    sampler = DDIMScheduler.from_config(NOISE.config, timestep_spacing="trailing", clip_sample=False)
+    sampler = DDIMScheduler.from_config(NOISE.config, **SAMPLER)
     sampler.set_timesteps(SAMPLER_STEPS)
     channels, num_classes = model.config["in_channels"], model.config["num_classes"]
     images = torch.randn(len(labels), channels, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
@@ -174,6 +176,7 @@ def make(key: Key, data: LabelledImages, judge: Judge, log: Log[Key, Result], af
         distance=round(score.distance, 5),
         loss=round(sum(last) / len(last), 5),
         cpu_seconds=round(seconds, 1),
+        judge=judge.fingerprint,
         diffusers=version("diffusers"),
         **stamp(),
     )
@@ -184,71 +187,15 @@ def _weights(log: Log[Key, Result], key: Key) -> Path:
     return log.folder / "weights" / f"{key.decay}-{key.seed}.pt"
 
 
-def format_table(results: Mapping[Key, Result], references: Mapping[str, Score]) -> str:
-    """Mean ± standard deviation over the seeds, and differences seed by seed, as Markdown."""
-    lines = [
-        "| decay | read as its class (%) | - none [95 %] | Fréchet distance | - none [95 %] | training (CPU s) |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {name} | {score.accuracy:.2f} | - | {score.distance:.2f} | - | - |"
-            for name, score in references.items()
-        ),
-    ]
-    for decay in ROWS:
-        if not any(key.decay == decay for key in results):
-            continue
-        cells = [f"`{decay}`"]
-        for name in ("accuracy", "distance"):
-            ours, none = (
-                {key.seed: getattr(result, name) for key, result in results.items() if key.decay == kind}
-                for kind in (decay, "none")
-            )
-            difference = paired_difference(ours, none) if decay != "none" else None
-            cells += [mean_and_spread([*ours.values()]), str(difference or "-")]
-        seconds = [result.cpu_seconds for key, result in results.items() if key.decay == decay]
-        lines.append(f"| {' | '.join(cells)} | {sum(seconds) / len(seconds):.0f} |")
-    return "\n".join(lines)
-
-
-def describe(results: Mapping[Key, Result], config: Mapping[str, Any], *, num_judged: int) -> str:
-    """What the numbers stand on, in one paragraph."""
-    found = {
-        name: sorted({getattr(result, name) for result in results.values()})
-        for name in ("date", "torch", "diffusers", "machine")
-    }
-    return (
-        f"{num_judged} images for each run (DDIM, {SAMPLER_STEPS} steps, guidance {config['guidance']:g}) after "
-        f"{config['steps']} training steps of {BATCH_SIZE} images. They are read by a classifier that was trained here "
-        f"on the same training images. The Fréchet distance is between its features of the images drawn and of the "
-        f"training images: the less, the better. It is no FID, which has Inception's features. Above stand other "
-        f"images, at most as many. Mean ± standard deviation (number of seeds). Differences are taken seed by seed, "
-        f"with their mean's 95 % interval (Student's t), where there are two seeds or more. "
-        f"{' to '.join(dict.fromkeys((found['date'][0], found['date'][-1])))}, torch {', '.join(found['torch'])}, "
-        f"diffusers {', '.join(found['diffusers'])}, {'; '.join(found['machine'])}."
-    )
-
-
-def plot_samples(images: Mapping[str, Images], *, num_classes: int) -> Figure:
-    """A panel for each, with a row for each class: NUM_SHOWN images side by side."""
-    figure = Figure((3.2 * len(images), 0.32 * num_classes + 0.4), layout="constrained")
-    for ax, (title, shown) in zip(figure.subplots(1, len(images), squeeze=False)[0], images.items(), strict=True):
-        tiles = torch.zeros(num_classes, NUM_SHOWN, *shown.pixels.shape[1:], dtype=torch.uint8)
-        for label in range(num_classes):
-            of_class = shown.pixels[shown.labels == label][:NUM_SHOWN]
-            tiles[label, : len(of_class)] = of_class
-        sheet = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (classes * SIZE, NUM_SHOWN * SIZE, C)
-        ax.imshow(sheet.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
-        ax.set_title(title, fontsize=9)
-        ax.set(xticks=[], yticks=[])
-    return figure
-
-
 def write(log: Log[Key, Result], data: LabelledImages, references: Mapping[str, Score]) -> list[Path]:
     """results.md of what is there, and samples.png: of each kind those of its first seed."""
     results = log.results()
+    if not results:  # another process makes the first
+        return []
     num_judged = data.num_classes * max(2, NUM_JUDGED // data.num_classes)
+    num_references = len(data.test.first(NUM_JUDGED)) if references else 0
     table = format_table(results, references)
-    text = f"{table}\n\n{describe(results, log.config, num_judged=num_judged)}\n"
+    text = f"{table}\n\n{describe(results, log.config, num_judged=num_judged, num_references=num_references)}\n"
     write_whole(log.folder / "results.md", lambda part: part.write_text(text, encoding="utf-8"))
     guidance = log.config["guidance"]
     panels = {"real, held out": data.test}
@@ -260,9 +207,40 @@ def write(log: Log[Key, Result], data: LabelledImages, references: Mapping[str, 
             model.load_state_dict(torch.load(_weights(log, key), weights_only=True))
             title = f"{decay}, seed {key.seed}, guidance {guidance:g}"
             panels[title] = draw(model, per_class=NUM_SHOWN, guidance=guidance, seed=key.seed)
-    plot_samples(panels, num_classes=data.num_classes).savefig(log.folder / "samples.png", dpi=150)
+    figure = plot_samples(panels, num_classes=data.num_classes)
+    write_whole(log.folder / "samples.png", partial(figure.savefig, dpi=150))
     print(text)
     return [log.folder / name for name in ("results.md", "samples.png")]
+
+
+def find_judge(log: Log[Key, Result], data: LabelledImages, *, is_report: bool) -> Judge | None:
+    """The judge of the log's results; a report trains none, and says where it has to do without.
+
+    Raises:
+        LogError: another one judged the results.
+        TrainingError: the loss of its classifier is not finite.
+    """
+    judge = (diffusion_judge.load if is_report else diffusion_judge.load_or_train)(data, log.folder)
+    judges = {result.judge for result in log.results().values()}
+    if judge and judges <= {judge.fingerprint}:
+        return judge
+    problem = (
+        f"{diffusion_judge.classifier_path(log.folder)} must be the classifier that judged the results, "
+        f"{', '.join(sorted(judges))}: got {judge.fingerprint if judge else 'no such file'}."
+    )
+    if not is_report:
+        raise LogError(f"{problem} Put it back, pass --report, or choose another --output.")
+    print(f"{problem} The rows of other images are left out.")
+    return None
+
+
+def work(runs: Sequence[Key], data: LabelledImages, judge: Judge, log: Log[Key, Result]) -> None:
+    """Make all that is missing, but what another process is making."""
+    for key in runs:
+        with log.claim(f"{key.decay}-{key.seed}") as is_ours:
+            if is_ours and key not in log.results():
+                with tqdm(total=log.config["steps"], desc=f"{key.decay}, seed {key.seed}", unit="step") as bar:
+                    make(key, data, judge, log, bar.update)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -287,22 +265,19 @@ def main(argv: Sequence[str] | None = None) -> dict[Key, Result]:
     arguments = parse_arguments(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    decays = COMPARED if arguments.compare else (arguments.decay,)
+    runs = [Key(decay, seed) for seed in range(arguments.seeds) for decay in decays]
     try:
         data = image_folder.load(arguments.data, SIZE)
         log = Log(arguments.output, describe_config(arguments, data), Key, Result)
-    except (image_folder.DataError, LogError) as error:
+        if arguments.report and not log.results():
+            raise LogError(f"{log.path} has no results yet. Leave --report out.")
+        judge = find_judge(log, data, is_report=arguments.report)
+        if judge and not arguments.report:
+            work(runs, data, judge, log)
+    except (image_folder.DataError, LogError, TrainingError) as error:
         raise SystemExit(str(error)) from error
-    if arguments.report and not log.results():
-        raise SystemExit(f"{log.path} has no results yet. Leave --report out.")
-    judge = Judge(data, log.folder)
-    decays = COMPARED if arguments.compare else (arguments.decay,)
-    runs = [Key(decay, seed) for seed in range(arguments.seeds) for decay in decays]
-    for key in [] if arguments.report else runs:
-        with log.claim(f"{key.decay}-{key.seed}") as is_ours:
-            if is_ours and key not in log.results():
-                with tqdm(total=arguments.steps, desc=f"{key.decay}, seed {key.seed}", unit="step") as bar:
-                    make(key, data, judge, log, bar.update)
-    written = write(log, data, judge.references(NUM_JUDGED))
+    written = write(log, data, judge.references(NUM_JUDGED) if judge else {})
     print(f"results: {', '.join(map(str, [log.path, *written]))}")
     return log.results()
 

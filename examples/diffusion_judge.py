@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ablation_training as training
-from image_folder import Images, LabelledImages
-from run_log import write_whole
+from image_folder import Images, LabelledImages, checksum
+from run_log import check_loss, write_whole
 
 NUM_FEATURES = 64
 PHASE = training.Phase(epochs=3, learning_rate=2e-3, batch_size=50)
@@ -60,26 +60,19 @@ def frechet_distance(ours: Gaussian, theirs: Gaussian) -> float:
 
 
 class Judge:
-    """A classifier of real images, trained once for each folder.
+    """A classifier of real images.
 
     Args:
-        data: What it learns, and what is compared with.
-        folder: Of the log, see run_log.py. Another process that trains it is waited for.
+        data: What it has learned, and what is compared with.
+        classifier: As build_classifier makes it.
+
+    Attributes:
+        fingerprint: Tells its weights from others.
     """
 
-    def __init__(self, data: LabelledImages, folder: Path) -> None:
-        self.data = data
-        channels, size = data.train.pixels.shape[1:3]
-        torch.manual_seed(0)
-        self.classifier = build_classifier(channels, size, data.num_classes)
-        path = folder / "weights" / "classifier.pt"
-        with FileLock(folder / "locks" / "classifier"):
-            if path.exists():
-                self.classifier.load_state_dict(torch.load(path, weights_only=True))
-            else:
-                with tqdm(total=PHASE.epochs * len(data.train), desc="classifier", unit="image") as bar:
-                    training.fit(self.classifier, data, data.train, PHASE, seed=0, size=size, after_batch=bar.update)
-                write_whole(path, lambda part: torch.save(self.classifier.state_dict(), part))
+    def __init__(self, data: LabelledImages, classifier: nn.Sequential) -> None:
+        self.data, self.classifier = data, classifier
+        self.fingerprint = checksum(*classifier.state_dict().values())
         self.real = fit_gaussian(self._features(data.train))
 
     def score(self, images: Images) -> Score:
@@ -115,8 +108,42 @@ class Judge:
         return torch.cat([self.classifier[:-1](training.prepare(part, self.data, size)) for part in parts])
 
 
-def build_classifier(channels: int, size: int, num_classes: int) -> nn.Sequential:
+def load(data: LabelledImages, folder: Path) -> Judge | None:
+    """The judge of a log's folder, see run_log.py; None where none was trained."""
+    path = classifier_path(folder)
+    if not path.exists():
+        return None
+    classifier = build_classifier(data)
+    classifier.load_state_dict(torch.load(path, weights_only=True))
+    return Judge(data, classifier)
+
+
+def load_or_train(data: LabelledImages, folder: Path) -> Judge:
+    """The judge of a log's folder, trained the first time. Another process that trains it is waited for.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    with FileLock(folder / "locks" / "classifier"):
+        if judge := load(data, folder):
+            return judge
+        torch.manual_seed(0)
+        classifier, size = build_classifier(data), data.train.pixels.shape[2]
+        with tqdm(total=PHASE.epochs * len(data.train), desc="classifier", unit="image") as bar:
+            loss = training.fit(classifier, data, data.train, PHASE, seed=0, size=size, after_batch=bar.update)
+        check_loss("the classifier", loss)
+        write_whole(classifier_path(folder), lambda part: torch.save(classifier.state_dict(), part))
+    return Judge(data, classifier)
+
+
+def classifier_path(folder: Path) -> Path:
+    """Where its weights are kept."""
+    return folder / "weights" / "classifier.pt"
+
+
+def build_classifier(data: LabelledImages) -> nn.Sequential:
     """Two convolutions and two linear layers."""
+    channels, size = data.train.pixels.shape[1:3]
     return nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1),
         nn.ReLU(),
@@ -127,5 +154,5 @@ def build_classifier(channels: int, size: int, num_classes: int) -> nn.Sequentia
         nn.Flatten(),
         nn.Linear(64 * (size // 4) ** 2, NUM_FEATURES),
         nn.ReLU(),
-        nn.Linear(NUM_FEATURES, num_classes),
+        nn.Linear(NUM_FEATURES, data.num_classes),
     )

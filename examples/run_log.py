@@ -57,8 +57,8 @@ def check_loss(name: str, loss: float) -> None:
     """
     if not math.isfinite(loss):
         raise TrainingError(
-            f"the loss of {name} must be finite: got {loss}. Nothing of it is kept. Look at the images, or lower the "
-            "learning rate in the script."
+            f"the loss of {name} must be finite: got {loss}. Nothing of this training is kept. Look at the images, or "
+            "lower the learning rate in the script."
         )
 
 

@@ -3,12 +3,16 @@
 import itertools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.schedulers import DDPMScheduler
 
+import ablation_training
 import diffusion
 import diffusion_judge
 import image_folder
@@ -17,7 +21,15 @@ from diffusion_judge import Gaussian, Score, fit_gaussian, frechet_distance
 from image_folder import Images
 
 TINY = {"dim": 8, "depth": 1, "num_heads": 1, "mlp_ratio": 1, "gate_rank": 2, "learn_sigma": False}
-ROW = {"loss": 0.5, "cpu_seconds": 10.0, "date": "2026-01-02", "torch": "2", "diffusers": "1", "machine": "m"}
+ROW = {
+    "loss": 0.5,
+    "cpu_seconds": 10.0,
+    "judge": "CRC 1",
+    "date": "2026-01-02",
+    "torch": "2",
+    "diffusers": "1",
+    "machine": "m",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +108,88 @@ def test_nothing_to_report(photos, tmp_path):
 def test_no_images(tmp_path):
     with pytest.raises(SystemExit, match="must hold Fashion-MNIST .* got no such folder"):
         run(tmp_path / "nowhere", tmp_path)
+
+
+def test_a_report_trains_nothing(photos, tmp_path, monkeypatch, capsys):
+    results = run(photos, tmp_path)
+    written = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert (
+        "The rows above the decays come from no model: they are what the classifier says of 12 test images" in written
+    )
+    classifier = tmp_path / "weights" / "classifier.pt"
+    state = torch.load(classifier, weights_only=True)
+    monkeypatch.setattr(diffusion_judge.training, "fit", None)
+    assert run(photos, tmp_path, "--report") == results
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == written
+    capsys.readouterr()
+
+    def reported(came):
+        assert run(photos, tmp_path, "--report") == results
+        (judge,) = {result.judge for result in results.values()}
+        must = f"classifier.pt must be the classifier that judged the results, {judge}: got {came}"
+        assert must in capsys.readouterr().out
+        short = (tmp_path / "results.md").read_text(encoding="utf-8")
+        assert {*short.splitlines()} - {*written.splitlines()} == {short.splitlines()[-1]}  # the paragraph
+        assert "real, held out" not in short
+        assert "The rows above" not in short
+
+    classifier.unlink()
+    reported("no such file. The rows of other images are left out.")
+    assert not classifier.exists()
+    torch.save({name: value + 1 for name, value in state.items()}, classifier)
+    reported("CRC ")
+    with pytest.raises(SystemExit, match=r"must be the classifier .*: got CRC .* Put it back, pass --report, or"):
+        run(photos, tmp_path, "--seeds", "2")
+
+
+def test_nothing_is_kept_of_a_training_that_diverges(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "LEARNING_RATE", 1e30)
+    with pytest.raises(
+        SystemExit, match=r"the loss of step \d+ must be finite: got (nan|inf)\. Nothing of this training"
+    ):
+        run(photos, tmp_path)
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["classifier.pt"]
+    assert not (tmp_path / "runs.csv").exists()
+
+
+def test_nothing_is_kept_of_a_classifier_that_diverges(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion_judge.training, "fit", lambda *_, **__: math.nan)
+    with pytest.raises(SystemExit, match="the loss of the classifier must be finite: got nan"):
+        run(photos, tmp_path)
+    assert not [*(tmp_path / "weights").iterdir()]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "distance", "loss"])
+def test_a_result_without_a_number_is_none(name):
+    with pytest.raises(ValueError, match=f"{name} must be finite: got nan"):
+        Result(**({"accuracy": 80.0, "distance": 2.0} | ROW | {name: math.nan}))
+
+
+def test_another_process_makes_the_only_run(photos, tmp_path):
+    config = diffusion.describe_config(diffusion.parse_arguments(["--steps", "20"]), image_folder.load(photos, 28))
+    with diffusion.Log(tmp_path, config, Key, Result).claim("full-0"):
+        assert run(photos, tmp_path) == {}
+    assert not (tmp_path / "results.md").exists()
+
+
+def test_two_processes_write_the_table_and_the_picture(photos, data, tmp_path, monkeypatch):
+    """One comes to the end while the other writes."""
+    run(photos, tmp_path)
+    config = diffusion.describe_config(diffusion.parse_arguments(["--steps", "20"]), data)
+    log = diffusion.Log(tmp_path, config, Key, Result)
+    replace, others = os.replace, []
+
+    def meanwhile(source, target):
+        if not others:
+            others.append(target)
+            diffusion.write(log, data, {})
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    written = diffusion.write(log, data, {})
+    assert others == [tmp_path / "results.md"]
+    assert [path.stat().st_size > 0 for path in written] == [True, True]
+    assert not [*tmp_path.glob("incomplete-*")]
 
 
 @pytest.mark.slow
@@ -228,7 +322,7 @@ def test_gaussian_of_features():
 def judge(data, tmp_path):
     for part in ("locks", "weights"):
         (tmp_path / part).mkdir()
-    return diffusion_judge.Judge(data, tmp_path)
+    return diffusion_judge.load_or_train(data, tmp_path)
 
 
 def test_judge_tells_classes_and_real_images_from_others(judge, data, tmp_path, monkeypatch):
@@ -241,7 +335,9 @@ def test_judge_tells_classes_and_real_images_from_others(judge, data, tmp_path, 
     assert len(references) == 4
     assert all(score.distance > 2 * real.distance for score in [*references.values()][1:])
     monkeypatch.setattr(diffusion_judge.training, "fit", None)  # it is read from its file, not trained again
-    assert diffusion_judge.Judge(data, tmp_path).score(data.test) == real
+    again = diffusion_judge.load_or_train(data, tmp_path)
+    assert again.score(data.test) == real
+    assert again.fingerprint == judge.fingerprint
 
 
 def test_the_table_of_the_documentation_is_that_of_the_committed_log(tmp_path):
@@ -252,6 +348,32 @@ def test_the_table_of_the_documentation_is_that_of_the_committed_log(tmp_path):
     assert {(key.decay, key.seed) for key in results} == set(itertools.product(diffusion.COMPARED, range(3)))
     written = (folder / "results.md").read_text(encoding="utf-8").splitlines()
     assert {*diffusion.format_table(results, {}).splitlines()} <= {*written}
+    assert written[-1] == diffusion.describe(results, config, num_judged=2000, num_references=2000)
+
+
+def test_the_committed_log_has_the_configuration_of_this_code(monkeypatch):
+    monkeypatch.undo()  # the model is not the tiny one
+    path = Path(diffusion.__file__).parent / "results" / "diffusion" / "config.json"
+    committed = json.loads(path.read_text(encoding="utf-8"))
+    data = SimpleNamespace(fingerprint=committed["data"])
+    assert json.loads(json.dumps(diffusion.describe_config(diffusion.parse_arguments([]), data))) == committed
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        (diffusion, "NOISE", DDPMScheduler(beta_schedule="linear", prediction_type="v_prediction")),
+        (diffusion, "SAMPLER", {"clip_sample": True}),
+        (diffusion, "WARMUP", 0.2),
+        (diffusion, "WEIGHT_DECAY", 0.1),
+        (ablation_training, "LABEL_SMOOTHING", 0.0),
+        (ablation_training, "WARMUP", 0.2),
+    ],
+)
+def test_what_results_depend_on_is_in_the_configuration(module, name, value, data, monkeypatch):
+    before = diffusion.describe_config(diffusion.parse_arguments([]), data)
+    monkeypatch.setattr(module, name, value)
+    assert diffusion.describe_config(diffusion.parse_arguments([]), data) != before
 
 
 def test_table():
