@@ -103,7 +103,7 @@ def test_a_result_without_a_number_is_none():
 
 def test_a_loss_that_is_no_number_is_an_error():
     check_loss("vit-0", 0.5)
-    with pytest.raises(TrainingError, match="the loss of vit-0 must be finite: got nan. Nothing of this training is kept"):
+    with pytest.raises(TrainingError, match="of vit-0 must be finite: got nan. Nothing of this training is kept"):
         check_loss("vit-0", math.nan)
 
 
