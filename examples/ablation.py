@@ -38,6 +38,7 @@ from ablation_models import Recipe
 from ablation_runs import LORA_RANK, TRANSFERS, Lab, Run, Study, plan, transfers
 from command_line import at_least, folder
 from image_folder import LabelledImages
+from run_log import TrainingError
 from spatial_decay.layers.kinds import as_kind
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> dict[Key, Result]:
         runs = plan(arguments.studies, recipe, seeds=arguments.seeds or NUM_SEEDS[arguments.full])
         if not arguments.report:
             work(runs, data.to(torch.device(arguments.device)), recipe, log)
-    except (image_folder.DataError, LogError) as error:
+    except (image_folder.DataError, LogError, TrainingError) as error:
         raise SystemExit(str(error)) from error
     results = log.results()
     written = report.write(results, arguments.output, recipe)

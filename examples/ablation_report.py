@@ -291,6 +291,6 @@ def write(results: Mapping[Key, Result], folder: Path, recipe: Recipe) -> list[P
         figures["sizes.png"] = plot_sizes(results, size=size)
         figures["sizes-short.png"] = plot_sizes(results, size=size, spread=SHORT, ways=(REFERENCE,))
     for name, figure in figures.items():
-        write_whole(folder / name, partial(figure.savefig, dpi=150, format="png"))
+        write_whole(folder / name, partial(figure.savefig, dpi=150))
     print(text)
     return [folder / name for name in ("results.md", *figures)]

@@ -17,7 +17,7 @@ from ablation_log import Key, LogError, Result, RunLog
 from ablation_models import Positions, Recipe, Variant
 from ablation_training import Phase
 from image_folder import Images, LabelledImages
-from run_log import stamp, write_whole
+from run_log import check_loss, stamp, write_whole
 from spatial_decay.layers.kinds import DecayLike
 
 Model: TypeAlias = Literal["vit", "sdt_h"]
@@ -238,9 +238,11 @@ class Lab:
     def _fit(self, model: nn.Module, images: Images, phase: Phase, run: Run, size: int | None = None) -> float:
         size = size or self.recipe.size
         cost = 4 * self._cost_of_test(run, size)
-        return training.fit(
+        loss = training.fit(
             model, self.data, images, phase, seed=run.seed, size=size, after_batch=lambda n: self.progress(n * cost)
         )
+        check_loss(run.name, loss)
+        return loss
 
     def _check_same(self, run: Run, trained: Key, loss: float) -> None:
         """A model whose weights are lost is trained again: what the log has of it must be of the same weights."""

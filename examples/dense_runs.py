@@ -127,14 +127,14 @@ def main(task: Task, argv: Sequence[str] | None) -> dict[Key, Result]:
     except (DataError, LogError) as error:
         raise SystemExit(f"error: {error}") from error
     table = format_table(task, results)
-    (arguments.output / "table.md").write_text(table + "\n", encoding="utf-8")
+    write_whole(arguments.output / "table.md", lambda part: part.write_text(table + "\n", encoding="utf-8"))
     print(table)
     shown = {
         f"{framework}\n{backbone}": torch.load(path, weights_only=True)
         for framework, backbone in task.rows
         if (path := _shown_path(log, Key(framework, backbone, 0))).exists()
     }
-    photo.save(task.draw(data.test, shown), arguments.output / "predictions.png")
+    write_whole(arguments.output / "predictions.png", partial(photo.save, task.draw(data.test, shown)))
     return results
 
 
