@@ -101,6 +101,20 @@ class PairwiseDecay(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no channels. Write a method `channels` for it.")
 
+    def largest_term(self) -> Tensor:
+        """The largest product of a query's and a key's number in any channel: what is rounded where they are added.
+
+        A class that says its channels anew below one that says this, says this anew too.
+
+        Returns:
+            One number >= 0, in nats; it may be larger than any product that there is.
+
+        Raises:
+            NotImplementedError: this decay has no channels.
+        """
+        of_queries, of_keys = (x.abs().amax(-2) for x in self.channels())  # (B, N, r) each
+        return (of_queries * of_keys).amax()
+
 
 class FactoredDecay(PairwiseDecay):
     """M[i, j] = (t_i + s * t_j) * F(steps), with one number t a token: the form that backend `tiled` runs.

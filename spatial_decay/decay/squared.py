@@ -80,23 +80,31 @@ class SquaredDecay(FactoredDecay):
         Returns:
             Of queries and of keys, (B, N, L, 8) each, float32 at least.
         """
-        layout = self.layout
-        num_prefix, known = layout.num_prefix_tokens, layout.known
-        a = at_least_float32(self.strength)
-        axes = layout.positions(device=a.device, dtype=a.dtype)
-        one = torch.ones_like(axes[0])
-        if known is not None:
-            a, one = a.masked_fill(~known[:, None], 0.0), known[:, None].to(a)
-        if num_prefix:
-            a = F.pad(a[..., num_prefix:], (num_prefix, 0))
-        # Whole numbers as middle: so whole positions stay so, and half precision holds them.
-        count = one.sum(-1, keepdim=True).clamp(min=1)
-        axes = tuple((p - ((p * one).sum(-1, keepdim=True) / count).round()) * one for p in axes)
+        num_prefix, (a, one, axes) = self.layout.num_prefix_tokens, self._placed()
+        a = F.pad(a, (num_prefix, 0)) if num_prefix else a
         r, zero = squared_distance(*axes), torch.zeros_like(one)
         none, minus_twice = [zero] * len(axes), [-2 * p for p in axes]
         queries = [one, zero, zero, r, *axes, *none], [zero, r, one, zero, *none, *axes]
         keys = [zero, one, r, zero, *none, *minus_twice], [r, zero, zero, one, *minus_twice, *none]
         return _channels(a, *queries, num_prefix), _channels(a, *keys, num_prefix)
+
+    def largest_term(self) -> Tensor:
+        """The largest a_i of all heads with the largest r_j or 2 p_i p_j: a twelfth of the time that channels take."""
+        a, _, axes = self._placed()
+        return a.abs().amax() * torch.stack([squared_distance(*axes), *(2 * p.square() for p in axes)]).amax()
+
+    def _placed(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """a, ones, and positions from the middle, of the tokens behind prefix tokens; all 0 where one lies nowhere."""
+        layout = self.layout
+        a = at_least_float32(self.strength)[..., layout.num_prefix_tokens :]
+        axes = layout.positions(device=a.device, dtype=a.dtype)
+        one = torch.ones_like(axes[0])
+        if layout.known is not None:
+            a, one = a.masked_fill(~layout.known[:, None], 0.0), layout.known[:, None].to(a)
+        # Whole numbers as middle: so whole positions stay so, and half precision holds them.
+        count = one.sum(-1, keepdim=True).clamp(min=1)
+        axes = tuple((p - ((p * one).sum(-1, keepdim=True) / count).round()) * one for p in axes)
+        return a, one, axes
 
 
 def _channels(a: Tensor, slope: Sequence[Tensor], constant: Sequence[Tensor], num_prefix: int) -> Tensor:
