@@ -107,7 +107,7 @@ class PairwiseDecay(ABC):
         A class that says its channels anew below one that says this, says this anew too.
 
         Returns:
-            One number >= 0, in nats; it may be larger than any product that there is.
+            Of shape (), >= 0, in nats; it may be larger than any product that there is.
 
         Raises:
             NotImplementedError: this decay has no channels.

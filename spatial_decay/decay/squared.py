@@ -89,7 +89,7 @@ class SquaredDecay(FactoredDecay):
         return _channels(a, *queries, num_prefix), _channels(a, *keys, num_prefix)
 
     def largest_term(self) -> Tensor:
-        """The largest a_i of all heads with the largest r_j or 2 p_i p_j: a twelfth of the time that channels take."""
+        """The largest a_i times the largest r_j or 2 p_i p_j, of shape (): in a third of the time of `channels`."""
         a, _, axes = self._placed()
         return a.abs().amax() * torch.stack([squared_distance(*axes), *(2 * p.square() for p in axes)]).amax()
 
