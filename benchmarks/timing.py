@@ -1,11 +1,9 @@
 """How the benchmarks measure: interleaved rounds, ratios to a floor, peak memory, errors against float64."""
 
 import ctypes
-import itertools
 import math
 import multiprocessing
 import os
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +34,6 @@ Call = Callable[[], Any]
 
 _PROCESS = Path("/proc/self")  # Linux's account of the process that reads it
 _CACHE_FLUSH_BYTES = 256 << 20  # several times any GPU's L2
-_FEW = 4  # contenders, 24 orders
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,9 @@ def interleaved(
     """Time the calls side by side, so that a machine that slows down slows all of them down.
 
     Args:
-        calls: By name. Each is timed once in every round; the order changes from round to round, for
-            who comes right after a relative finds more in the caches; it is the same in each run.
+        calls: By name. Each is timed once in every round. The order changes from round to round, for who comes right
+            after a relative finds more in the caches: each is as often first, and as often after each other. It is the
+            same in each run.
         floor: Name of the call that the others are compared with.
         rounds: That count.
         device: Where the work is done.
@@ -93,7 +91,7 @@ def interleaved(
     for i in range(warmup + rounds):
         if i == warmup + rounds_of_slow:
             names = [name for name in names if summary(seconds[name], seconds[floor]).ratio <= slow]
-        for name in _order(names, i):
+        for name in _order(names, i - warmup):
             elapsed = _seconds(calls[name], repeats[name], device, flush)
             if i >= warmup:
                 seconds[name].append(elapsed)
@@ -101,10 +99,14 @@ def interleaved(
 
 
 def _order(names: Sequence[str], i: int) -> Sequence[str]:
-    """Of round i: few names in each of their orders in turn, more at random."""
-    if len(names) > _FEW:
-        return random.Random(i).sample(names, len(names))
-    return list(itertools.permutations(names))[i % math.factorial(len(names))]
+    """Of round i, by a Williams design: 0, 1, -1, 2, -2 ... of n names, i further on, every second n rounds backwards.
+
+    In n rounds each name comes at each place once. In n rounds, or in 2 * n where n is odd, each comes right after each
+    other equally often.
+    """
+    n = len(names)
+    order = [names[(i + (-k // 2 if k % 2 == 0 else k // 2 + 1)) % n] for k in range(n)]
+    return order[::-1] if i // n % 2 else order
 
 
 def _seconds(call: Call, repeats: int, device: torch.device, flush: Tensor) -> float:

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -76,10 +77,18 @@ def test_rounds_are_interleaved_in_changing_order():
     assert all(t.low <= t.ratio <= t.high for t in found.values())
 
 
-def test_many_contenders_come_in_another_order_each_round():
-    orders = ["".join(timing._order("abcdefgh", i)) for i in range(9)]
-    assert len({*orders}) == 9
-    assert all(sorted(order) == [*"abcdefgh"] for order in orders)
+@pytest.mark.parametrize("n", range(2, 9))
+def test_each_is_first_and_after_each_other_equally_often(n):
+    names = "abcdefgh"[:n]
+    orders = [timing._order(names, i) for i in range(2 * n)]
+    assert all(sorted(order) == [*names] for order in orders)
+    for rounds in range(1, 2 * n + 1):  # few rounds too
+        first = Counter(order[0] for order in orders[:rounds])
+        assert max(first.values()) - min(first[name] for name in names) <= 1
+    enough = orders[:n] if n % 2 == 0 else orders
+    followers = Counter(pair for order in enough for pair in itertools.pairwise(order))
+    assert set(followers) == set(itertools.permutations(names, 2))
+    assert len({*followers.values()}) == 1
 
 
 def test_what_is_slow_is_timed_in_the_first_rounds_only(monkeypatch):
