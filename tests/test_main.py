@@ -15,8 +15,10 @@ import torch
 import spatial_decay as sd
 from spatial_decay.__main__ import main
 from spatial_decay.command import check, demo
+from spatial_decay.decay import AxialDecay
 from spatial_decay.ops import tiled
 from spatial_decay.ops.choice import BACKENDS
+from spatial_decay.ops.formulas import FORMULAS
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_report_and_self_check(capsys):
     assert f"torch {torch.__version__.split('+')[0]}" in out
     assert "  triton cannot: q is on cpu (needs cuda)" in out
     rows = [line.split() for line in out.splitlines() if line.startswith("  cpu  ")]
-    assert {row[1] for row in rows} >= {"tiled", "sdpa", "math"}
+    assert {row[1] for row in rows} >= {"lowrank", "tiled", "sdpa", "math"}
     assert all(row[-1] == "ok" for row in rows)
     assert "All agree." in out
 
@@ -84,6 +86,11 @@ def test_self_check_finds_what_is_wrong(attention, said, monkeypatch, capsys, on
     out = capsys.readouterr().out
     assert [said in line for line in out.splitlines() if line.startswith("  cpu   tiled")] == [True, True]
     assert "NOT as they should be: tiled on cpu. Please report" in out
+
+
+def test_each_pair_formula_is_checked():
+    kinds = {type(check.example(kind, torch.float32, torch.device("cpu"))[3]) for kind in check._KINDS}
+    assert kinds == {row.decay for row in FORMULAS.values() if row.decay is not None} | {AxialDecay}
 
 
 @pytest.mark.slow

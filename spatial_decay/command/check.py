@@ -18,7 +18,7 @@ from spatial_decay.ops.choice import BACKENDS, Backend
 __all__ = ["Comparison", "comparisons", "devices", "example"]
 
 # Each pair formula, and the arrangement of rows and columns.
-_KINDS: tuple[KindName, ...] = ("full", "1d", "gaussian", "decomposed")
+_KINDS: tuple[KindName, ...] = ("full", "1d", "gaussian", "alibi", "squared", "decomposed")
 _GRID, _HEADS, _HEAD_DIM = (14, 10), 2, 32
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _BY_NAME_ONLY = ("flex", "triton_autotune")
@@ -26,7 +26,7 @@ _BY_NAME_ONLY = ("flex", "triton_autotune")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One backend on one device, over all kinds.
+    """One backend on one device, over the kinds that it can run.
 
     Args:
         device: Where.
@@ -122,23 +122,28 @@ def _attend(kind: KindName, backend: str, dtype: torch.dtype, device: torch.devi
 
 
 def _compare(backend: str, dtype: torch.dtype, device: torch.device) -> Comparison | None:
-    """None where the backend cannot run these: the report says why."""
+    """None where the backend can run no kind: the report says why."""
     for has_gradient in (True, False):
-        output, gradient = 0.0, 0.0
         try:
             with torch.set_grad_enabled(has_gradient):
-                for kind in _KINDS:
-                    out, gradients = _attend(kind, backend, dtype, device)
-                    right, right_gradients = _expected(kind)
-                    output = max(output, _difference(out, right))
-                    pairs = zip(gradients, right_gradients, strict=has_gradient)  # without: none
-                    gradient = max([gradient, *(_difference(*pair) for pair in pairs)])
-        except NotImplementedError:
-            continue
+                found = [_differences(kind, backend, dtype, device) for kind in _KINDS]
         except Exception as error:  # whatever a compiler or a driver raises is what the user has to see
             return Comparison(device, backend, dtype, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
-        return Comparison(device, backend, dtype, output, gradient if has_gradient else None)
+        if of_kinds := [of_kind for of_kind in found if of_kind is not None]:
+            output, gradient = (max(of_all) for of_all in zip(*of_kinds, strict=True))
+            return Comparison(device, backend, dtype, output, gradient if has_gradient else None)
     return None
+
+
+def _differences(kind: KindName, backend: str, dtype: torch.dtype, device: torch.device) -> tuple[float, float] | None:
+    """Of the output, and of the worst gradient, 0 where there is none; None where the backend cannot run the kind."""
+    try:
+        out, gradients = _attend(kind, backend, dtype, device)
+    except NotImplementedError:
+        return None
+    right, right_gradients = _expected(kind)
+    pairs = zip(gradients, right_gradients, strict=bool(gradients))
+    return _difference(out, right), max([0.0, *(_difference(*pair) for pair in pairs)])
 
 
 def _difference(got: Tensor, right: Tensor) -> float:
