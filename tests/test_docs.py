@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import spatial_decay
+from spatial_decay.layers.kind import OnReferenceGrid
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -54,6 +55,25 @@ def test_blocks_of_a_page_run_one_after_the_other_and_print_what_is_shown(page):
             exec(compile(block.text, str(page), "exec"), namespace)
         flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
         assert SHOWN.check_output(block.shown or "", printed.getvalue(), flags), (block.text, printed.getvalue())
+
+
+def test_a_kind_written_out_in_the_docs_hears_its_options():
+    """One that inherits reference_grid measures by it."""
+    page = DOCS / "project" / "extending.md"
+    namespace = {"__name__": "page"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for block in blocks_of(page):
+            if block.language == "python":
+                exec(compile(block.text, str(page), "exec"), namespace)
+    kinds = [x for x in namespace.values() if isinstance(x, type) and issubclass(x, OnReferenceGrid)]
+    assert kinds
+    x = torch.randn(1, 6, 8, 16)
+    for kind in kinds:
+        of_steps, halved = (
+            spatial_decay.SpatialDecayMask(16, 2, decay=kind(reference_grid=size)) for size in (None, (3, 4))
+        )
+        halved.load_state_dict(of_steps.state_dict())
+        torch.testing.assert_close(2 * halved(x), of_steps(x))
 
 
 def test_code_is_at_most_80_columns_wide():
