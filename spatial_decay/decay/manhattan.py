@@ -11,7 +11,7 @@ from spatial_decay.decay.base import FactoredDecay, check_range, register_factor
 from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
 
-__all__ = ["LOWEST", "ManhattanDecay", "fixed_rates", "manhattan_distance", "shared_strength"]
+__all__ = ["LOWEST", "ManhattanDecay", "fixed_rates", "manhattan_distance", "rate_exponents", "shared_strength"]
 
 LOWEST = -(2.0**100)
 """Of a strength: two of them, times a distance below 1e8, are a number still in float32."""
@@ -113,5 +113,26 @@ def fixed_rates(
     Returns:
         (N,), < 0.
     """
+    exponents = rate_exponents(
+        num_heads, initial_value=initial_value, heads_range=heads_range, device=device, dtype=dtype
+    )
+    return torch.log1p(-torch.exp2(-exponents))
+
+
+def rate_exponents(
+    num_heads: int, *, initial_value: float, heads_range: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """initial_value + heads_range * n / N of RMT's rates, see fixed_rates.
+
+    Args:
+        num_heads: N.
+        initial_value: Of head 0.
+        heads_range: How much more the last head sees.
+        device: Of the exponents.
+        dtype: Of the exponents.
+
+    Returns:
+        (N,).
+    """
     n = torch.arange(num_heads, device=device, dtype=dtype)
-    return torch.log1p(-torch.exp2(-initial_value - heads_range * n / num_heads))
+    return initial_value + heads_range * n / num_heads

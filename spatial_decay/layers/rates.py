@@ -1,10 +1,12 @@
 """A trained rate a head: the decay that all images share, of kind `learned`."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatial_decay.decay import fixed_rates
+from spatial_decay.decay.manhattan import rate_exponents
 from spatial_decay.layers.initial import Initialised
 from spatial_decay.precision import at_least_float32
 
@@ -15,7 +17,7 @@ class TrainedRates(Initialised):
     """softplus(lambda_n) > 0, one trained value a head, nats per grid step.
 
     It begins as RMT's rates. These are -log(1 - u_n) with u_n = 2 ** (-initial_value - heads_range * n / N), so that
-    lambda_n begins as log(u_n / (1 - u_n)).
+    lambda_n begins as log(u_n / (1 - u_n)), a number wherever that exponent is below 0.
 
     Args:
         num_heads: N.
@@ -31,14 +33,15 @@ class TrainedRates(Initialised):
 
     def fill(self) -> None:
         """RMT's rates."""
-        rates = fixed_rates(
+        exponents = rate_exponents(
             self.num_heads,
             initial_value=self.initial_value,
             heads_range=self.heads_range,
-            device=self.weight.device,
-            dtype=torch.float32,
+            device=torch.device("cpu"),  # which has float64
+            dtype=torch.float64,
         )
-        self.weight.copy_(torch.logit(-torch.expm1(rates)))
+        log_u = -math.log(2) * exponents
+        self.weight.copy_(log_u - torch.log(-torch.expm1(log_u)))
 
     def forward(self) -> Tensor:
         """The rates as they are now.

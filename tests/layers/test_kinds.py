@@ -3,6 +3,7 @@
 import inspect
 import json
 import typing
+from decimal import Decimal
 
 import numpy
 import pytest
@@ -98,6 +99,18 @@ def test_learned_rates_begin_as_the_fixed_ones():
     options = {"initial_value": 1.0, "heads_range": 3.0}
     fixed, learned = (SpatialDecayMask(12, 3, decay={"kind": kind, **options}) for kind in ("fixed", "learned"))
     torch.testing.assert_close(learned(x), fixed(x).expand(2, -1, -1, -1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("initial_value", [1e-9, 1e-3, 30.0, 200.0, 2000.0])
+def test_learned_rates_begin_as_numbers(initial_value):
+    kind = kinds.Learned(initial_value=initial_value, heads_range=0.0)
+    found = SpatialDecayMask(12, 3, decay=kind).rates.weight.detach()
+    u = Decimal(2) ** Decimal(-initial_value)
+    torch.testing.assert_close(found, torch.full((3,), float((u / (1 - u)).ln())))
+    with torch.device("meta"):
+        mask = SpatialDecayMask(12, 3, decay=kind)
+    mask.to_empty(device="cpu").rates.reset_parameters()
+    assert torch.equal(mask.rates.weight, found)
 
 
 def test_in_a_trained_model_learned_rates_begin_quietly():
