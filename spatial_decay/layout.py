@@ -313,9 +313,10 @@ class Positions(Layout):
         w: Column of each token, the same.
         has_position: bool, (B, L) or (1, L), False for tokens that lie nowhere, whose h and w are not looked at.
             None: every token lies somewhere.
+        grid_size: (H, W) of the grid that they are part of, as of_subset says it: a reference_grid needs it.
 
     Raises:
-        ValueError: shapes or devices disagree; has_position is not bool.
+        ValueError: shapes or devices disagree; has_position is not bool; grid_size is no pair.
 
     Examples:
         >>> grid = Grid(3, 4, num_prefix_tokens=1)
@@ -327,6 +328,7 @@ class Positions(Layout):
     h: Tensor
     w: Tensor
     has_position: Tensor | None = None
+    grid_size: tuple[int, int] | None = None
 
     num_prefix_tokens: int = field(default=0, init=False)  # those without a position may be anywhere
 
@@ -336,6 +338,8 @@ class Positions(Layout):
                 f"h and w must both be (B, L) on one device: got {tuple(self.h.shape)} on {self.h.device} and "
                 f"{tuple(self.w.shape)} on {self.w.device}. Where all images share them, B is 1."
             )
+        if self.grid_size is not None and len(self.grid_size) != 2:
+            raise ValueError(f"grid_size must be (H, W): got {self.grid_size}.")
         known = self.has_position
         if known is None:
             return
@@ -364,9 +368,9 @@ class Positions(Layout):
         Returns:
             Positions of the P + K tokens.
         """
-        return cls.of_coordinates(
-            torch.stack([indices // grid.width, indices % grid.width], -1), num_prefix_tokens=grid.num_prefix_tokens
-        )
+        coordinates = torch.stack([indices // grid.width, indices % grid.width], -1)
+        placed = cls.of_coordinates(coordinates, num_prefix_tokens=grid.num_prefix_tokens)
+        return cls(placed.h, placed.w, placed.has_position, grid.size)
 
     @classmethod
     def of_coordinates(
@@ -473,12 +477,13 @@ class Positions(Layout):
         rows = torch.cat([prefix, indices + num_prefix_tokens], 1)
         h, w = (axis.expand(len(rows), -1).gather(1, rows) for axis in (self.h, self.w))
         known = self.has_position
-        return Positions(h, w, None if known is None else known.expand(len(rows), -1).gather(1, rows))
+        known = None if known is None else known.expand(len(rows), -1).gather(1, rows)
+        return Positions(h, w, known, self.grid_size)
 
     def behind(self, num_tokens: int) -> "Positions":
         known = torch.ones_like(self.h, dtype=torch.bool) if self.has_position is None else self.has_position
         h, w, known = (F.pad(x, (num_tokens, 0)) for x in (self.h, self.w, known))
-        return Positions(h, w, known)
+        return Positions(h, w, known, self.grid_size)
 
     def check(self, of: str, *, batch_size: int, num_tokens: int, device: torch.device) -> None:
         super().check(of, batch_size=batch_size, num_tokens=num_tokens, device=device)

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from spatial_decay.decay import Decay, fixed_rates
 from spatial_decay.layers.gate import ContextAwareGate
+from spatial_decay.layers.reference import as_reference_grid, step_ratio
 from spatial_decay.layout import Layout
 
 __all__ = ["Gated", "Kind", "OnReferenceGrid", "Rated", "check_finite", "check_flag"]
@@ -229,8 +230,8 @@ class OnReferenceGrid(Kind):
     """A kind that can measure distances in steps of the grid that a model is trained on.
 
     On a grid of another size its numbers, nats per grid step, are multiplied by what a step there is of a step here. So
-    what lies at opposite borders of an image is about as far apart at any size. Positions do not say how large the
-    image is: they are an error, and can be given in steps of the reference grid themselves.
+    what lies at opposite borders of an image is about as far apart at any size. Positions that do not say how large the
+    image is, their grid_size, are an error.
 
     Args:
         reference_grid: (H, W) of the patch tokens trained on. None: off, a step is a step on any grid.
@@ -240,13 +241,8 @@ class OnReferenceGrid(Kind):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size = self.reference_grid
-        if size is None:
-            return
-        is_pair = isinstance(size, (tuple, list)) and len(size) == 2
-        if not is_pair or not all(type(n) is int and n >= 1 for n in size):
-            raise ValueError(f"reference_grid must be (H, W), two whole numbers >= 1: got {size!r}.")
-        object.__setattr__(self, "reference_grid", tuple(size))
+        if self.reference_grid is not None:
+            object.__setattr__(self, "reference_grid", as_reference_grid(self.reference_grid))
 
     def in_reference_steps(self, numbers: Tensor, layout: Layout, axes: tuple[int, ...] = (0, 1)) -> Tensor:
         """Numbers per step of the reference grid as numbers per step of this one; as they are where it is off.
@@ -264,15 +260,8 @@ class OnReferenceGrid(Kind):
             Of the same shape.
 
         Raises:
-            ValueError: the layout is no grid, and reference_grid is not off.
+            ValueError: the layout is neither a grid nor part of one, and reference_grid is not off.
         """
         if self.reference_grid is None:
             return numbers
-        grid = layout.as_grid(
-            f"reference_grid of kind {self.name!r}",
-            "Leave reference_grid out, and give positions in steps of that grid: h * H0 / H and w * W0 / W.",
-        )
-        length: Any = sum(grid.size[axis] for axis in axes)
-        if isinstance(length, Tensor):  # to torch.jit.trace sizes are tensors; float64 divides as Python does
-            length = length.double()
-        return numbers * (sum(self.reference_grid[axis] for axis in axes) / length)
+        return numbers * step_ratio(self.reference_grid, layout, axes, f"reference_grid of kind {self.name!r}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spatial_decay.layout import Layout
+from spatial_decay.layout import Layout, Positions
 
 __all__ = ["as_reference_grid", "shrunk", "step_ratio"]
 
@@ -45,7 +45,7 @@ def shrunk(reference_grid: Sequence[int] | None, shrink: int) -> tuple[int, int]
     return -(-height // shrink), -(-width // shrink)
 
 
-def step_ratio(reference_grid: tuple[int, int], layout: Layout, axes: tuple[int, ...], what: str) -> Any:
+def step_ratio(reference_grid: Sequence[int], layout: Layout, axes: tuple[int, ...], what: str) -> Any:
     """What a step of this grid is of a step of the reference grid: H0 / H, W0 / W, or (H0 + W0) / (H + W) of both.
 
     Args:
@@ -58,10 +58,16 @@ def step_ratio(reference_grid: tuple[int, int], layout: Layout, axes: tuple[int,
         A number; a float64 tensor to torch.jit.trace, to which sizes are tensors.
 
     Raises:
-        ValueError: the layout is no grid.
+        ValueError: the layout is neither a grid nor Positions that are part of one.
     """
-    grid = layout.as_grid(what, "Leave it out, and give positions in steps of that grid: h * H0 / H and w * W0 / W.")
-    length: Any = sum(grid.size[axis] for axis in axes)
+    size = layout.grid_size if isinstance(layout, Positions) else None
+    if size is None:
+        remedy = (
+            "Leave it out; or, for Positions of your own, say their grid_size, or give them in steps of the reference "
+            "grid, h * H0 / H and w * W0 / W."
+        )
+        size = layout.as_grid(what, remedy).size
+    length: Any = sum(size[axis] for axis in axes)
     if isinstance(length, Tensor):
         length = length.double()  # and divides as Python does
     return sum(reference_grid[axis] for axis in axes) / length

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
 import spatial_decay as sd
 from spatial_decay import SpatialDecayMask, kinds
+from spatial_decay.layers.core import DecayAttention
 from spatial_decay.layers.kinds import KINDS, as_kind
 from spatial_decay.layout import Grid, Positions
 from tests import references
@@ -117,15 +119,42 @@ def test_it_goes_through_json(kind):
     assert KINDS[kind]().resolved().config["reference_grid"] is None
 
 
-@pytest.mark.parametrize("kind", ["full", "fixed", "learned", "alibi", "squared"])
+PAIRWISE = ["full", "fixed", "learned", "alibi", "squared"]
+
+
+@pytest.mark.parametrize("kind", PAIRWISE)
 def test_positions_must_be_given_in_its_steps(kind):
-    positions = Positions.of_subset(torch.tensor([[0, 5, 11]]), Grid(3, 4))
+    positions = Positions(*torch.zeros(2, 1, 3))
     says = (
-        rf"reference_grid of kind '{kind}' needs a whole grid, .*: got Positions of 3 tokens. Leave reference_grid "
-        r"out, and give positions in steps of that grid: h \* H0 / H and w \* W0 / W"
+        rf"reference_grid of kind '{kind}' needs a whole grid, .*: got Positions of 3 tokens. Leave it out; or, for "
+        r"Positions of your own, say their grid_size, or give them in steps of the reference grid, h \* H0 / H and "
     )
     with pytest.raises(ValueError, match=says):
         make(kind)(torch.randn(1, 3, DIM, dtype=torch.float64), positions)
+
+
+@pytest.mark.parametrize("kind", PAIRWISE)
+def test_part_of_a_grid_is_measured_as_the_whole(kind):
+    """Patch dropout, also of what is left already, and behind text."""
+    mask, x = make(kind, num_prefix_tokens=1), torch.randn(1, 1 + 48, DIM, dtype=torch.float64)
+    left = Grid(6, 8, 1).subset(torch.tensor([[40, 3, 17, 29]]), 1)
+    for positions, text in ((left, []), (left.behind(1), [0]), (left.subset(torch.tensor([[0, 1, 2, 3]]), 1), [])):
+        tokens = torch.tensor([*text, 0, 41, 4, 18, 30])
+        whole = mask(x, Grid(6, 8, 1)).expand(1, -1, -1, -1)
+        torch.testing.assert_close(mask(x[:, tokens], positions), whole[:, :, tokens][..., tokens])
+
+
+def test_a_swapped_model_with_patch_dropout_measures_by_it():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2, img_size=64, patch_drop_rate=0.5)
+    sd.swap_attention(model, kinds.Full(reference_grid=(2, 2), gate_bias_init=0.0))
+    images = torch.randn(2, 3, 64, 64)
+    layers = [module for module in model.modules() if isinstance(module, DecayAttention)]
+    seen = []
+    layers[0].register_forward_pre_hook(lambda _module, args: seen.append(args[3]))
+    model.eval()(images)
+    model.train()(images)
+    assert seen[0].layout.is_grid
+    assert seen[1].layout.grid_size == (4, 4)
 
 
 def test_positions_in_its_steps_are_the_same():

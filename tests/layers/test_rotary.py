@@ -45,6 +45,16 @@ def test_a_reference_grid_needs_a_whole_grid():
         RotaryEmbedding(8, "axial", (3, 5))(q, q, positions)
 
 
+def test_part_of_a_grid_turns_as_the_whole():
+    grid, rope = Grid(6, 10), RotaryEmbedding(8, "axial", (3, 5))
+    q, k = torch.randn(2, 1, 2, 60, 8)
+    left = torch.tensor([40, 3, 17])
+    for whole, part in zip(
+        rope(q, k, grid), rope(q[:, :, left], k[:, :, left], grid.subset(left[None], 0)), strict=True
+    ):
+        torch.testing.assert_close(part, whole[:, :, left])
+
+
 def test_sines_are_computed_once_for_both(monkeypatch):
     polar, calls = torch.polar, []
     monkeypatch.setattr(torch, "polar", lambda *args: calls.append(args) or polar(*args))
