@@ -113,8 +113,8 @@ class SpatialDecayAttention(AttentionCore):
         Args:
             x: Tokens (B, L, D) or a map (B, H, W, D), floating point.
             layout: (H, W) of the patch tokens, a Grid, or Positions of all L tokens that fill no grid. None: a map has
-                its own; tokens are taken as a square. Positions need lpe_kernel_size=0, rope "axial" or "none", no
-                rope_reference_grid, and a kind that takes them, see SpatialDecayMask.describe.
+                its own; tokens are taken as a square. Positions need lpe_kernel_size=0, rope "axial" or "none", and a
+                kind that takes them, see SpatialDecayMask.describe; with rope_reference_grid also a grid_size.
             attn_mask: Added to the decay: bool (True = may attend) or floating point, broadcastable to (B, N, L, L).
                 It masks attention only: LPE and other convolutions still see neighbours that it hides.
 

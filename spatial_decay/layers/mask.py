@@ -72,7 +72,7 @@ class SpatialDecayMask(nn.Module):
             x: Tokens (B, L, D) or a map (B, H, W, D), floating point.
             layout: (H, W) of the patch tokens, a Grid, or Positions of all L tokens. None: a map has its own; tokens
                 are taken as a square. Not Positions for the decomposed kinds, nor for `gaussian`, whose width depends
-                on the grid, nor for a kind with a reference_grid.
+                on the grid; for a kind with a reference_grid with their grid_size.
 
         Returns:
             A ManhattanDecay, EuclideanDecay, SquaredDecay, PathDecay, GaussianDecay or AxialDecay, float32 at least;

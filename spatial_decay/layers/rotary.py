@@ -67,7 +67,8 @@ class RotaryEmbedding(nn.Module):
             q and k, in their own dtype.
 
         Raises:
-            ValueError: Positions in mode "flat", whose raster numbers need a whole grid, or with a reference_grid.
+            ValueError: Positions in mode "flat", whose raster numbers need a whole grid; Positions without a grid_size
+                with a reference_grid.
         """
         if self.mode == "none":
             return q, k
