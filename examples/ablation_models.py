@@ -36,6 +36,7 @@ SDT_H: SDTHOptions = {
     "gate_rank": 4,
 }
 
+STRUCTURE = "rows, columns: none"
 DECAYS: dict[str, DecayLike] = {
     "none": "none",
     "fixed": "fixed",
@@ -52,7 +53,7 @@ DECAYS: dict[str, DecayLike] = {
     "gaussian": "gaussian",
     "rows, columns: fixed": "fixed_decomposed",
     # Rates of 6e-8: the structure of `decomposed`, attention along rows and then along columns, without its decay.
-    "rows, columns: none": sd.kinds.FixedDecomposed(initial_value=24.0, heads_range=0.0),
+    STRUCTURE: sd.kinds.FixedDecomposed(initial_value=24.0, heads_range=0.0),
 }
 """Names of rows -> what `decay=` takes."""
 
@@ -143,7 +144,7 @@ def at_size(
     assert isinstance(model, sd.ViT)
     config, state = dict(model.config), model.state_dict()
     if scales_decay:
-        config["decay"] = reference_decay(variant, recipe) or config["decay"]
+        config["decay"] = reference_decay(variant.decay, recipe) or config["decay"]
     if scales_positions and variant.positions == "rope":
         config["rope_reference_grid"] = _grid_of(recipe)
     is_interpolated = variant.positions == "learned" or (scales_positions and variant.positions == "sincos")
@@ -158,17 +159,18 @@ def at_size(
     return other
 
 
-def has_steps(variant: Variant, recipe: Recipe) -> bool:
-    """Whether a plain ViT has positions or distances that can be told in steps of the size trained on, or not."""
-    if variant.decay == "rows, columns: none":  # rates near 0 stay near 0
-        return variant.positions in ("rope", "sincos")
-    return variant.positions in ("rope", "sincos") or reference_decay(variant, recipe) is not None
+def counts_steps(positions: str, decay: str) -> bool:
+    """Whether a plain ViT has positions or distances that go on with the grid, unless they are told of the size."""
+    if positions in ("rope", "sincos"):
+        return True
+    # Rates near 0 stay near 0.
+    return decay != STRUCTURE and "reference_grid" in as_kind(DECAYS[decay]).options()
 
 
-def reference_decay(variant: Variant, recipe: Recipe) -> DecayLike | None:
+def reference_decay(decay: str, recipe: Recipe) -> DecayLike | None:
     """The same decay with distances in steps of the grid trained on; None for kinds that have no such option."""
-    kind = as_kind(DECAYS[variant.decay])
-    if variant.model != "vit" or "reference_grid" not in kind.options():
+    kind = as_kind(DECAYS[decay])
+    if "reference_grid" not in kind.options():
         return None
     return as_kind(kind.config | {"reference_grid": _grid_of(recipe)})
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ablation_log import Key, Result, write_whole
-from ablation_models import Positions, Recipe
+from ablation_models import STRUCTURE, Positions, Recipe, counts_steps
 from ablation_runs import (
     GATES,
     LONGER,
@@ -62,7 +62,6 @@ WAYS = {
 """How a model, or the images, are made ready for another size."""
 AS_NONE = {GATES: NORMS}
 """Ways that the model without decay has not -> its own that they are compared with."""
-STRUCTURE = "rows, columns: none"
 ALONG_AXES = ("rows, columns: fixed", "decomposed")
 ARMS = {
     "training": "before",
@@ -94,15 +93,18 @@ def accuracies(
     }
 
 
+def at_size(results: Mapping[Key, Result], positions: str, decay: str, after: str, size: int) -> dict[int, float]:
+    """Of plain ViTs that have gone to a size in some way: one in which nothing counts steps, as it is."""
+    is_as_it_is = after == REFERENCE and not counts_steps(positions, decay)
+    return accuracies(results, "vit", positions, decay, "training" if is_as_it_is else after, size)
+
+
 def difference(
     results: Mapping[Key, Result], positions: str, decay: str, other: str, after: str, size: int
 ) -> Difference | None:
-    """Of plain ViTs with two decays that have gone to a size in the same way; who has no such way is as trained."""
-    ours = accuracies(results, "vit", positions, decay, after, size)
-    theirs = accuracies(results, "vit", positions, other, AS_NONE.get(after, after), size)
-    if not theirs and after == REFERENCE:  # nothing in it counts steps
-        theirs = accuracies(results, "vit", positions, other, "training", size)
-    return paired_difference(ours, theirs)
+    """Of plain ViTs with two decays that have gone to a size in the same way, or in the other's own."""
+    theirs = at_size(results, positions, other, AS_NONE.get(after, after), size)
+    return paired_difference(at_size(results, positions, decay, after, size), theirs)
 
 
 def format_tables(results: Mapping[Key, Result], *, size: int) -> str:
@@ -229,13 +231,10 @@ def plot_sizes(
 
 
 def _curve(results: Mapping[Key, Result], positions: str, decay: str, after: str, size: int) -> dict[int, list[float]]:
-    """Accuracies of all seeds by size, from the size trained on; of what counts no steps, as trained."""
+    """Accuracies of all seeds by size, from the size trained on."""
     curve = {size: [*accuracies(results, "vit", positions, decay, "training", size).values()]}
     for other in sorted({key.size for key in results} - {size}):
-        found = accuracies(results, "vit", positions, decay, after, other)
-        if not found and after == REFERENCE:
-            found = accuracies(results, "vit", positions, decay, "training", other)
-        curve[other] = [*found.values()]
+        curve[other] = [*at_size(results, positions, decay, after, other).values()]
     return {other: values for other, values in sorted(curve.items()) if values}
 
 
@@ -264,8 +263,10 @@ def describe(results: Mapping[Key, Result], recipe: Recipe) -> str:
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {versions}, {machines}.\n\n"
         "Accuracy after the last epoch, in percent: mean ± standard deviation (number of seeds). Differences are taken "
         "seed by seed, from the same first weights, order and flips: their mean and its 95 % interval (Student's t), "
-        "where there are two seeds or more. An interval speaks of other seeds, not of other images. One in twenty does "
-        "not hold the true value, and those of two seeds are often far too wide and at times far too narrow."
+        "where there are two seeds or more. At other sizes both were made ready in the same way; where nothing counts "
+        "steps a model is as it is, and trained gates are compared with the trained norms of a model without a decay. "
+        "An interval speaks of other seeds, not of other images. One in twenty does not hold the true value, and those "
+        "of two seeds are often far too wide and at times far too narrow."
     )
 
 

@@ -14,7 +14,7 @@ import ablation_models as models
 import ablation_training as training
 import spatial_decay as sd
 from ablation_log import Key, LogError, Result, RunLog
-from ablation_models import Positions, Recipe, Variant
+from ablation_models import STRUCTURE, Positions, Recipe, Variant
 from ablation_training import Phase
 from image_folder import Images, LabelledImages
 from run_log import check_loss, stamp, write_whole
@@ -28,10 +28,10 @@ SCALES = ("full, alpha 0.05", "full, alpha 0.15", "full, alpha 0.2")  # Table 5;
 RELATIVES = ("alibi", "learned", "squared", "gaussian")  # not the paper's
 SPREAD: dict[Positions, tuple[str, ...]] = {
     "none": (
-        *("none", "fixed", "full", "decomposed", "rows, columns: none", "rows, columns: fixed"),
+        *("none", "fixed", "full", "decomposed", STRUCTURE, "rows, columns: fixed"),
         *("alibi", "learned", "squared"),
     ),
-    "learned": ("none", "fixed", "full", "decomposed", "rows, columns: none", "rows, columns: fixed"),
+    "learned": ("none", "fixed", "full", "decomposed", STRUCTURE, "rows, columns: fixed"),
     "rope": ("none", "fixed", "full", "decomposed"),
     "sincos": ("none", "fixed", "full", "decomposed"),
 }
@@ -96,7 +96,7 @@ def plan(studies: Sequence[Study], recipe: Recipe, *, seeds: int) -> list[Run]:
                 for decay in decays:
                     variant = Variant("vit", positions, decay)
                     want(seed, variant, "training", here + elsewhere)
-                    if models.has_steps(variant, recipe):
+                    if models.counts_steps(positions, decay):
                         want(seed, variant, REFERENCE, elsewhere)
                     if decay == "none":
                         want(seed, variant, RESIZED, elsewhere)
@@ -207,7 +207,7 @@ class Lab:
             model = models.at_size(
                 *(run.variant, model, key.size, self.recipe),
                 scales_positions=key.after != "training",
-                scales_decay=key.after == REFERENCE,
+                scales_decay=key.after in (REFERENCE, GATES),
             )
         if key.after in (GATES, NORMS):
             models.train_only(model, models.is_gate if key.after == GATES else models.is_norm)

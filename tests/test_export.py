@@ -26,7 +26,11 @@ MODELS = {
     ),
     "sdt_p": (lambda: sd.SDTP(8, 2, 4, 10, dim=24, depth=1, num_heads=2, gate_rank=4), 4, 2),
     "vit_full": (lambda: sd.ViT(5, decay="full", num_registers=1, **VIT), 3, 16),
-    "vit_alibi": (lambda: sd.ViT(5, decay=sd.kinds.Alibi(reference_grid=(4, 4)), **VIT), 3, 16),
+    "vit_alibi": (
+        lambda: sd.ViT(5, decay=sd.kinds.Alibi(reference_grid=(4, 4)), rope="axial", rope_reference_grid=(4, 4), **VIT),
+        3,
+        16,
+    ),
     "vit_squared": (lambda: sd.ViT(5, decay="squared", num_registers=1, **VIT), 3, 16),  # by lowrank
     "locatvit": (lambda: sd.ViT(5, decay="gaussian", global_pool="prr", **VIT), 3, 16),
 }

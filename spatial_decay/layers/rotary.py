@@ -26,7 +26,7 @@ class RotaryEmbedding(nn.Module):
     The paper does not say which of the two it means; "axial" knows both axes at any image size.
 
     Angles that a model has not seen in training are the first thing that fails on larger images. With reference_grid,
-    (H0, W0), rows count H0 / H and columns W0 / W, so that all angles stay within those of the size trained on.
+    (H0, W0), rows count H0 / H and columns W0 / W, so that angles stay those of the size trained on, to within a step.
 
     Args:
         head_dim: d.

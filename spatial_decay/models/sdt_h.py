@@ -59,7 +59,8 @@ class SDTH(Backbone):
         num_heads: N, of each stage.
         mlp_ratios: Width of the MLP over D, of each stage.
         decay: Kind of decay with its options, of each stage, see SpatialDecayMask. In one value for all stages
-            reference_grid is that of the first stage's map, and smaller in the others as their maps are.
+            reference_grid is that of the first stage's map, and smaller in the others as their maps are; in a list each
+            is that of its own stage's map.
         init_values: First value of LayerScale, of each stage; None leaves it out.
         global_pool: "avg", the mean over the map, or "", none: the head gives a map, and num_classes must be 0.
         drop_rate: Dropout before the classifier.

@@ -222,9 +222,23 @@ def test_rows_and_columns_without_decay_add_nothing():
 
 def test_distances_of_the_size_trained_on_where_a_kind_has_them():
     for decay, like in models.DECAYS.items():
-        found = models.reference_decay(Variant("vit", "none", decay), SIZED)
+        found = models.reference_decay(decay, SIZED)
         assert (found is not None) == ("reference_grid" in as_kind(like).options())
         assert found is None or found.config == as_kind(like).config | {"reference_grid": [2, 2]}
+
+
+def test_who_counts_no_steps_is_compared_as_it_is():
+    """Learned positions without a decay; with RoPE, which counts steps, a missing row is no difference."""
+    results = {
+        Key("vit", positions, decay, 0, after, 56): result(accuracy)
+        for positions in ("learned", "rope")
+        for decay, after, accuracy in (("none", "training", 50.0), ("full", "reference grid", 60.0))
+    }
+    found = [report.difference(results, p, "full", "none", "reference grid", 56) for p in ("learned", "rope")]
+    assert str(found[0]) == "+10.00"
+    assert found[1] is None
+    assert models.counts_steps("rope", "none")
+    assert not models.counts_steps("learned", models.STRUCTURE)
 
 
 @pytest.mark.parametrize("positions", ["learned", "sincos", "rope", "none"])
