@@ -113,16 +113,25 @@ def test_all_studies(photos, tmp_path):
     results = run(photos, tmp_path, "tables", "sizes", "transfer")
     after = {key.after for key in results}
     trained = [key for key in results if key.after == "training"]
-    assert len(trained) == 6 + 3 + 4 + 6 + 21 - 4 + 21  # tables, and positions at two sizes; 4 are in both
-    assert len({key for key in results if key.after not in ("training", "reference grid")}) == 8 + 4 + 2 + 4
-    assert after >= {"training", "gates", "further", "swap, all weights", "swap, gates", "twice as long"}
+    assert len(trained) == 6 + 3 + 4 + 6 + 23 - 4 + 23  # tables, and positions at two sizes; 4 are in both
+    assert len({key for key in results if key.after not in ("training", "reference grid")}) == 8 + 4 + 4 + 2 + 5
+    assert after >= {
+        "training",
+        "gates",
+        "norms",
+        "resized",
+        "further",
+        "swap, all weights",
+        "swap, gates",
+        "twice as long",
+    }
     assert {key.size for key in results if key.after == "gates"} == {12}
     assert {(key.positions, key.decay) for key in results if key.after == "gates"} == {
         (positions, decay) for positions in ("none", "learned", "rope", "sincos") for decay in ("full", "decomposed")
     }
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "| RoPE | `decomposed` | gates | - |" in text
-    assert "| `full` swapped in, the gates alone |" in text
+    assert "| RoPE | `decomposed` | gates trained there | - |" in text
+    assert "| `full` swapped in, the gates alone trained |" in text
     assert (tmp_path / "sizes.png").exists()
 
 
