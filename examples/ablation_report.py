@@ -219,7 +219,7 @@ def plot_sizes(
                     curve = _curve(results, positions, decay, after, size)
                     _plot_curve(ax, curve, color=colours[decay], linestyle=style, label=decay)
             resized = _curve(results, positions, "none", RESIZED, size)
-            _plot_curve(ax, resized, color="grey", linestyle=":", label="none, images resized\nto the size trained on")
+            _plot_curve(ax, resized, color="black", linestyle=":", label="none, images resized\nto the size trained on")
             ax.set(xticks=sizes)
             ax.grid(alpha=0.3)
         axes[0, column].set_title(POSITIONS[positions])

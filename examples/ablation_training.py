@@ -28,6 +28,7 @@ class Phase:
     epochs: int
     learning_rate: float
     batch_size: int
+    weight_decay: float = WEIGHT_DECAY  # here, for configurations hold all of a phase
 
 
 def prepare(pixels: Tensor, data: LabelledImages, size: int) -> Tensor:
@@ -80,7 +81,7 @@ def fit(
     turn, rate, total = torch.zeros(1, dtype=torch.long, device=device), rates[0].clone(), rates.new_zeros(())
     # No weight decay on positions, nor on gates: there it pulls towards a stronger decay.
     kept = [name for name, _ in model.named_parameters() if name.endswith("pos_embed") or is_gate(name)]
-    groups = param_groups_weight_decay(model, WEIGHT_DECAY, no_weight_decay_list=kept)
+    groups = param_groups_weight_decay(model, phase.weight_decay, no_weight_decay_list=kept)
     optimizer = torch.optim.AdamW(groups, lr=rate, fused=True, capturable=rate.is_cuda)
 
     def step() -> None:
