@@ -17,7 +17,7 @@ and how folders of your own must look. Three studies:
 Each result is a row in OUTPUT/runs.csv as soon as it is there. The same command goes on where it was, and may run twice
 at a time on one OUTPUT: one for each core, with --threads 1. Tables and pictures are made of what is there.
 
-Needs the extra [demo].
+Needs the extra [demo]; rows with LoRA need peft too.
 """
 
 import argparse
