@@ -107,6 +107,11 @@ def difference(
     return paired_difference(at_size(results, positions, decay, after, size), theirs)
 
 
+def _row(*cells: object) -> str:
+    """Of a Markdown table; what is not there is a dash."""
+    return f"| {' | '.join(str(cell or '-') for cell in cells)} |"
+
+
 def format_tables(results: Mapping[Key, Result], *, size: int) -> str:
     """The paper's Tables 3, 4 and 5 as Markdown."""
     heads = " | ".join(f"{model} (%) | difference to none [95 %]" for model in MODELS.values())
@@ -114,12 +119,12 @@ def format_tables(results: Mapping[Key, Result], *, size: int) -> str:
     for title, rows in TABLES.items():
         lines = [f"| {title} | decay | {heads} |", "|---|---|---|---|---|---|"]
         for decay, name in rows.items():
-            cells = [name, f"`{decay}`"]
+            cells: list[object] = [name, f"`{decay}`"]
             for model, positions in MODELS:
                 none, ours = (accuracies(results, model, positions, kind, "training", size) for kind in ("none", decay))
                 found = paired_difference(ours, none) if decay != "none" else None
-                cells += [mean_and_spread([*ours.values()]), str(found or "-")]
-            lines.append(f"| {' | '.join(cells)} |")
+                cells += [mean_and_spread([*ours.values()]), found]
+            lines.append(_row(*cells))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -130,7 +135,7 @@ def format_longer(results: Mapping[Key, Result], *, size: int) -> str:
     for decay in LONGER:
         once, twice = (accuracies(results, "vit", "learned", decay, after, size) for after in ("training", TWICE))
         cells = [mean_and_spread([*once.values()]), mean_and_spread([*twice.values()])]
-        lines.append(f"| `{decay}` | {' | '.join(cells)} | {paired_difference(twice, once) or '-'} |")
+        lines.append(_row(f"`{decay}`", *cells, paired_difference(twice, once)))
     return "\n".join(lines)
 
 
@@ -153,14 +158,11 @@ def format_sizes(results: Mapping[Key, Result], *, size: int) -> str:
                     to_none.append(
                         _row(*cells, *(difference(results, positions, decay, "none", after, other) for other in sizes))
                     )
-                gained = [difference(results, positions, decay, STRUCTURE, after, other) for other in sizes]
-                if decay in ALONG_AXES and any(gained):
+                if decay in ALONG_AXES and any(
+                    gained := [difference(results, positions, decay, STRUCTURE, after, other) for other in sizes]
+                ):
                     to_structure.append(_row(*cells, *gained))
     return "\n\n".join("\n".join(lines) for lines in (accuracy, to_none, to_structure) if len(lines) > 2)
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(str(cell or '-') for cell in cells)} |"
 
 
 def format_transfer(results: Mapping[Key, Result], *, size: int) -> str:
@@ -169,7 +171,7 @@ def format_transfer(results: Mapping[Key, Result], *, size: int) -> str:
     lines = [f"| a plain ViT | accuracy (%) | difference to {ARMS['further']} [95 %] |", "|---|---|---|"]
     for arm, name in ARMS.items():
         added = paired_difference(found[arm], found["further"]) if arm != "further" else None
-        lines.append(f"| {name} | {mean_and_spread([*found[arm].values()])} | {added or '-'} |")
+        lines.append(_row(name, mean_and_spread([*found[arm].values()]), added))
     return "\n".join(lines)
 
 
