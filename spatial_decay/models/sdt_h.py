@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal, TypeAlias, get_args, overload
 
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from spatial_decay.layers import AttentionOptions, ConvStem, Downsample, SDTBlock
+from spatial_decay.layers.kind import OnReferenceGrid
 from spatial_decay.layers.kinds import DecayLike, Kind, as_kind
 from spatial_decay.layers.patch import check_images
 from spatial_decay.layers.reference import shrunk
@@ -343,8 +345,9 @@ class SDTH(Backbone):
 
 def _of_stage(kind: Kind, shrink: int) -> Kind:
     """The kind with the reference grid of a stage whose map is so many times as small, where one was said."""
-    grid = getattr(kind, "reference_grid", None)
-    return kind if grid is None else as_kind(kind.config | {"reference_grid": shrunk(grid, shrink)})
+    if not isinstance(kind, OnReferenceGrid):
+        return kind
+    return replace(kind, reference_grid=shrunk(kind.reference_grid, shrink))
 
 
 class _Stage(nn.Module):
