@@ -34,8 +34,8 @@ _LABELS = {
     "triton": "triton: decay, by this package's kernel",
     "tiled": "tiled: this package without a compiler",
     "lowrank": "lowrank: SDPA without a mask",
-    MASK_COMPILED: "SDPA with a mask, torch.compile",
-    "mask eager": "SDPA with a mask",
+    MASK_COMPILED: "mask by hand, SDPA, torch.compile",
+    "mask eager": "mask by hand, SDPA",
     "flex": "FlexAttention",
 }
 _NUMBERED = ("native", "triton")

@@ -33,15 +33,15 @@ import ablation_models as models
 import ablation_report as report
 import ablation_training as training
 import image_folder
-from ablation_log import Key, LogError, Result, RunLog
+from ablation_log import Key, Result, RunLog
 from ablation_models import Recipe
-from ablation_runs import LORA_RANK, TRANSFERS, Lab, Run, Study, plan, transfers
+from ablation_plan import LORA, TRANSFERS, Run, Study, plan, transfers
+from ablation_runs import Lab
 from command_line import at_least, folder
-from image_folder import LabelledImages
-from run_log import TrainingError
-from spatial_decay.layers.kinds import as_kind
+from image_folder import DEBIAN, LabelledImages
+from run_log import LogError, TrainingError
+from spatial_decay.layers.kinds import DecayLike, as_kind
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 QUICK = Recipe(
     vit_images=8000,
     vit_epochs=3,
@@ -71,14 +71,18 @@ NUM_SEEDS = {False: 2, True: 3}  # without --full, and with it
 
 def describe_config(recipe: Recipe, data: LabelledImages) -> dict[str, Any]:
     """All that results depend on but the row and the seed."""
-    rates = ("WEIGHT_DECAY", "LABEL_SMOOTHING", "WARMUP", "GATES_RATE", "GATES_BATCH")
+    constants = ("WEIGHT_DECAY", "LABEL_SMOOTHING", "WARMUP", "GATES_RATE", "GATES_BATCH", "FURTHER_RATE")
+
+    def config_of(like: DecayLike) -> dict[str, Any]:
+        return as_kind(like).resolved(grid_size=models.grid_of(recipe)).config
+
     return {
         **asdict(recipe),
-        **{name: getattr(training, name) for name in rates},
+        **{name: getattr(training, name) for name in constants},
         **{name: getattr(models, name) for name in ("VIT", "SDT_H")},
-        "decays": {name: as_kind(like).resolved().config for name, like in models.DECAYS.items()},
-        "transfers": {name: as_kind(like).resolved().config for name, like in TRANSFERS.items()},
-        "LORA_RANK": LORA_RANK,
+        "decays": {name: config_of(like) for name, like in models.DECAYS.items()},
+        "transfers": {name: config_of(like) for name, like in TRANSFERS.items()},
+        "LORA": LORA,
         "data": data.fingerprint,
     }
 

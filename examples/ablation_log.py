@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run_log import Log, LogError, require_finite, write_whole
-
-__all__ = ["Key", "LogError", "Result", "RunLog", "write_whole"]
+from run_log import Log, require_finite
 
 
 @dataclass(frozen=True)

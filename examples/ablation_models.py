@@ -80,7 +80,7 @@ class Recipe:
     size_images: int  # tested at other sizes
     further_epochs: int
     batch_size: int
-    learning_rate: float  # a quarter of it for a model that is trained already
+    learning_rate: float
     size: int = 28  # pixels, trained on
     other_sizes: tuple[int, ...] = (40, 56, 84, 112)  # tested besides
     patch_size: int = 4
@@ -146,7 +146,7 @@ def at_size(
     if scales_decay:
         config["decay"] = reference_decay(variant.decay, recipe) or config["decay"]
     if scales_positions and variant.positions == "rope":
-        config["rope_reference_grid"] = _grid_of(recipe)
+        config["rope_reference_grid"] = grid_of(recipe)
     is_interpolated = variant.positions == "learned" or (scales_positions and variant.positions == "sincos")
     if not is_interpolated:
         config["img_size"] = size
@@ -172,10 +172,11 @@ def reference_decay(decay: str, recipe: Recipe) -> DecayLike | None:
     kind = as_kind(DECAYS[decay])
     if "reference_grid" not in kind.options():
         return None
-    return as_kind(kind.config | {"reference_grid": _grid_of(recipe)})
+    return as_kind(kind.config | {"reference_grid": grid_of(recipe)})
 
 
-def _grid_of(recipe: Recipe) -> tuple[int, int]:
+def grid_of(recipe: Recipe) -> tuple[int, int]:
+    """(H, W) of the patches of a plain ViT at the size trained on."""
     side = recipe.size // recipe.patch_size
     return side, side
 

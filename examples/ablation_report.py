@@ -9,9 +9,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ablation_log import Key, Result, write_whole
+from ablation_log import Key, Result
 from ablation_models import STRUCTURE, Positions, Recipe, counts_steps
-from ablation_runs import (
+from ablation_plan import (
+    DECAYS_AT_SIZES,
     GATES,
     LONGER,
     MECHANISMS,
@@ -20,11 +21,12 @@ from ablation_runs import (
     RELATIVES,
     RESIZED,
     SCALES,
-    SPREAD,
+    TRAINED_ALONE,
+    TRAINING,
     TRANSFERS,
-    TUNED,
     TWICE,
 )
+from run_log import origin, write_whole
 from seeds import Difference, mean_and_spread, paired_difference
 
 TABLES: dict[str, dict[str, str]] = {
@@ -51,34 +53,34 @@ TABLES: dict[str, dict[str, str]] = {
 """The paper's tables, and what it has not: decays -> their names there."""
 
 MODELS = {("vit", "learned"): "plain ViT", ("sdt_h", ""): "SDT-H"}
-POSITIONS = {"none": "no positions", "learned": "learned", "rope": "RoPE", "sincos": "sines and cosines"}
+POSITIONS = {"none": "no positions", "learned": "learned positions", "rope": "RoPE", "sincos": "sines and cosines"}
 WAYS = {
-    "training": "as it is",
+    TRAINING: "as it is",
     REFERENCE: "in steps of the size trained on",
     GATES: "gates trained there",
     NORMS: "norms trained there",
     RESIZED: "images resized",
 }
 """How a model, or the images, are made ready for another size."""
-AS_NONE = {GATES: NORMS}
+COUNTERPART = {GATES: NORMS}
 """Ways that the model without decay has not -> its own that they are compared with."""
 ALONG_AXES = ("rows, columns: fixed", "decomposed")
 ARMS = {
-    "training": "before",
+    TRAINING: "before",
     "further": "trained further without a swap",
     "swap, all weights": "`full` swapped in, all weights trained",
-    "swap, open gates": "the same, with gates that begin open",
+    "swap, paper's gates": "the same, with gates that begin as strong as in the paper",
     "swap, gates": "`full` swapped in, the gates alone trained",
     "swap, gates and LoRA": "`full` swapped in, gates and LoRA trained",
 }
 CURVES = {
-    "training": "as trained",
-    REFERENCE: "positions and distances in\nsteps of the size trained on\n(dashed: no decay)",
+    TRAINING: "as it is",
+    REFERENCE: "positions and distances in\nsteps of the size trained on",
     "tuned": "one epoch of gates alone\n(without decay: of norms)",
 }
 """Rows of the picture of sizes."""
-SHORT: dict[Positions, tuple[str, ...]] = dict.fromkeys(("none", "learned", "rope"), SPREAD["learned"])
-"""What of SPREAD the short picture shows."""
+SHORT: dict[Positions, tuple[str, ...]] = dict.fromkeys(("learned", "rope", "sincos"), DECAYS_AT_SIZES["learned"])
+"""What of DECAYS_AT_SIZES the short picture shows."""
 
 
 def accuracies(
@@ -93,18 +95,20 @@ def accuracies(
     }
 
 
-def at_size(results: Mapping[Key, Result], positions: str, decay: str, after: str, size: int) -> dict[int, float]:
+def accuracies_at_size(
+    results: Mapping[Key, Result], positions: str, decay: str, after: str, size: int
+) -> dict[int, float]:
     """Of plain ViTs that have gone to a size in some way: one in which nothing counts steps, as it is."""
     is_as_it_is = after == REFERENCE and not counts_steps(positions, decay)
-    return accuracies(results, "vit", positions, decay, "training" if is_as_it_is else after, size)
+    return accuracies(results, "vit", positions, decay, TRAINING if is_as_it_is else after, size)
 
 
 def difference(
     results: Mapping[Key, Result], positions: str, decay: str, other: str, after: str, size: int
 ) -> Difference | None:
     """Of plain ViTs with two decays that have gone to a size in the same way, or in the other's own."""
-    theirs = at_size(results, positions, other, AS_NONE.get(after, after), size)
-    return paired_difference(at_size(results, positions, decay, after, size), theirs)
+    theirs = accuracies_at_size(results, positions, other, COUNTERPART.get(after, after), size)
+    return paired_difference(accuracies_at_size(results, positions, decay, after, size), theirs)
 
 
 def _row(*cells: object) -> str:
@@ -121,7 +125,7 @@ def format_tables(results: Mapping[Key, Result], *, size: int) -> str:
         for decay, name in rows.items():
             cells: list[object] = [name, f"`{decay}`"]
             for model, positions in MODELS:
-                none, ours = (accuracies(results, model, positions, kind, "training", size) for kind in ("none", decay))
+                none, ours = (accuracies(results, model, positions, kind, TRAINING, size) for kind in ("none", decay))
                 found = paired_difference(ours, none) if decay != "none" else None
                 cells += [mean_and_spread([*ours.values()]), found]
             lines.append(_row(*cells))
@@ -133,7 +137,7 @@ def format_longer(results: Mapping[Key, Result], *, size: int) -> str:
     """Whether the trainings are long enough to compare decays, as Markdown."""
     lines = ["| plain ViT | accuracy (%) | twice as long (%) | gained [95 %] |", "|---|---|---|---|"]
     for decay in LONGER:
-        once, twice = (accuracies(results, "vit", "learned", decay, after, size) for after in ("training", TWICE))
+        once, twice = (accuracies(results, "vit", "learned", decay, after, size) for after in (TRAINING, TWICE))
         cells = [mean_and_spread([*once.values()]), mean_and_spread([*twice.values()])]
         lines.append(_row(f"`{decay}`", *cells, paired_difference(twice, once)))
     return "\n".join(lines)
@@ -146,7 +150,7 @@ def format_sizes(results: Mapping[Key, Result], *, size: int) -> str:
         [f"| positions | {title} | tested | {' | '.join(map(str, sizes))} |", "|---" * (3 + len(sizes)) + "|"]
         for title in ("decay", "decay, difference to none [95 %]", f"decay, difference to {STRUCTURE} [95 %]")
     )
-    for positions, decays in SPREAD.items():
+    for positions, decays in DECAYS_AT_SIZES.items():
         for decay in decays:
             for after, way in WAYS.items():
                 found = {other: accuracies(results, "vit", positions, decay, after, other) for other in sizes}
@@ -181,9 +185,9 @@ def plot_differences(results: Mapping[Key, Result], *, size: int) -> Figure:
     figure = Figure((10, 0.42 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots(1, len(MODELS), sharey=True)
     for ax, ((model, positions), title) in zip(axes, MODELS.items(), strict=True):
-        none = accuracies(results, model, positions, "none", "training", size)
+        none = accuracies(results, model, positions, "none", TRAINING, size)
         for y, decay in enumerate(rows):
-            ours = accuracies(results, model, positions, decay, "training", size)
+            ours = accuracies(results, model, positions, decay, TRAINING, size)
             if (found := paired_difference(ours, none)) is None:
                 continue
             seeds = [ours[seed] - none[seed] for seed in ours if seed in none]
@@ -202,24 +206,21 @@ def plot_sizes(
     results: Mapping[Key, Result],
     *,
     size: int,
-    spread: Mapping[Positions, Sequence[str]] = SPREAD,
+    spread: Mapping[Positions, Sequence[str]] = DECAYS_AT_SIZES,
     ways: Sequence[str] = tuple(CURVES),
 ) -> Figure:
     """Accuracy against size: a column for each kind of positions, a row for each way of going to another size."""
     decays = list(dict.fromkeys(decay for shown in spread.values() for decay in shown))
     colours = {decay: f"C{i}" for i, decay in enumerate(decays)}
     figure = Figure((2.9 * len(spread) + 2.6, 2.35 * len(ways) + 0.75), layout="constrained")
-    axes = figure.subplots(len(ways), len(spread), sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(len(ways), len(spread), sharex=True, sharey="row", squeeze=False)
     sizes = sorted({key.size for key in results})
     for column, (positions, shown) in enumerate(spread.items()):
         for ax, way in zip(axes[:, column], ways, strict=True):
             for decay in shown:
-                after, style = TUNED.get(decay) if way == "tuned" else way, "-"
-                if way == REFERENCE and decay == "none":
-                    style = "--"
-                if after:
+                if after := TRAINED_ALONE.get(decay) if way == "tuned" else way:
                     curve = _curve(results, positions, decay, after, size)
-                    _plot_curve(ax, curve, color=colours[decay], linestyle=style, label=decay)
+                    _plot_curve(ax, curve, color=colours[decay], label=decay)
             resized = _curve(results, positions, "none", RESIZED, size)
             _plot_curve(ax, resized, color="black", linestyle=":", label="none, images resized\nto the size trained on")
             ax.set(xticks=sizes)
@@ -227,20 +228,24 @@ def plot_sizes(
         axes[0, column].set_title(POSITIONS[positions])
         axes[-1, column].set_xlabel("size of the test images (pixels)")
     for ax, way in zip(axes[:, 0], ways, strict=True):
-        ax.set_ylabel(f"{CURVES[way]}\naccuracy (%)")
+        ax.set_ylabel(f"{CURVES[way]}\naccuracy (%)" if len(ways) > 1 else "accuracy (%)")
+    if len(ways) == 1:
+        figure.suptitle(CURVES[ways[0]].replace("\n", " "))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", title="decay")
     return figure
 
 
 def _curve(results: Mapping[Key, Result], positions: str, decay: str, after: str, size: int) -> dict[int, list[float]]:
     """Accuracies of all seeds by size, from the size trained on."""
-    curve = {size: [*accuracies(results, "vit", positions, decay, "training", size).values()]}
+    curve = {size: [*accuracies(results, "vit", positions, decay, TRAINING, size).values()]}
     for other in sorted({key.size for key in results} - {size}):
-        curve[other] = [*at_size(results, positions, decay, after, other).values()]
+        curve[other] = [*accuracies_at_size(results, positions, decay, after, other).values()]
     return {other: values for other, values in sorted(curve.items()) if values}
 
 
-def _plot_curve(ax: Axes, curve: Mapping[int, Sequence[float]], *, color: str, linestyle: str, label: str) -> None:
+def _plot_curve(
+    ax: Axes, curve: Mapping[int, Sequence[float]], *, color: str, label: str, linestyle: str = "-"
+) -> None:
     """Means over the seeds, and a band of one standard deviation."""
     if len(curve) < 2:
         return
@@ -253,22 +258,19 @@ def _plot_curve(ax: Axes, curve: Mapping[int, Sequence[float]], *, color: str, l
 
 def describe(results: Mapping[Key, Result], recipe: Recipe) -> str:
     """What the numbers stand on, in two paragraphs."""
-    dates = sorted({result.date for result in results.values()})
-    versions = ", ".join(sorted({result.torch for result in results.values()}))
-    machines = "; ".join(sorted({result.machine for result in results.values()}))
     hours = sum(result.seconds for result in results.values()) / 3600
     return (
         f"Plain ViTs: {recipe.vit_images:,} images x {recipe.vit_epochs} epochs; SDT-H: {recipe.sdt_h_images:,} x "
         f"{recipe.sdt_h_epochs}. Tested on {recipe.test_images:,} images, at other sizes on {recipe.size_images:,}; "
         f"gates or norms alone were trained on {recipe.gate_images:,} of the other size (or as many as there are). "
         f"{len(results)} results, whose times add up to {hours:.1f} hours, "
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {versions}, {machines}.\n\n"
+        f"{origin(results.values())}.\n\n"
         "Accuracy after the last epoch, in percent: mean ± standard deviation (number of seeds). Differences are taken "
         "seed by seed, from the same first weights, order and flips: their mean and its 95 % interval (Student's t), "
-        "where there are two seeds or more. At other sizes both were made ready in the same way; where nothing counts "
-        "steps a model is as it is, and trained gates are compared with the trained norms of a model without a decay. "
-        "An interval speaks of other seeds, not of other images. One in twenty does not hold the true value, and those "
-        "of two seeds are often far too wide and at times far too narrow."
+        "where there are two seeds or more. At other sizes both models went there in the same way (column `tested`); "
+        "where nothing counts steps a model is as it is, and trained gates are compared with the trained norms of a "
+        "model without a decay. Intervals cover the choice of the seed, not of the test images. One in twenty does not "
+        "hold the true value, and those of two seeds are often far too wide and at times far too narrow."
     )
 
 

@@ -1,127 +1,20 @@
-"""The runs of ablation.py: which there are, in which order, and how each is trained and measured."""
+"""How ablation.py trains and measures a run."""
 
-import importlib.util
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 import ablation_models as models
 import ablation_training as training
-import spatial_decay as sd
-from ablation_log import Key, LogError, Result, RunLog
-from ablation_models import STRUCTURE, Positions, Recipe, Variant
+from ablation_log import Key, Result, RunLog
+from ablation_models import Recipe
+from ablation_plan import GATES, LORA, NORMS, REFERENCE, RESIZED, TRAINING, TRANSFERS, TWICE, Run
 from ablation_training import Phase
 from image_folder import Images, LabelledImages
-from run_log import check_loss, stamp, write_whole
-from spatial_decay.layers.kinds import DecayLike
-
-Model: TypeAlias = Literal["vit", "sdt_h"]
-Study: TypeAlias = Literal["tables", "sizes", "transfer"]
-
-MECHANISMS = ("none", "fixed", "full", "1d", "bidirectional", "decomposed")  # Tables 3 and 4
-SCALES = ("full, alpha 0.05", "full, alpha 0.15", "full, alpha 0.2")  # Table 5; 0.1 is `full`
-RELATIVES = ("alibi", "learned", "squared", "gaussian")  # not the paper's
-SPREAD: dict[Positions, tuple[str, ...]] = {
-    "none": (
-        *("none", "fixed", "full", "decomposed", STRUCTURE, "rows, columns: fixed"),
-        *("alibi", "learned", "squared"),
-    ),
-    "learned": ("none", "fixed", "full", "decomposed", STRUCTURE, "rows, columns: fixed"),
-    "rope": ("none", "fixed", "full", "decomposed"),
-    "sincos": ("none", "fixed", "full", "decomposed"),
-}
-"""Positions -> decays that are tested at other sizes."""
-LONGER = ("none", "full")  # trained twice as long too, to see whether that changes anything
-GATES = "gates"
-NORMS = "norms"
-TUNED = {"full": GATES, "decomposed": GATES, "none": NORMS}
-"""Decays -> what alone is trained at other sizes. Without gates it is the norms, about as many weights, to compare."""
-REFERENCE = "reference grid"
-RESIZED = "resized"
-TWICE = "twice as long"
-QUIET = sd.kinds.Full(gate_bias_init=6.0)  # as swap_attention begins in a trained model, with next to no decay
-TRANSFERS: dict[str, DecayLike] = {
-    "further": "none",
-    "swap, all weights": QUIET,
-    "swap, open gates": "full",
-    "swap, gates": QUIET,
-    "swap, gates and LoRA": QUIET,
-}
-"""How a trained model is trained further -> the decay that it has then."""
-LORA_RANK = 4
-
-
-@dataclass(frozen=True)
-class Run:
-    """One trained model, and what is to be measured of it."""
-
-    variant: Variant
-    seed: int
-    keys: tuple[Key, ...]
-
-    @property
-    def name(self) -> str:
-        """For files and the progress bar."""
-        parts = (self.variant.model, self.variant.positions, self.variant.decay, str(self.seed))
-        return "-".join(part.translate(str.maketrans(" ", "_", ",:")) for part in parts if part)
-
-    def key(self, after: str, size: int) -> Key:
-        """Of something that is measured of it."""
-        return Key(self.variant.model, self.variant.positions, self.variant.decay, self.seed, after, size)
-
-
-def plan(studies: Sequence[Study], recipe: Recipe, *, seeds: int) -> list[Run]:
-    """Runs in the order in which they are made: seed by seed, first the plain ViTs of Tables 3 and 4, the longest last.
-
-    A model may occur more than once: its weights are kept, and it is trained the first time.
-    """
-    runs: list[Run] = []
-    here, elsewhere = (recipe.size,), recipe.other_sizes
-
-    def want(seed: int, variant: Variant, after: str, sizes: Sequence[int]) -> None:
-        run = Run(variant, seed, ())
-        runs.append(replace(run, keys=tuple(run.key(after, size) for size in sizes)))
-
-    for seed in range(seeds):
-        if "tables" in studies:
-            for decay in MECHANISMS:
-                want(seed, Variant("vit", "learned", decay), "training", here)
-        if "sizes" in studies:
-            for positions, decays in SPREAD.items():
-                for decay in decays:
-                    variant = Variant("vit", positions, decay)
-                    want(seed, variant, "training", here + elsewhere)
-                    if models.counts_steps(positions, decay):
-                        want(seed, variant, REFERENCE, elsewhere)
-                    if decay == "none":
-                        want(seed, variant, RESIZED, elsewhere)
-        if "tables" in studies:
-            for decay in (*SCALES, *RELATIVES):
-                want(seed, Variant("vit", "learned", decay), "training", here)
-            for decay in MECHANISMS:
-                want(seed, Variant("sdt_h", "", decay), "training", here)
-        if "transfer" in studies:
-            for arm in transfers():
-                want(seed, Variant("vit", "learned", "none"), arm, here)
-    for seed in range(seeds):
-        if "sizes" in studies:
-            for positions in SPREAD:
-                for decay, after in TUNED.items():
-                    want(seed, Variant("vit", positions, decay), after, elsewhere)
-        if "tables" in studies:
-            for decay in LONGER:
-                want(seed, Variant("vit", "learned", decay), TWICE, here)
-    return runs
-
-
-def transfers() -> list[str]:
-    """Those of TRANSFERS that can be made here: LoRA needs peft."""
-    return [arm for arm in TRANSFERS if "LoRA" not in arm or importlib.util.find_spec("peft")]
+from run_log import LogError, check_loss, stamp, write_whole
 
 
 class Lab:
@@ -143,7 +36,7 @@ class Lab:
         start = time.perf_counter()
         model = models.build(run.variant, self.data, self.recipe, seed=run.seed)
         path = self.log.folder / "weights" / f"{run.name}.pt"
-        trained = run.key("training", self.recipe.size)
+        trained = run.key(TRAINING, self.recipe.size)
         if trained in self.log.results() and path.exists():
             model.load_state_dict(torch.load(path, map_location=self.data.device, weights_only=True))
         else:
@@ -166,7 +59,7 @@ class Lab:
 
     def _cost(self, run: Run, key: Key) -> int:
         trained = 0
-        if key == run.key("training", self.recipe.size):
+        if key == run.key(TRAINING, self.recipe.size):
             trained = self._epochs(run) * len(self._images(run))
         elif key.after in (GATES, NORMS):
             trained = len(self.data.train.first(self.recipe.gate_images))
@@ -174,13 +67,13 @@ class Lab:
             trained = 2 * self._epochs(run) * len(self._images(run))
         elif key.after in TRANSFERS:
             trained = self.recipe.further_epochs * len(self._images(run))
-        return self._cost_of_test(run, self._seen(key)) * (4 * trained + len(self._tested(key.size)))
+        return self._cost_per_image(run, self._model_size(key)) * (4 * trained + len(self._tested(key.size)))
 
-    def _seen(self, key: Key) -> int:
-        """The size at which the model sees the images."""
+    def _model_size(self, key: Key) -> int:
+        """Of the images that the model takes."""
         return self.recipe.size if key.after == RESIZED else key.size
 
-    def _cost_of_test(self, run: Run, size: int) -> int:
+    def _cost_per_image(self, run: Run, size: int) -> int:
         """Of testing one image; training takes four times as long. As measured, roughly."""
         tokens = (size / self.recipe.patch_size / 7) ** 2
         return max(1, round((15 if run.variant.model == "sdt_h" else 1) * tokens * (1 + (tokens / 8) ** 2)))
@@ -206,7 +99,7 @@ class Lab:
         elif key.after != RESIZED:
             model = models.at_size(
                 *(run.variant, model, key.size, self.recipe),
-                scales_positions=key.after != "training",
+                scales_positions=key.after != TRAINING,
                 scales_decay=key.after in (REFERENCE, GATES),
             )
         if key.after in (GATES, NORMS):
@@ -219,14 +112,14 @@ class Lab:
         """As many further steps for each arm, on the same images in the same order."""
         model: nn.Module = models.build(run.variant, self.data, self.recipe, seed=run.seed, decay=TRANSFERS[arm])
         model.load_state_dict(trained.state_dict(), strict=False)
-        rate = self.recipe.learning_rate / 4
+        rate = self.recipe.learning_rate * training.FURTHER_RATE
         if arm == "swap, gates":
             models.train_only(model, models.is_gate)
             rate = training.GATES_RATE
         elif arm == "swap, gates and LoRA":
             from peft import LoraConfig, inject_adapter_in_model
 
-            config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=["qkv"])
+            config = LoraConfig(**LORA, target_modules=["qkv"])
             model = inject_adapter_in_model(config, model)
             models.train_only(model, lambda name: models.is_gate(name) or "lora_" in name)
             rate = self.recipe.learning_rate
@@ -237,7 +130,7 @@ class Lab:
 
     def _fit(self, model: nn.Module, images: Images, phase: Phase, run: Run, size: int | None = None) -> float:
         size = size or self.recipe.size
-        cost = 4 * self._cost_of_test(run, size)
+        cost = 4 * self._cost_per_image(run, size)
         loss = training.fit(
             model, self.data, images, phase, seed=run.seed, size=size, after_batch=lambda n: self.progress(n * cost)
         )
@@ -256,12 +149,12 @@ class Lab:
 
     def _add(self, run: Run, key: Key, model: nn.Module, loss: float, start: float) -> None:
         """Test, and write the row."""
-        cost = self._cost_of_test(run, self._seen(key))
+        cost = self._cost_per_image(run, self._model_size(key))
         images = self._tested(key.size)
         accuracy = training.accuracy(
             *(model, self.data, images),
             size=key.size,
-            seen=self._seen(key),
+            model_size=self._model_size(key),
             after_batch=lambda n: self.progress(n * cost),
         )
         result = Result(

@@ -17,6 +17,7 @@ LABEL_SMOOTHING = 0.1
 TEST_BATCH = 100  # 784 tokens each at 112 pixels
 GATES_RATE = 1e-2  # gates or norms alone: a few hundred weights, and they see few images
 GATES_BATCH = 20
+FURTHER_RATE = 0.25  # of the learning rate, for a model that is trained already
 WARMUP = 0.1  # share of all steps
 EAGER_STEPS = 3  # before one is recorded: kernels are compiled, tables are made
 
@@ -28,7 +29,7 @@ class Phase:
     epochs: int
     learning_rate: float
     batch_size: int
-    weight_decay: float = WEIGHT_DECAY  # here, for configurations hold all of a phase
+    weight_decay: float = WEIGHT_DECAY  # a field, so that asdict has it for configurations
 
 
 def prepare(pixels: Tensor, data: LabelledImages, size: int) -> Tensor:
@@ -70,10 +71,12 @@ def fit(
         Mean loss of the last epoch, in nats.
     """
     device, batch_size = images.pixels.device, min(phase.batch_size, len(images))
-    an_epoch = len(images) // batch_size
-    steps = phase.epochs * an_epoch
+    steps_per_epoch = len(images) // batch_size
+    steps = phase.epochs * steps_per_epoch
     generator = torch.Generator().manual_seed(seed)
-    epochs = [torch.randperm(len(images), generator=generator)[: an_epoch * batch_size] for _ in range(phase.epochs)]
+    epochs = [
+        torch.randperm(len(images), generator=generator)[: steps_per_epoch * batch_size] for _ in range(phase.epochs)
+    ]
     order = torch.cat(epochs).view(steps, batch_size).to(device)
     is_flipped = (torch.rand(steps, batch_size, generator=generator) < 0.5).to(device)
     rates = learning_rates(phase.learning_rate, steps).to(device)
@@ -103,11 +106,11 @@ def fit(
     for done in range(steps):
         if done == EAGER_STEPS and device.type == "cuda":
             call = recorded(step)
-        if done == steps - an_epoch:
+        if done == steps - steps_per_epoch:
             total.zero_()
         call()
         after_batch(batch_size)
-    return total.item() / an_epoch
+    return total.item() / steps_per_epoch
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
@@ -125,15 +128,15 @@ def accuracy(
     images: Images,
     *,
     size: int,
-    seen: int,
+    model_size: int,
     after_batch: Callable[[int], object],
 ) -> float:
-    """In percent, on images of a size; where the model sees them at another one, they are resized a second time."""
+    """In percent, on images of a size; where the model takes another one, they are resized a second time."""
     model.eval()
     correct = torch.zeros((), dtype=torch.long, device=images.labels.device)
     for pixels, labels in zip(images.pixels.split(TEST_BATCH), images.labels.split(TEST_BATCH), strict=True):
-        if seen != size:
+        if model_size != size:
             pixels = resize(pixels, (size, size)).round().to(torch.uint8)
-        correct += (model(prepare(pixels, data, seen)).argmax(-1) == labels).sum()
+        correct += (model(prepare(pixels, data, model_size)).argmax(-1) == labels).sum()
         after_batch(len(labels))
     return 100 * correct.item() / len(images)

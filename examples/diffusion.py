@@ -31,11 +31,10 @@ from tqdm import tqdm
 import ablation_training
 import diffusion_judge
 import image_folder
-from ablation import DEBIAN
 from command_line import at_least, folder, number
 from diffusion_judge import Judge, Score
 from diffusion_report import COMPARED, NUM_SHOWN, ROWS, Key, Result, describe, format_table, plot_samples
-from image_folder import Images, LabelledImages
+from image_folder import DEBIAN, Images, LabelledImages
 from run_log import Log, LogError, TrainingError, check_loss, stamp, write_whole
 from spatial_decay import SDTP
 from spatial_decay.layers.kinds import KINDS
@@ -168,8 +167,7 @@ def make(key: Key, data: LabelledImages, judge: Judge, log: Log[Key, Result], af
     model, losses = train(model, data.train, steps=steps, seed=key.seed, after_step=after_step)
     seconds = time.process_time() - start
     write_whole(_weights(log, key), lambda part: torch.save(model.state_dict(), part))
-    per_class = max(2, NUM_JUDGED // data.num_classes)
-    score = judge.score(draw(model, per_class=per_class, guidance=guidance, seed=key.seed))
+    score = judge.score(draw(model, per_class=_num_judged(data), guidance=guidance, seed=key.seed))
     last = losses[-max(1, steps // 10) :]
     result = Result(
         accuracy=round(score.accuracy, 4),
@@ -183,6 +181,11 @@ def make(key: Key, data: LabelledImages, judge: Judge, log: Log[Key, Result], af
     log.add(key, result)
 
 
+def _num_judged(data: LabelledImages) -> int:
+    """Images of each class; two at least, or their features have no spread."""
+    return max(2, NUM_JUDGED // data.num_classes)
+
+
 def _weights(log: Log[Key, Result], key: Key) -> Path:
     return log.folder / "weights" / f"{key.decay}-{key.seed}.pt"
 
@@ -192,7 +195,7 @@ def write(log: Log[Key, Result], data: LabelledImages, references: Mapping[str, 
     results = log.results()
     if not results:  # another process makes the first
         return []
-    num_judged = data.num_classes * max(2, NUM_JUDGED // data.num_classes)
+    num_judged = data.num_classes * _num_judged(data)
     num_references = len(data.test.first(NUM_JUDGED)) if references else 0
     table = format_table(results, references)
     text = f"{table}\n\n{describe(results, log.config, num_judged=num_judged, num_references=num_references)}\n"

@@ -9,12 +9,13 @@ from matplotlib.figure import Figure
 
 from diffusion_judge import Score
 from image_folder import Images
-from run_log import require_finite
+from run_log import origin, require_finite
 from seeds import mean_and_spread, paired_difference
 from spatial_decay.layers.kinds import KINDS, KindName
 
 COMPARED: tuple[KindName, ...] = ("none", "fixed", "full")
 ROWS = list(dict.fromkeys((*COMPARED, *KINDS)))
+TO_NONE = "difference to none [95 %]"
 NUM_SHOWN = 10  # of each class in the picture
 
 
@@ -47,7 +48,7 @@ class Result:
 def format_table(results: Mapping[Key, Result], references: Mapping[str, Score]) -> str:
     """Mean ± standard deviation over the seeds, and differences seed by seed, as Markdown."""
     lines = [
-        "| decay | read as its class (%) | - none [95 %] | Fréchet distance | - none [95 %] | training (CPU s) |",
+        f"| decay | read as its class (%) | {TO_NONE} | Fréchet distance | {TO_NONE} | training (CPU s) |",
         "|---|---|---|---|---|---|",
         *(
             f"| {name} | {score.accuracy:.2f} | - | {score.distance:.2f} | - | - |"
@@ -76,10 +77,6 @@ def describe(results: Mapping[Key, Result], config: Mapping[str, Any], *, num_ju
         f"The rows above the decays come from no model: they are what the classifier says of {num_references} test "
         f"images, of worse and worse pictures made of them, and of noise. "
     )
-    found = {
-        name: sorted({getattr(result, name) for result in results.values()})
-        for name in ("date", "torch", "diffusers", "machine")
-    }
     return (
         f"{num_judged} images for each run (DDIM, {config['SAMPLER_STEPS']} steps, guidance {config['guidance']:g}) "
         f"after {config['steps']} training steps of {config['BATCH_SIZE']} images. They are read by a classifier that "
@@ -87,8 +84,7 @@ def describe(results: Mapping[Key, Result], config: Mapping[str, Any], *, num_ju
         f"drawn and of the training images: the less, the better. It is no FID, which has Inception's features. "
         f"{references if num_references else ''}Mean ± standard deviation (number of seeds). Differences are taken "
         f"seed by seed, with their mean's 95 % interval (Student's t), where there are two seeds or more. "
-        f"{' to '.join(dict.fromkeys((found['date'][0], found['date'][-1])))}, torch {', '.join(found['torch'])}, "
-        f"diffusers {', '.join(found['diffusers'])}, {'; '.join(found['machine'])}."
+        f"{origin(results.values(), 'diffusers')}."
     )
 
 

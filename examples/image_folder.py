@@ -1,4 +1,4 @@
-"""Small labelled images for ablation.py: the four files of Fashion-MNIST, or folders of images, all checked when read.
+"""Small labelled images for the examples: the four files of Fashion-MNIST, or folders of images, all checked when read.
 
 train-images-idx3-ubyte  train-labels-idx1-ubyte  t10k-images-idx3-ubyte  t10k-labels-idx1-ubyte
 
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")  # Pillow's, of 8 bits a channel or less
 NUM_NAMED = 5  # files in an error

@@ -1,4 +1,4 @@
-"""A CSV with one row for each result as it ends, which several processes may write at a time: of whole runs.
+"""A CSV of the results of finished runs, which several processes may append to.
 
 runs.csv       the results, each with the hash of its configuration
 config.json    the configuration, for the error that says what differs
@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -39,6 +39,18 @@ def stamp(device: torch.device | None = None) -> dict[str, str]:
     if device is not None and device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     return {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "machine": machine}
+
+
+def origin(results: Iterable[Any], *libraries: str) -> str:
+    """When, by what and where results were made that have the fields of a stamp, and those of more libraries."""
+    results = list(results)
+
+    def all_of(name: str) -> list[str]:
+        return sorted({getattr(result, name) for result in results})
+
+    dates = all_of("date")
+    versions = [f"{name} {', '.join(all_of(name))}" for name in ("torch", *libraries)]
+    return ", ".join([" to ".join(dict.fromkeys((dates[0], dates[-1]))), *versions, "; ".join(all_of("machine"))])
 
 
 class LogError(ValueError):

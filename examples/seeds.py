@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
-CONFIDENCE = 0.95
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -16,7 +14,6 @@ class Difference:
 
     mean: float
     margin: float  # inf of one seed
-    num_seeds: int
 
     def __str__(self) -> str:
         if math.isinf(self.margin):
@@ -32,9 +29,9 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     count = len(differences)
     margin = math.inf
     if count > 1:
-        quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))  # of Student's t
+        quantile = float(stdtrit(count - 1, 0.975))  # of Student's t
         margin = quantile * statistics.stdev(differences) / math.sqrt(count)
-    return Difference(statistics.mean(differences), margin, count)
+    return Difference(statistics.mean(differences), margin)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

@@ -86,12 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, weight in model.named_parameters():
         weight.requires_grad = ".spatial_decay." in name
         gates += [weight] if weight.requires_grad else []
+    biases = [weight for weight in gates if weight.ndim == 1]
+    began = torch.cat(biases).detach().clone()
     trained, total = (sum(weight.numel() for weight in some) for some in (gates, model.parameters()))
     print(f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")
     train(model, gates, train_data, epochs=options.epochs, rate=2e-2, name="its gates")
     print("gates trained      test loss {:.6f}, accuracy {:.2f} %".format(*evaluate(model, test_data)))
-    biases = torch.cat([weight for weight in gates if weight.ndim == 1])
-    print(f"the gates' biases began at 6, and lie between {biases.min():.3f} and {biases.max():.3f} now")
+    ended = torch.cat(biases)
+    print(f"the gates' biases began at {began.max():g}, and lie between {ended.min():.3f} and {ended.max():.3f} now")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import torch
 
 import ablation
 import ablation_models as models
+import ablation_plan
 import ablation_report as report
-import ablation_runs
 import ablation_training as training
 import spatial_decay as sd
 from ablation_log import Key, Result
 from ablation_models import Recipe, Variant
-from ablation_runs import plan
+from ablation_plan import plan
 from ablation_training import Phase
 from image_folder import Images, LabelledImages
 from spatial_decay.layers.kinds import as_kind
@@ -52,12 +52,12 @@ def _tiny(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Rows of each sort, but not all of them; without peft, which takes seconds to import."""
-    monkeypatch.setattr(ablation_runs, "MECHANISMS", ("none", "decomposed"))
-    monkeypatch.setattr(ablation_runs, "SCALES", ("full, alpha 0.2",))
-    monkeypatch.setattr(ablation_runs, "RELATIVES", ("alibi",))
-    monkeypatch.setattr(ablation_runs, "LONGER", ("none",))
-    arms = {arm: ablation_runs.TRANSFERS[arm] for arm in ("further", "swap, gates")}
-    for module in (ablation, ablation_runs, report):
+    monkeypatch.setattr(ablation_plan, "MECHANISMS", ("none", "decomposed"))
+    monkeypatch.setattr(ablation_plan, "SCALES", ("full, alpha 0.2",))
+    monkeypatch.setattr(ablation_plan, "RELATIVES", ("alibi",))
+    monkeypatch.setattr(ablation_plan, "LONGER", ("none",))
+    arms = {arm: ablation_plan.TRANSFERS[arm] for arm in ("further", "swap, gates")}
+    for module in (ablation, ablation_plan, report):
         monkeypatch.setattr(module, "TRANSFERS", arms)
 
 
@@ -287,7 +287,7 @@ def test_images_are_resized_before_the_model_sees_them(data):
             seen.append(x)
             return x.flatten(1)[:, :3]
 
-    training.accuracy(Spy(), data, data.test, size=12, seen=8, after_batch=lambda count: None)
+    training.accuracy(Spy(), data, data.test, size=12, model_size=8, after_batch=lambda count: None)
     assert seen[0].shape == (10, 3, 8, 8)
     assert not torch.equal(seen[0], training.prepare(data.test.pixels, data, 8))
     torch.testing.assert_close(seen[0], training.prepare(data.test.pixels, data, 8), rtol=0, atol=2.5)

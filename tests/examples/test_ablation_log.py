@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from ablation_log import Key, LogError, Result, RunLog
-from run_log import TrainingError, check_loss, write_whole
+from ablation_log import Key, Result, RunLog
+from run_log import LogError, TrainingError, check_loss, write_whole
 
 CONFIG = {"epochs": 3, "sizes": (40, 56)}
 COLUMNS = "config,model,positions,decay,seed,after,size,accuracy,loss,seconds,date,torch,machine"
