@@ -64,6 +64,10 @@ def raising(_inputs):
     raise OSError("illegal\ninstruction")
 
 
+def lacking(_inputs):
+    raise NotImplementedError("The operator 'aten::polar' is not currently implemented for this device")
+
+
 def test_report_and_self_check(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
@@ -72,13 +76,18 @@ def test_report_and_self_check(capsys):
     assert "  triton cannot: q is on cpu (needs cuda)" in out
     rows = [line.split() for line in out.splitlines() if line.startswith("  cpu  ")]
     assert {row[1] for row in rows} >= {"lowrank", "tiled", "sdpa", "math"}
-    assert all(row[-1] == "ok" for row in rows)
+    assert all(row[7:] == (["ok,", "of", "squared", "alone"] if row[1] == "lowrank" else ["ok"]) for row in rows)
     assert "All agree." in out
 
 
 @pytest.mark.parametrize(
     ("attention", "said"),
-    [(wrong, "WRONG"), (not_a_number, "WRONG"), (raising, "FAILED: OSError: illegal instr")],
+    [
+        (wrong, "WRONG"),
+        (not_a_number, "WRONG"),
+        (raising, "FAILED: OSError: illegal instr"),
+        (lacking, "FAILED: NotImplem"),
+    ],
 )
 def test_self_check_finds_what_is_wrong(attention, said, monkeypatch, capsys, one_kind):
     monkeypatch.setitem(BACKENDS, "tiled", Room(attention))

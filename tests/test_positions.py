@@ -234,6 +234,13 @@ def test_a_block_takes_positions_and_compiles_whole():
             lambda: sd.SpatialDecayAttention(16, 2, rope="flat")(torch.zeros(2, 10, 16), layout=placed()),
             "rope='flat'",
         ),
+        *(
+            (
+                lambda size=size: Positions(torch.zeros(1, 3), torch.zeros(1, 3), grid_size=size),
+                r"grid_size must be \(H, W\)",
+            )
+            for size in ((0, 3), (-3, -3), (3,), 5, "ab")
+        ),
         (lambda: AxialDecay.constant(*torch.zeros(2, 2), placed()), "a decomposed decay needs a whole grid"),
         (
             lambda: decay_attention(

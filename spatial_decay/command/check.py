@@ -34,6 +34,7 @@ class Comparison:
         dtype: Of q, k and v.
         output: Largest difference over the largest value.
         gradient: The same of the gradients of q, k, v and of what makes the decay; None where the backend has none.
+        kinds: Those that it can run.
         error: What it raised, where it did.
     """
 
@@ -42,6 +43,7 @@ class Comparison:
     dtype: torch.dtype
     output: float = 0.0
     gradient: float | None = None
+    kinds: tuple[KindName, ...] = _KINDS
     error: str | None = None
 
     @property
@@ -55,7 +57,8 @@ class Comparison:
         if self.error is not None:
             return f"{name}  FAILED: {self.error}"
         gradient = "no gradient here " if self.gradient is None else f"gradient {self.gradient:.1e}"
-        return f"{name}  output {self.output:.1e}  {gradient}  {'ok' if self.is_good else 'WRONG'}"
+        of = "" if self.kinds == _KINDS else f", of {', '.join(self.kinds)} alone"
+        return f"{name}  output {self.output:.1e}  {gradient}  {'ok' if self.is_good else 'WRONG'}{of}"
 
 
 def devices() -> list[torch.device]:
@@ -126,12 +129,12 @@ def _compare(backend: str, dtype: torch.dtype, device: torch.device) -> Comparis
     for has_gradient in (True, False):
         try:
             with torch.set_grad_enabled(has_gradient):
-                found = [_differences(kind, backend, dtype, device) for kind in _KINDS]
+                found = {kind: _differences(kind, backend, dtype, device) for kind in _KINDS}
         except Exception as error:  # whatever a compiler or a driver raises is what the user has to see
             return Comparison(device, backend, dtype, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
-        if of_kinds := [of_kind for of_kind in found if of_kind is not None]:
-            output, gradient = (max(of_all) for of_all in zip(*of_kinds, strict=True))
-            return Comparison(device, backend, dtype, output, gradient if has_gradient else None)
+        if of_kinds := {kind: differences for kind, differences in found.items() if differences is not None}:
+            output, gradient = (max(of_all) for of_all in zip(*of_kinds.values(), strict=True))
+            return Comparison(device, backend, dtype, output, gradient if has_gradient else None, (*of_kinds,))
     return None
 
 
@@ -139,7 +142,9 @@ def _differences(kind: KindName, backend: str, dtype: torch.dtype, device: torch
     """Of the output, and of the worst gradient, 0 where there is none; None where the backend cannot run the kind."""
     try:
         out, gradients = _attend(kind, backend, dtype, device)
-    except NotImplementedError:
+    except NotImplementedError as error:
+        if not str(error).startswith(f"backend={backend!r} cannot run"):
+            raise  # an operator that PyTorch lacks on this device
         return None
     right, right_gradients = _expected(kind)
     pairs = zip(gradients, right_gradients, strict=bool(gradients))

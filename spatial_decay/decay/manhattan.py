@@ -1,5 +1,6 @@
 """Decay with the Manhattan distance: SDT Eq. 7-9 (`full`, content-aware), constant rates (`fixed`) or trained ones."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from spatial_decay.decay.base import FactoredDecay, check_range, register_factor
 from spatial_decay.layout import Layout
 from spatial_decay.precision import at_least_float32
 
-__all__ = ["LOWEST", "ManhattanDecay", "fixed_rates", "manhattan_distance", "rate_exponents", "shared_strength"]
+__all__ = ["LOWEST", "ManhattanDecay", "fixed_rates", "manhattan_distance", "shared_strength"]
 
 LOWEST = -(2.0**100)
 """Of a strength: two of them, times a distance below 1e8, are a number still in float32."""
@@ -113,26 +114,7 @@ def fixed_rates(
     Returns:
         (N,), < 0.
     """
-    exponents = rate_exponents(
-        num_heads, initial_value=initial_value, heads_range=heads_range, device=device, dtype=dtype
-    )
-    return torch.log1p(-torch.exp2(-exponents))
-
-
-def rate_exponents(
-    num_heads: int, *, initial_value: float, heads_range: float, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """initial_value + heads_range * n / N of RMT's rates, see fixed_rates.
-
-    Args:
-        num_heads: N.
-        initial_value: Of head 0.
-        heads_range: How much more the last head sees.
-        device: Of the exponents.
-        dtype: Of the exponents.
-
-    Returns:
-        (N,).
-    """
-    n = torch.arange(num_heads, device=device, dtype=dtype)
-    return initial_value + heads_range * n / num_heads
+    exponents = initial_value + heads_range * torch.arange(num_heads, device=device, dtype=dtype) / num_heads
+    # Of these two ways to say log(1 - u) each is exact on its own side of u = 1/2.
+    log_u = -math.log(2) * exponents
+    return torch.where(exponents < 1, torch.log(-torch.expm1(log_u)), torch.log1p(-torch.exp2(-exponents)))

@@ -17,6 +17,8 @@ from spatial_decay.layout import Layout
 
 __all__ = ["Gated", "Kind", "OnReferenceGrid", "Rated", "check_finite", "check_flag"]
 
+_LEAST_EXPONENT = 1e-6  # of RMT's rates, relative to the values that add up to it: ten roundings of float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kind(ABC):
@@ -198,9 +200,11 @@ class Rated(Kind):
     def check(self, num_heads: int) -> None:
         assert self.initial_value is not None
         assert self.heads_range is not None
-        if self.initial_value + min(0.0, self.heads_range * (num_heads - 1) / num_heads) <= 0:
+        lowest = self.initial_value + min(0.0, self.heads_range * (num_heads - 1) / num_heads)
+        if lowest < _LEAST_EXPONENT * max(1.0, self.initial_value):
             raise ValueError(
-                f"kind {self.name!r} needs initial_value + heads_range * n / N > 0 for every head n: got "
+                f"kind {self.name!r} needs initial_value + heads_range * n / N > 0 for every head n, and above what "
+                "float32 rounds to 0: got "
                 f"initial_value={self.initial_value}, heads_range={self.heads_range}, N = {num_heads}."
             )
 

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatial_decay.decay.manhattan import rate_exponents
 from spatial_decay.layers.initial import Initialised
 from spatial_decay.precision import at_least_float32
 
@@ -33,13 +32,8 @@ class TrainedRates(Initialised):
 
     def fill(self) -> None:
         """RMT's rates."""
-        exponents = rate_exponents(
-            self.num_heads,
-            initial_value=self.initial_value,
-            heads_range=self.heads_range,
-            device=torch.device("cpu"),  # which has float64
-            dtype=torch.float64,
-        )
+        ones = torch.ones_like(at_least_float32(self.weight))  # of a sharded weight too, which takes no plain tensor
+        exponents = self.initial_value + self.heads_range * (ones.cumsum(0) - 1) / self.num_heads
         log_u = -math.log(2) * exponents
         self.weight.copy_(log_u - torch.log(-torch.expm1(log_u)))
 

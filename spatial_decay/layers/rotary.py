@@ -49,11 +49,13 @@ class RotaryEmbedding(nn.Module):
             )
         if reference_grid is not None and mode != "axial":
             raise ValueError(
-                f"a reference grid of the rotary embedding needs rope='axial': got rope={mode!r} and "
+                f"rope_reference_grid needs rope='axial': got rope={mode!r} and "
                 f"{reference_grid!r}. Leave one of the two out."
             )
         self.head_dim, self.mode = head_dim, mode
-        self.reference_grid = None if reference_grid is None else as_reference_grid(reference_grid)
+        self.reference_grid = None
+        if reference_grid is not None:
+            self.reference_grid = as_reference_grid(reference_grid, "rope_reference_grid")
 
     def forward(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, N, L, d) -> the same, turned; angles in float32 at least.

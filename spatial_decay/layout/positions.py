@@ -32,7 +32,7 @@ class Positions(Layout):
         grid_size: (H, W) of the grid that they are part of, as of_subset says it: a reference_grid needs it.
 
     Raises:
-        ValueError: shapes or devices disagree; has_position is not bool; grid_size is no pair.
+        ValueError: shapes or devices disagree; has_position is not bool; grid_size is no pair of numbers >= 1.
 
     Examples:
         >>> grid = Grid(3, 4, num_prefix_tokens=1)
@@ -54,8 +54,9 @@ class Positions(Layout):
                 f"h and w must both be (B, L) on one device: got {tuple(self.h.shape)} on {self.h.device} and "
                 f"{tuple(self.w.shape)} on {self.w.device}. Where all images share them, B is 1."
             )
-        if self.grid_size is not None and len(self.grid_size) != 2:
-            raise ValueError(f"grid_size must be (H, W): got {self.grid_size}.")
+        size = self.grid_size
+        if size is not None and not (isinstance(size, (tuple, list)) and len(size) == 2 and min(size) >= 1):
+            raise ValueError(f"grid_size must be (H, W), both >= 1: got {size!r}.")
         known = self.has_position
         if known is None:
             return

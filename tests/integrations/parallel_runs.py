@@ -368,6 +368,20 @@ def float32_gates():
     assert seen["Linear"] == {torch.bfloat16}
 
 
+def filled_empty():
+    """Sharded on the meta device, where nothing has values, and filled by to_empty: new layers begin as ever."""
+    for decay in ("full", "1d", "learned"):
+        wanted = SpatialDecayAttention(32, 4, decay=decay).decay.state_dict()
+        with torch.device("meta"):
+            attn = shard(SpatialDecayAttention(32, 4, decay=decay), mesh_of(2)["dp"])
+        attn.to_empty(device="cpu")
+        found = {name: whole(value) for name, value in attn.decay.state_dict().items()}
+        assert found.keys() == wanted.keys()
+        assert all(0 < value.abs().max() < 10 for value in found.values()), found  # NaN is not
+        if decay == "learned":  # which are no random numbers
+            assert_close(found, wanted, TOLERANCE, decay)
+
+
 def steps():
     """AdamW with clipped gradients: whole weights after three steps as on one process."""
     line, mesh = init_device_mesh("cpu", (dist.get_world_size(),)), mesh_of(2)

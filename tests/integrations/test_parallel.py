@@ -53,6 +53,11 @@ def test_every_model_on_every_plan(check, world):
 
 
 @pytest.mark.slow
+def test_what_was_sharded_on_the_meta_device_has_first_values():
+    on_processes(2, "filled_empty")
+
+
+@pytest.mark.slow
 def test_steps_of_an_optimizer():
     on_processes(4, "steps", "float32_gates")
 

@@ -97,7 +97,7 @@ def test_impossible_options_are_refused(head_dim, mode, says):
     [
         ("flat", (3, 5), r"needs rope='axial': got rope='flat' and \(3, 5\)"),
         ("none", (3, 5), r"needs rope='axial': got rope='none' and \(3, 5\)"),
-        ("axial", 14, "reference_grid must be .*, two whole numbers >= 1: got 14"),
+        ("axial", 14, "rope_reference_grid must be .*, two whole numbers >= 1: got 14"),
         ("axial", (0, 5), r"two whole numbers >= 1: got \(0, 5\)"),
     ],
 )
