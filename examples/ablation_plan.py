@@ -26,8 +26,8 @@ DECAYS_AT_SIZES: dict[Positions, tuple[str, ...]] = {
     "sincos": ("none", "fixed", "full", "decomposed"),
 }
 """Positions -> decays that are tested at other sizes."""
-TRAINING = "training"
 LONGER = ("none", "full")  # trained twice as long too, to see whether that changes anything
+TRAINING = "training"
 GATES = "gates"
 NORMS = "norms"
 TRAINED_ALONE = {"full": GATES, "decomposed": GATES, "none": NORMS}

@@ -17,7 +17,7 @@ from spatial_decay.layout import Layout
 
 __all__ = ["Gated", "Kind", "OnReferenceGrid", "Rated", "check_finite", "check_flag"]
 
-_LEAST_EXPONENT = 1e-6  # of RMT's rates, relative to the values that add up to it: ten roundings of float32
+_LEAST_SHARE = 1e-6  # what must be left of initial_value in RMT's exponents: some ten roundings of float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +201,7 @@ class Rated(Kind):
         assert self.initial_value is not None
         assert self.heads_range is not None
         lowest = self.initial_value + min(0.0, self.heads_range * (num_heads - 1) / num_heads)
-        if lowest < _LEAST_EXPONENT * max(1.0, self.initial_value):
+        if lowest <= _LEAST_SHARE * self.initial_value:
             raise ValueError(
                 f"kind {self.name!r} needs initial_value + heads_range * n / N > 0 for every head n, and above what "
                 "float32 rounds to 0: got "
